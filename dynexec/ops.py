@@ -1,0 +1,321 @@
+"""The ops: schemas, implementations per device, fakes, gradients, FLOP formulas.
+
+Meaning and portable implementation: :mod:`dynexec.reference`. Other implementations are registered with PyTorch's
+dispatcher under the same schema. Gradients are an ``autograd.Function`` around the op, entered only when one is needed.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
+
+from dynexec import reference
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+_INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+_library = torch.library.Library("dynexec", "DEF")
+_library.define("gather_rows(Tensor x, Tensor index) -> Tensor")
+_library.define("gather_rows_out(Tensor x, Tensor index, Tensor(a!) out) -> ()")
+_library.define("scatter_rows_(Tensor(a!) destination, Tensor index, Tensor rows, bool add, bool relu) -> ()")
+_library.define("plan(Tensor decisions, int choices) -> (Tensor, Tensor)")
+
+
+def gather_rows(x, index, *, out=None):
+    """Rows of ``x``, in the memory layout of ``x`` (a channels_last batch gives a channels_last batch).
+
+    Parameters
+    ----------
+    x : tensor ``[N, ...]``
+        Any dtype, any row shape.
+    index : int32 or int64 tensor ``[M]``
+        Row numbers, ``0 <= index < N``. Duplicates are allowed; their gradients add up.
+    out : tensor ``[M, ...]``, optional
+        Written instead of a new tensor; same dtype and row shape as ``x``, memory not shared with it. No gradient
+        flows through it.
+
+    Returns
+    -------
+    tensor ``[M, ...]``
+        Where a row of ``x`` is gap-free in memory its strides are kept, otherwise the result is contiguous.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes do not fit.
+    IndexError
+        If a row number is out of range (on a CPU; on other devices it is undefined).
+
+    Notes
+    -----
+    Equivalent to ``x[index]``. It has no second derivative.
+    """
+    _check_rows(x, "x", index)
+    if torch.is_grad_enabled() and x.requires_grad:
+        if out is not None:
+            raise ValueError("out must be None where a gradient is needed: x requires grad and grad mode is on")
+        return _GatherRows.apply(x, index)
+    if out is None:
+        return _gather_rows(x, index)
+    _check_match(out, "out", x, "x", index)
+    _gather_rows_out(x, index, out)
+    return out
+
+
+def scatter_rows(destination, index, rows, *, add=False, relu=False):
+    """A copy of ``destination`` in which ``rows`` take the place of the rows ``index``.
+
+    Parameters
+    ----------
+    destination : tensor ``[N, ...]``
+        Any row shape; floating point where ``add`` or ``relu`` is asked.
+    index : int32 or int64 tensor ``[M]``
+        Row numbers, ``0 <= index < N``, each at most once (not checked).
+    rows : tensor ``[M, ...]``
+        Same dtype and row shape as ``destination``.
+    add : bool
+        Add the row that was there: the shortcut of a residual block.
+    relu : bool
+        Apply a ReLU to what is written, after ``add``.
+
+    Returns
+    -------
+    tensor ``[N, ...]``
+        Laid out as ``destination``. Rows that ``index`` does not name are bit for bit those of ``destination``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes do not fit.
+    IndexError
+        If a row number is out of range (on a CPU; on other devices it is undefined). Nothing is written then.
+
+    Notes
+    -----
+    Equivalent to ``y = destination.clone(); y[index] = relu(rows + y[index])``, less what is not asked for. 16-bit
+    floats round after the sum, as torch does. It has no second derivative.
+    """
+    return _scatter(destination, index, rows, add, relu, in_place=False)
+
+
+def scatter_rows_(destination, index, rows, *, add=False, relu=False):
+    """Write ``rows`` to the rows ``index`` of ``destination``, in place, and return it.
+
+    Arguments, errors and gradients are those of :func:`scatter_rows`. ``rows`` must not share memory with
+    ``destination``.
+
+    Notes
+    -----
+    Equivalent to ``destination[index] = relu(rows + destination[index])``, less what is not asked for.
+    """
+    return _scatter(destination, index, rows, add, relu, in_place=True)
+
+
+def plan(decisions, choices):
+    """Group the samples by choice, for every block at once.
+
+    Parameters
+    ----------
+    decisions : bool or integer tensor ``[N, L]``
+        The choice of each sample in each block, ``0 <= decisions < choices``.
+    choices : int
+        Number of choices; 2 for bool decisions.
+
+    Returns
+    -------
+    index : int32 tensor ``[L, N]``
+        Per block the sample numbers: those of choice 0 first, then choice 1, ...; ascending inside a group.
+    offset : int32 tensor ``[L, choices + 1]``
+        Group ``c`` of block ``l`` is ``index[l, offset[l, c] : offset[l, c + 1]]``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtype, shape or a value do not fit (values on a CPU only; elsewhere the last offset is less than N).
+
+    Notes
+    -----
+    Equivalent to ``decisions.t().argsort(dim=1, stable=True)`` and the running sums of the counts per choice.
+    """
+    if not isinstance(decisions, torch.Tensor):
+        raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {type(decisions).__name__}")
+    if decisions.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {decisions.dtype}")
+    if decisions.dim() != 2:
+        raise ValueError(f"decisions must have shape [N, L], got {tuple(decisions.shape)}")
+    if choices < 1 or (decisions.dtype == torch.bool and choices < 2):
+        raise ValueError(f"choices must be at least 1, and at least 2 for bool decisions, got {choices}")
+    return _plan(decisions, choices)
+
+
+def first_outside(decisions, choices):
+    """Message that names the first of ``decisions`` outside ``0..choices - 1``, or None. Reads the device."""
+    outside = ((decisions < 0) | (decisions >= choices)).nonzero()
+    if len(outside) == 0:
+        return None
+    sample, block = outside[0].tolist()
+    return f"decisions must be in 0..{choices - 1}, got {decisions[sample, block].item()} at [{sample}, {block}]"
+
+
+def _check_rows(x, name, index):
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have rows: shape [N, ...], got a tensor of no dimensions")
+    if index.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"index must have shape [M], got {tuple(index.shape)}")
+    if index.device != x.device:
+        raise ValueError(f"index must be on the device of {name}, {x.device}, got {index.device}")
+
+
+def _check_match(rows, name, x, x_name, index):
+    if rows.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {rows.dtype}")
+    if rows.shape[1:] != x.shape[1:] or rows.shape[:1] != index.shape:
+        raise ValueError(
+            f"{name} must have shape {(index.shape[0], *x.shape[1:])}: one row of {x_name} per element of index, "
+            f"got {tuple(rows.shape)}"
+        )
+    if rows.device != x.device:
+        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {rows.device}")
+
+
+def _scatter(destination, index, rows, add, relu, in_place):
+    _check_rows(destination, "destination", index)
+    _check_match(rows, "rows", destination, "destination", index)
+    if (add or relu) and not destination.is_floating_point():
+        raise TypeError(f"destination must be floating point where add or relu is asked, got {destination.dtype}")
+    if torch.is_grad_enabled() and (destination.requires_grad or rows.requires_grad):
+        return _ScatterRows.apply(destination, index, rows, add, relu, in_place)
+    if not in_place:
+        destination = destination.clone()
+    _scatter_rows_(destination, index, rows, add, relu)
+    return destination
+
+
+class _GatherRows(Function):
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.num_samples = x.shape[0]
+        return _gather_rows(x, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        with torch.no_grad():
+            grad_x = reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad)
+        return _once(grad_x, grad, "gather_rows"), None
+
+
+class _ScatterRows(Function):
+    @staticmethod
+    def forward(ctx, destination, index, rows, add, relu, in_place):
+        if in_place:
+            ctx.mark_dirty(destination)
+        else:
+            destination = destination.clone()
+        _scatter_rows_(destination, index, rows, add, relu)
+        ctx.add = add
+        # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
+        ctx.save_for_backward(index, _gather_rows(destination, index) <= 0 if relu else None)
+        return destination
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, blocked = ctx.saved_tensors
+        with torch.no_grad():
+            grad_rows = _gather_rows(grad, index)
+            if blocked is not None:
+                grad_rows.masked_fill_(blocked, 0)
+            grad_destination = grad
+            if ctx.needs_input_grad[0] and (blocked is not None or not ctx.add):
+                grad_destination = grad.clone()
+                through = grad_rows if ctx.add else torch.zeros_like(grad_rows)
+                _scatter_rows_(grad_destination, index, through, False, False)
+        grad_destination = _once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
+        grad_rows = _once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
+        return grad_destination, None, grad_rows, None, None, None
+
+
+class _FirstDerivative(Function):
+    """Identity on a gradient made without a graph: differentiating it is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx, result, grad, name):
+        ctx.name = name
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(f"dynexec.ops.{ctx.name} has no second derivative: its gradient can't be differentiated")
+
+
+def _once(result, grad, name):
+    return _FirstDerivative.apply(result, grad, name) if torch.is_grad_enabled() else result
+
+
+def _implement(name, kernel, fake):
+    """Register ``kernel`` for every device, ``fake`` for shape inference, and zero FLOPs; return the op."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dynexec::{name}", fake, lib=_library)
+    op = getattr(torch.ops.dynexec, name)
+    # torch's flop counter counts matrix products, convolutions and attention; copies and pointwise work are zero.
+    register_flop_formula(op)(_no_flops)
+    return op.default
+
+
+def _no_flops(*args, out_val=None, **kwargs):
+    return 0
+
+
+def _check_range(index, size):
+    # Only where looking costs no wait for a device.
+    if index.device.type == "cpu" and index.numel():
+        smallest, largest = (int(value) for value in index.aminmax())
+        if smallest < 0 or largest >= size:
+            raise IndexError(f"index must be in 0..{size - 1}, got {smallest if smallest < 0 else largest}")
+
+
+def _portable_gather_rows(x, index):
+    _check_range(index, x.shape[0])
+    return reference.gather_rows(x, index)
+
+
+def _portable_gather_rows_out(x, index, out):
+    _check_range(index, x.shape[0])
+    reference.gather_rows_out(x, index, out)
+
+
+def _portable_scatter_rows_(destination, index, rows, add, relu):
+    _check_range(index, destination.shape[0])
+    reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
+
+
+def _portable_plan(decisions, choices):
+    if decisions.device.type == "cpu" and (outside := first_outside(decisions, choices)):
+        raise ValueError(outside)
+    return reference.plan(decisions, choices)
+
+
+def _fake_gather_rows(x, index):
+    return reference.empty_rows(x, index.shape[0])
+
+
+def _fake_gather_rows_out(x, index, out):
+    return None
+
+
+def _fake_scatter_rows_(destination, index, rows, add, relu):
+    return None
+
+
+def _fake_plan(decisions, choices):
+    samples, blocks = decisions.shape
+    index = decisions.new_empty((blocks, samples), dtype=torch.int32)
+    return index, decisions.new_empty((blocks, choices + 1), dtype=torch.int32)
+
+
+_gather_rows = _implement("gather_rows", _portable_gather_rows, _fake_gather_rows)
+_gather_rows_out = _implement("gather_rows_out", _portable_gather_rows_out, _fake_gather_rows_out)
+_scatter_rows_ = _implement("scatter_rows_", _portable_scatter_rows_, _fake_scatter_rows_)
+_plan = _implement("plan", _portable_plan, _fake_plan)

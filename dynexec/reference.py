@@ -1,0 +1,79 @@
+"""What each op means, in plain torch; also the implementation on devices that have no other.
+
+A *row* is ``x[n]``: any trailing shape. Results keep the memory layout of a row (a channels_last batch stays
+channels_last), which ``index_select`` and ``index_copy`` on the tensor itself would lose.
+"""
+
+import torch
+
+
+def gather_rows(x, index):
+    """``x[index]``; see :func:`dynexec.ops.gather_rows`."""
+    return gather_rows_out(x, index, empty_rows(x, index.shape[0]))
+
+
+def gather_rows_out(x, index, out):
+    """Write ``x[index]`` to ``out`` and return it."""
+    if has_dense_rows(x) and x.stride()[1:] == out.stride()[1:]:
+        torch.index_select(flat_rows(x), 0, index, out=flat_rows(out))
+        return out
+    return out.copy_(x[index])
+
+
+def scatter_rows(destination, index, rows, *, add=False, relu=False):
+    """A copy of ``destination`` with rows ``index`` replaced; see :func:`dynexec.ops.scatter_rows`."""
+    return scatter_rows_(destination.clone(), index, rows, add=add, relu=relu)
+
+
+def scatter_rows_(destination, index, rows, *, add=False, relu=False):
+    """Replace rows ``index`` of ``destination`` in place; see :func:`dynexec.ops.scatter_rows_`."""
+    if add:
+        rows = rows + gather_rows(destination, index)
+    if relu:
+        rows = torch.relu(rows)
+    destination[index] = rows
+    return destination
+
+
+def plan(decisions, choices):
+    """Sample numbers grouped by choice, and the group borders, per block; see :func:`dynexec.ops.plan`."""
+    by_block = decisions.t().contiguous()
+    if by_block.dtype == torch.bool:
+        by_block = by_block.byte()
+    index = torch.argsort(by_block, dim=1, stable=True).int()
+    offset = index.new_zeros(by_block.shape[0], choices + 1)
+    for choice in range(choices):
+        offset[:, choice + 1] = offset[:, choice] + (by_block == choice).sum(dim=1)
+    return index, offset
+
+
+def has_dense_rows(x):
+    """Whether each row of ``x`` is one gap-free stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:]) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def empty_rows(x, count):
+    """An uninitialised ``[count, ...]`` for rows of ``x``: strides of dense rows are kept, others become contiguous."""
+    row = x.shape[1:]
+    strides = x.stride()[1:] if has_dense_rows(x) else contiguous_strides(row)
+    return x.new_empty_strided((count, *row), (max(row.numel(), 1), *strides))
+
+
+def contiguous_strides(shape):
+    """Row-major strides of ``shape``."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return strides
+
+
+def flat_rows(x):
+    """View dense rows as ``[N, numel of a row]``, in memory order."""
+    return x.as_strided((x.shape[0], x.shape[1:].numel()), (x.stride(0), 1))

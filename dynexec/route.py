@@ -1,0 +1,110 @@
+"""Decisions compiled once per forward for all blocks; the only module that may wait for the device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dynexec import ops
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Which samples take which choice, for every block. Build it with :meth:`from_decisions`.
+
+    Attributes
+    ----------
+    decisions : bool or integer tensor ``[N, L]``
+        The decisions it was built from. With two choices, 0 is dropped and 1 is kept.
+    index : int32 tensor ``[L, N]``
+        Per block the sample numbers grouped by choice, ascending inside a group.
+    offset : int32 tensor ``[L, choices + 1]``
+        Group ``c`` of block ``l`` is ``index[l, offset[l, c] : offset[l, c + 1]]``.
+    choices : int
+        Number of choices.
+    counts : tuple of L tuples of ``choices`` ints, or None
+        Group sizes on the host; None for a device route.
+    """
+
+    decisions: torch.Tensor
+    index: torch.Tensor
+    offset: torch.Tensor
+    choices: int
+    counts: tuple[tuple[int, ...], ...] | None
+
+    @classmethod
+    def from_decisions(cls, decisions, *, choices=2, exact=True):
+        """Compile decisions.
+
+        Parameters
+        ----------
+        decisions : bool or integer tensor ``[N, L]``
+            The choice of each sample in each block, ``0 <= decisions < choices``.
+        choices : int
+            Number of choices; 2 for bool decisions.
+        exact : bool
+            Whether the host knows the group sizes. An exact route waits for the device once, for all blocks; a device
+            route never does, and its integer decisions are checked on a CPU only.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If dtype, shape, ``choices`` or a value do not fit.
+        """
+        _check(decisions, choices)
+        index, offset = ops.plan(decisions, choices)
+        counts = None
+        if exact:
+            counts = tuple(map(tuple, offset.diff(dim=1).tolist()))
+            if decisions.device.type != "cpu" and any(sum(count) != decisions.shape[0] for count in counts):
+                raise ValueError(ops.first_outside(decisions, choices))
+        return cls(decisions, index, offset, choices, counts)
+
+    @property
+    def num_samples(self):
+        """N."""
+        return self.decisions.shape[0]
+
+    @property
+    def num_blocks(self):
+        """L."""
+        return self.decisions.shape[1]
+
+    @property
+    def exact(self):
+        """Whether the host knows the group sizes."""
+        return self.counts is not None
+
+    def count(self, block, choice=1):
+        """Number of samples of ``block`` that take ``choice``. RuntimeError for a device route."""
+        return self._counts_of(block, choice)[choice]
+
+    def group(self, block, choice=1):
+        """Sample numbers of ``block`` that take ``choice``: a view, int32 ``[count]``, ascending.
+
+        RuntimeError for a device route: use ``index`` and ``offset``.
+        """
+        counts = self._counts_of(block, choice)
+        # One view op; indexing twice costs three times as much on the host, per block and forward.
+        return self.index.as_strided((counts[choice],), (1,), block * self.num_samples + sum(counts[:choice]))
+
+    def _counts_of(self, block, choice):
+        if self.counts is None:
+            raise RuntimeError(
+                "this is a device route: the host does not know its group sizes; build it with exact=True"
+            )
+        if not 0 <= block < len(self.counts):
+            raise ValueError(f"block must be in 0..{len(self.counts) - 1}, got {block}")
+        if not 0 <= choice < self.choices:
+            raise ValueError(f"choice must be in 0..{self.choices - 1}, got {choice}")
+        return self.counts[block]
+
+
+def _check(decisions, choices):
+    if isinstance(decisions, torch.Tensor) and decisions.is_floating_point():
+        nan = " (these hold NaN)" if decisions.isnan().any() else ""
+        raise TypeError(
+            f"decisions must be a bool or integer tensor [N, L], got {decisions.dtype}: "
+            f"threshold probabilities first, probabilities >= 0.5{nan}"
+        )
+    if isinstance(decisions, torch.Tensor) and decisions.dtype == torch.bool and choices != 2:
+        raise ValueError(f"choices must be 2 for bool decisions, got {choices}")

@@ -1,0 +1,1 @@
+"""Triton device code; installed as ``dynexec.kernels``."""
