@@ -1,0 +1,118 @@
+"""One residual block, frozen: its branches packed, and how it runs on some rows of a batch."""
+
+import torch
+from torch import fx, nn
+
+from dynexec import ops
+from dynexec.executors.rewrite import pack
+from dynexec.nn.residual import DynamicBlock, apply_layers
+
+
+class FrozenBlock(nn.Module):
+    """The parts of a dynamic block, in evaluation mode.
+
+    ``shortcut(x)`` is what a dropped sample becomes (None: it stays x). ``body(x, s)`` is what a kept sample becomes,
+    ``activation(residual(x) + s)`` with ``s`` its shortcut (x itself for an identity); it may overwrite ``s``.
+
+    Parameters
+    ----------
+    name : str
+    block : DynamicBlock
+        Not changed.
+    input_shape : tuple of int
+        ``[C, H, W]`` of its input.
+    dtype : torch.dtype
+    """
+
+    def __init__(self, name, block, input_shape, dtype):
+        super().__init__()
+        self.name, self.column = name, block.placement.column
+        self.input_shape, self.dtype = tuple(input_shape), dtype
+        x = self.example(2)
+        self.shortcut = None
+        s = x
+        if block.shortcut_layers():
+            self.shortcut = pack_module(_Shortcut(block), x)
+            s = self.shortcut(x)
+        self.body = pack_module(_Body(block), x, s, may_overwrite=("s",) if self.shortcut else ("x", "s"))
+        self.input_shape, self.output_shape = tuple(x.shape[1:]), tuple(s.shape[1:])
+        self.signature = f"{self.input_shape} shortcut: {self.shortcut} body: {self.body}"
+        self.cost = None
+
+    def example(self, rows):
+        """Random input of that many rows."""
+        x = torch.rand(rows, *self.input_shape, dtype=self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def run_slice(self, x, s, start, stop, chunk):
+        """Compute the rows ``start:stop`` of ``x`` into the same rows of ``s``, ``chunk`` at a time; return ``s``."""
+        for a in range(start, stop, chunk):
+            b = min(a + chunk, stop)
+            self._run_view(x[a:b], s[a:b], x is s)
+        return s
+
+    def run_rows(self, x, s, index, chunk):
+        """Compute the rows ``index`` (int32, ascending) of ``x`` into the same rows of ``s``; return ``s``."""
+        first, last = int(index[0]), int(index[-1])
+        if last - first + 1 == len(index):
+            return self.run_slice(x, s, first, last + 1, chunk)
+        for part in index.split(chunk):
+            rows = ops.gather_rows(x, part)
+            shortcuts = rows if x is s else ops.gather_rows(s, part)
+            ops.scatter_rows_(s, part, self.body(rows, shortcuts))
+        return s
+
+    def _run_view(self, x, s, shared):
+        y = self.body(s if shared else x, s)
+        if y.data_ptr() != s.data_ptr():
+            s.copy_(y)
+
+
+class _Shortcut(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return apply_layers(self.block.shortcut_layers(), x)
+
+
+class _Body(_Shortcut):
+    def forward(self, x, s):
+        layers, activation = self.block.residual_layers(), self.block.activation_layer()
+        if layers is None:
+            return self.block.forward_dense(x)
+        y = apply_layers(layers, x) + (s if self.block.shortcut_layers() else x)
+        return y if activation is None else activation(y)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into every module but torch's own, placed dynamic blocks and, if ``coarse``, any that is not a container."""
+
+    def __init__(self, coarse):
+        super().__init__()
+        self.coarse = coarse
+
+    def is_leaf_module(self, module, name):
+        if isinstance(module, DynamicBlock) and module.placement is not None:
+            return True
+        if self.coarse and not any(isinstance(m, DynamicBlock) and m.placement for m in module.modules()):
+            return type(module).forward is not nn.Sequential.forward
+        return super().is_leaf_module(module, name)
+
+
+def trace(module):
+    """The graph of ``module``, as deep as it can be traced; raises what tracing raises if it cannot be."""
+    try:
+        return _Tracer(coarse=False).trace(module)
+    except Exception:  # tracing runs the module's own Python on stand-ins: anything may be raised
+        return _Tracer(coarse=True).trace(module)
+
+
+def pack_module(module, *example, may_overwrite=()):
+    """Trace ``module`` and pack its convolutions; a module that cannot be traced comes back as it is."""
+    try:
+        graph = trace(module)
+    except Exception:
+        return module
+    return pack(module, graph, *example, may_overwrite=may_overwrite)

@@ -1,0 +1,141 @@
+"""The cost model: measured times of a frozen block's parts, cached on disk, from which executors are chosen."""
+
+import json
+import os
+import tempfile
+import time
+from bisect import bisect_left
+from pathlib import Path
+
+import torch
+
+from dynexec import ops
+from dynexec.measure.environment import processor_name
+
+VERSION = 1
+_LARGEST = 16  # rows; beyond, time grows linearly because blocks run in chunks
+_CHUNKS = (32, 16, 8, 4)
+
+
+class CostCache:
+    """Measured costs, kept in one JSON file per user; a missing or unreadable file is an empty cache.
+
+    Entries hold for one processor, thread count, torch and layout of this file: all of it is in the key.
+
+    Parameters
+    ----------
+    path : path, optional
+        Default: ``$XDG_CACHE_HOME/dynexec/costs.json`` (``~/.cache`` without the variable).
+    """
+
+    def __init__(self, path=None):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.path = Path(path) if path is not None else home / "dynexec" / "costs.json"
+        self.entries = self._read()
+        self._before = len(self.entries)
+
+    def key(self, *signature):
+        machine = (VERSION, torch.__version__, processor_name(), torch.get_num_threads())
+        return " | ".join(map(str, (*machine, *signature)))
+
+    def save(self):
+        """Write new entries, keeping those that others wrote meanwhile; a read-only place is no error."""
+        if len(self.entries) == self._before:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+                json.dump({"version": VERSION, "entries": self._read() | self.entries}, file)
+            os.replace(file.name, self.path)
+        except OSError:
+            pass
+
+    def _read(self):
+        try:
+            stored = json.loads(self.path.read_text())
+            return stored["entries"] if stored["version"] == VERSION else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+
+class Curve:
+    """Seconds against number of rows: measured points, straight lines between and beyond them."""
+
+    def __init__(self, points):
+        self.points = sorted((int(rows), float(seconds)) for rows, seconds in points.items())
+        self._known = {0: 0.0}
+
+    def __call__(self, rows):
+        if rows not in self._known:
+            self._known[rows] = self._interpolate(rows)
+        return self._known[rows]
+
+    def _interpolate(self, rows):
+        if len(self.points) == 1:
+            return self.points[0][1] * rows / self.points[0][0]
+        i = min(max(bisect_left([n for n, _ in self.points], rows), 1), len(self.points) - 1)
+        (n0, t0), (n1, t1) = self.points[i - 1 : i + 1]
+        return max(t0 + (t1 - t0) * (rows - n0) / (n1 - n0), 0.0)
+
+
+class BlockCost:
+    """What the parts of one frozen block take, in seconds, as functions of the number of rows.
+
+    ``body`` computes rows, ``move`` gathers and scatters them, ``select`` is what ``masked`` adds to put dropped ones
+    back, ``shortcut`` is the shortcut of all rows. ``chunk`` is how many rows ``body`` takes at a time.
+    """
+
+    def __init__(self, chunk, body, move, select, shortcut):
+        self.chunk = chunk
+        self.body, self.move, self.select, self.shortcut = map(Curve, (body, move, select, shortcut))
+
+
+def measure_block(block, batch, cache):
+    """The :class:`BlockCost` of ``block`` up to about ``batch`` rows: from ``cache``, or measured now."""
+    key = cache.key(block.signature, block.dtype, batch)
+    if key not in cache.entries:
+        cache.entries[key] = _measure(block, batch)
+    return BlockCost(**cache.entries[key])
+
+
+def _measure(block, batch):
+    most = min(batch, _LARGEST)
+    sizes = sorted({2**i for i in range(most.bit_length())} | {most})
+    x = block.example(min(batch, max(_CHUNKS)))
+    s = _shortcut(block, x)
+    chunks = {size: _seconds(lambda size=size: block.run_slice(x, s, 0, len(s), size)) for size in _CHUNKS}
+    fastest = min(chunks.values())
+    chunk = next(size for size in _CHUNKS if chunks[size] <= 1.03 * fastest)
+    entry = {"chunk": chunk, "body": {}, "move": {}, "select": {}, "shortcut": {}}
+    for n in sizes:
+        rows = x[:n]
+        s = _shortcut(block, rows)
+        index = torch.arange(n, dtype=torch.int32).flip(0)  # descending: nothing contiguous to profit from
+        entry["body"][n] = _seconds(lambda rows=rows, s=s, n=n: block.run_slice(rows, s, 0, n, chunk))
+        entry["move"][n] = _seconds(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
+        if block.shortcut is not None:
+            entry["move"][n] += _seconds(lambda rows=rows, index=index: ops.gather_rows(rows, index))
+            entry["shortcut"][n] = _seconds(lambda rows=rows: block.shortcut(rows))
+        keep = (torch.arange(n) % 2 == 0).reshape(-1, *[1] * (s.dim() - 1))
+        entry["select"][n] = _seconds(lambda s=s, keep=keep: torch.where(keep, s.clone(), s))
+    if block.shortcut is None:
+        entry["shortcut"] = {1: 0.0}
+    return entry
+
+
+def _shortcut(block, x):
+    return x if block.shortcut is None else block.shortcut(x)
+
+
+def _seconds(function, repeats=5, budget=0.5):
+    """The shortest of a few runs: noise only ever adds."""
+    function()
+    best, start = float("inf"), time.perf_counter()
+    for _ in range(repeats):
+        before = time.perf_counter()
+        function()
+        now = time.perf_counter()
+        best = min(best, now - before)
+        if now - start > budget:
+            break
+    return best

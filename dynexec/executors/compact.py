@@ -1,0 +1,31 @@
+"""Executor ``compact``: per block, gather the kept samples, compute only them, scatter them back in place."""
+
+
+def prepare(stage, route):
+    """What ``run`` and ``seconds`` need of the route."""
+    return route
+
+
+def run(stage, x, route):
+    """Run ``stage`` on ``x`` ``[N, ...]``, which is overwritten."""
+    for block in stage.blocks:
+        s = x if block.shortcut is None else block.shortcut(x)
+        kept = route.count(block.column)
+        if kept == len(x):
+            block.run_slice(x, s, 0, kept, stage.chunk)
+        elif kept:
+            block.run_rows(x, s, route.group(block.column), stage.chunk)
+        x = s
+    return x
+
+
+def seconds(stage, route):
+    """Predicted time of ``run``."""
+    n = route.num_samples
+    total = 0.0
+    for block in stage.blocks:
+        kept = route.count(block.column)
+        total += block.cost.shortcut(n) + block.cost.body(kept)
+        if kept < n:
+            total += block.cost.move(kept)
+    return total

@@ -1,0 +1,238 @@
+"""``freeze``: a model of dynamic blocks as a fast inference network."""
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from dynexec.executors.block import FrozenBlock, pack_module, trace
+from dynexec.executors.choose import CostCache
+from dynexec.executors.packing import PackedConv
+from dynexec.executors.rewrite import pack
+from dynexec.executors.stage import EXECUTORS, Stage
+from dynexec.nn.context import check_decisions, decide
+from dynexec.nn.network import DynamicNetwork
+from dynexec.nn.residual import DynamicBlock, apply_layers, dynamic_blocks
+from dynexec.policy import threshold
+from dynexec.route import Route
+
+_PROOF_SAMPLES = 8
+
+
+def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost_cache=None):
+    """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
+
+    BatchNorm is folded, activations and residual additions run inside the convolutions, activations are channels_last
+    and the residual stream is updated in place. Consecutive blocks of one shape form a stage; how a stage runs is
+    chosen per call by a cost model measured here (and cached on disk), among the executors whose output was compared
+    with the original blocks' on ``example_input``. Layers that dynexec does not know run as they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A converted model, a :class:`DynamicNetwork` or one of ``dynexec.models``.
+    example_input : tensor ``[N, C, H, W]``
+        Of the size and about the batch size that will be used; other batch sizes work as well.
+    dtype : torch.dtype, optional
+        Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``.
+    executor : {"masked", "compact", "grouped"}, optional
+        Use this one everywhere instead of choosing.
+    policy : nn.Module, optional
+        ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
+    cost_cache : path, optional
+        File of measured times. Default: ``~/.cache/dynexec/costs.json``.
+
+    Returns
+    -------
+    FrozenNetwork
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be, the model has no dynamic blocks, or its forward cannot be traced.
+    RuntimeError
+        If the frozen blocks' output is not the original's.
+    """
+    _check(model, example_input, executor)
+    backbone = model
+    if isinstance(model, DynamicNetwork):
+        backbone, policy = model.backbone, policy if policy is not None else model.policy
+    dtype = dtype or next((p.dtype for p in backbone.parameters()), torch.float32)
+    backbone = copy.deepcopy(backbone).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
+    images = example_input.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        if policy is not None:
+            policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
+            policy = pack_module(policy, images)
+        network, stages = _pack_stages(backbone, images, executor)
+        _prove_and_measure(stages, CostCache(cost_cache))
+    return FrozenNetwork(network, [stage for stage, _, _ in stages], policy, dtype)
+
+
+class FrozenNetwork(nn.Module):
+    """What :func:`freeze` returns: ``frozen(x, decisions)`` or, with a policy, ``frozen(x)``.
+
+    It belongs to the processor and thread count it was made on: save the original model and freeze it again.
+    """
+
+    def __init__(self, network, stages, policy, dtype):
+        super().__init__()
+        self.network, self.policy, self.dtype = network, policy, dtype
+        self.stages = tuple(stages)
+        self.num_blocks = sum(len(stage.blocks) for stage in stages)
+
+    @torch.no_grad()
+    def forward(self, x, decisions=None, *, return_decisions=False):
+        """Run the network on the blocks that the decisions keep, without gradients.
+
+        Parameters
+        ----------
+        x : float tensor ``[N, C, H, W]``
+        decisions : bool tensor ``[N, L]`` or ``[L]``, optional
+            None: the policy decides, keeping a block where its probability is at least 0.5.
+        return_decisions : bool
+            Also return the decisions, bool ``[N, L]``.
+        """
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if decisions is None:
+            if self.policy is None:
+                raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
+            decisions = threshold(self.policy(x))
+        route = self._route(decisions, x)
+        y = self.network(x, route)
+        return (y, route.decisions) if return_decisions else y
+
+    def _route(self, decisions, x):
+        decisions = check_decisions(decisions)
+        expected = (len(x), self.num_blocks)
+        if tuple(decisions.shape) not in (expected, expected[1:]):
+            raise ValueError(
+                f"decisions must be bool [{expected[0]}, {expected[1]}] or [{expected[1]}] for this batch and network, "
+                f"got {tuple(decisions.shape)}"
+            )
+        if decisions.device != x.device:
+            raise ValueError(f"decisions is on {decisions.device}, but x is on {x.device}: move it there")
+        return Route.from_decisions(decisions.expand(expected))
+
+    def explain(self):
+        """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
+        lines = [f"{self.num_blocks} blocks in {len(self.stages)} stages, {self.dtype}, policy: {self._policy_name()}"]
+        for number, stage in enumerate(self.stages):
+            lines += stage.explain(number)
+        return "\n".join(lines)
+
+    def _policy_name(self):
+        if self.policy is None:
+            return "none, decisions must be given"
+        return "packed" if isinstance(self.policy, fx.GraphModule) else "as it is"
+
+    def __getstate__(self):
+        raise TypeError("a FrozenNetwork cannot be pickled or copied: save the original model and freeze it again")
+
+
+def _check(model, example_input, executor):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not any(block.placement for block in dynamic_blocks(model)):
+        raise ValueError("model has no dynamic blocks: call dynexec.convert(model) first")
+    if not isinstance(example_input, torch.Tensor) or example_input.dim() != 4 or len(example_input) == 0:
+        shape = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
+        raise ValueError(f"example_input must be a tensor [N, C, H, W] with N >= 1, got {shape}")
+    if executor is not None and executor not in EXECUTORS:
+        raise ValueError(f"executor must be None or one of {sorted(EXECUTORS)}, got {executor!r}")
+
+
+def _pack_stages(backbone, images, executor):
+    """The backbone as a graph in which runs of blocks are :class:`Stage` calls and the rest is packed."""
+    try:
+        graph = trace(backbone)
+    except Exception as error:
+        raise ValueError(f"model cannot be frozen: its forward cannot be traced ({error})") from error
+    module = pack(backbone, graph, images)
+    modules = dict(module.named_modules())
+    runs = _runs(graph, modules)
+    inputs = _Recorder(module, {run[0] for run in runs}).record(images[:_PROOF_SAMPLES])
+    with graph.inserting_after(next(node for node in graph.nodes if node.op == "placeholder")):
+        route = graph.placeholder("route")
+    stages = []
+    for number, run in enumerate(runs):
+        source = run[0].args[0]
+        blocks = []
+        for node in run:
+            meta = node.args[0].meta["tensor_meta"]
+            blocks.append(FrozenBlock(node.target, modules[node.target], meta.shape[1:], meta.dtype))
+        stage = Stage(blocks, _is_fresh(source, modules), executor, len(images))
+        module.add_submodule(f"stage_{number}", stage)
+        modules[f"stage_{number}"] = stage
+        with graph.inserting_before(run[0]):
+            call = graph.call_module(f"stage_{number}", (source, route))
+        call.meta = dict(run[-1].meta)
+        run[-1].replace_all_uses_with(call)
+        stages.append((stage, [modules[node.target] for node in run], inputs[run[0]]))
+        for node in reversed(run):
+            graph.erase_node(node)
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return module, stages
+
+
+def _runs(graph, modules):
+    """The block calls of the graph as lists of consecutive ones; a block with a shortcut of its own starts a new one."""
+    runs, last, columns = [], None, []
+    for node in graph.nodes:
+        block = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(block, DynamicBlock):
+            continue
+        if len(node.args) != 1 or node.kwargs:
+            raise ValueError(f"model cannot be frozen: block {node.target} is called with more than its input")
+        follows = last is not None and node.args[0] is last and len(last.users) == 1
+        if follows and not block.shortcut_layers():
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+        last = node
+        columns.append(block.placement.column)
+    if columns != list(range(len(columns))):
+        raise ValueError(f"model cannot be frozen: it runs its blocks in the order of the columns {columns}")
+    return runs
+
+
+def _is_fresh(node, modules):
+    """Whether the value of ``node`` is new memory that only its one user reads."""
+    makers = (PackedConv, Stage, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    return node.op == "call_module" and isinstance(modules.get(node.target), makers) and len(node.users) == 1
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the first input of some nodes."""
+
+    def __init__(self, module, nodes):
+        super().__init__(module)
+        self.nodes, self.inputs = nodes, {}
+
+    def record(self, *args):
+        self.run(*args)
+        return self.inputs
+
+    def run_node(self, node):
+        if node in self.nodes:
+            self.inputs[node] = self.env[node.args[0]].clone()
+        return super().run_node(node)
+
+
+def _prove_and_measure(stages, cache):
+    """Compare every executor of every stage with the original blocks, then measure what its blocks cost."""
+    generator = torch.Generator().manual_seed(0)
+    total = sum(len(stage.blocks) for stage, _, _ in stages)
+    for stage, originals, x in stages:
+        x = x.repeat(-(-_PROOF_SAMPLES // len(x)), 1, 1, 1)[:_PROOF_SAMPLES].contiguous(
+            memory_format=torch.channels_last
+        )
+        for keep in (0.5, 1.0):
+            decisions = torch.rand(len(x), total, generator=generator) < keep
+            decisions[1] = decisions[0]  # two samples that agree, for the grouped executor
+            with decide(decisions):
+                reference = apply_layers(originals, x)
+            stage.prove(x, Route.from_decisions(decisions), reference)
+        stage.measure(cache)
+    cache.save()

@@ -1,0 +1,200 @@
+"""Rewrites a traced graph so that its convolutions become :class:`PackedConv`; everything else runs as it is."""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from dynexec.executors.packing import PackedConv
+
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+_ACTIVATION_CALLS = {
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu: "relu",
+    "relu": "relu",
+    "relu_": "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass
+class _Conv:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+    groups: int
+
+
+def pack(root, graph, *example, may_overwrite=()):
+    """Fold and fuse the convolutions of ``graph``, a trace of ``root`` in evaluation mode.
+
+    Parameters
+    ----------
+    root : nn.Module
+        Holds what the graph refers to; it is not changed.
+    graph : fx.Graph
+        Changed in place.
+    example : tensors
+        Example inputs, for the shapes.
+    may_overwrite : tuple of str
+        Names of inputs whose memory the caller gives up: a residual addition that ends the graph writes there.
+
+    Returns
+    -------
+    fx.GraphModule
+    """
+    module = fx.GraphModule(root, graph)
+    with torch.no_grad():
+        ShapeProp(module).propagate(*example)
+    modules = dict(module.named_modules())
+    for node in list(graph.nodes):
+        conv = _read_conv(module, modules, node)
+        if conv is not None and "tensor_meta" in node.meta and len(node.meta["tensor_meta"].shape) == 4:
+            _replace(module, modules, node, conv, may_overwrite)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules.get(node.target), (nn.Identity, nn.Dropout)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return module
+
+
+def _read_conv(module, modules, node):
+    """What a convolution node computes, or None if it is none or one of a kind we do not know."""
+    if node.op == "call_module":
+        conv = modules[node.target]
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return None
+        if len(node.args) != 1 or _hooked(conv):
+            return None
+        return _Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if node.op == "call_function" and node.target is F.conv2d or node.target is torch.conv2d:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        tensors = [_constant(module, given.get(name)) for name in ("weight", "bias")]
+        geometry = [_pair(given.get(name, default)) for name, default in zip(names[3:6], (1, 0, 1), strict=True)]
+        if tensors[0] is not None and None not in geometry and (tensors[1] is not None or given.get("bias") is None):
+            return _Conv(*tensors, *geometry, given.get("groups", 1))
+    return None
+
+
+def _replace(module, modules, node, conv, may_overwrite):
+    """Fuse what surrounds the convolution ``node`` and put one PackedConv in place of all of it."""
+    x, last = _input_of(node), node
+    padding = _zero_padding(modules, x)
+    if padding is not None and len(x.users) == 1:
+        conv.padding, x = tuple(p + q for p, q in zip(conv.padding, padding, strict=True)), x.args[0]
+    weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+    user = _only_user(last)
+    if user is not None and (norm := _read_batch_norm(module, modules, user)) is not None:
+        weight, bias = (p.detach() for p in fuse_conv_bn_weights(weight, bias, *norm))
+        last, user = user, _only_user(user)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    other = None
+    if user is not None and _adds_same_shape(user, last):
+        other = next(operand for operand in user.args if operand is not last)
+        last, user = user, _only_user(user)
+    activation = None if user is None else _read_activation(modules, user)
+    if other is not None and activation != "relu":
+        activation = None  # oneDNN fuses no other activation behind an addition
+    if activation is not None:
+        last = user
+    ends_graph = any(user.op == "output" for user in last.users) and len(last.users) == 1
+    overwrites = (
+        other is not None
+        and other is not x
+        and other.op == "placeholder"
+        and other.name in may_overwrite
+        and ends_graph
+    )
+    packed = PackedConv(
+        weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation, overwrites,
+        tuple(x.meta["tensor_meta"].shape),
+    )  # fmt: skip
+    name = f"packed_{node.name}"
+    module.add_submodule(name, packed)
+    modules[name] = packed
+    with module.graph.inserting_after(last):
+        new = module.graph.call_module(name, (x,) if other is None else (x, other))
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+
+
+def _only_user(node):
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _input_of(node):
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _hooked(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _constant(module, node):
+    """The tensor that a get_attr node refers to, or None."""
+    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        return None
+    path, _, name = node.target.rpartition(".")
+    return getattr(module.get_submodule(path), name)
+
+
+def _pair(value):
+    if isinstance(value, int):
+        return value, value
+    return tuple(value) if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value) else None
+
+
+def _zero_padding(modules, node):
+    """(height, width) padding of a symmetric ZeroPad2d node, or None."""
+    if node.op != "call_module" or type(modules[node.target]) is not nn.ZeroPad2d:
+        return None
+    left, right, top, bottom = modules[node.target].padding
+    return (top, left) if left == right and top == bottom and min(left, top) >= 0 else None
+
+
+def _read_batch_norm(module, modules, node):
+    """(mean, variance, eps, weight, bias) of an evaluation-mode BatchNorm node, or None."""
+    if node.op == "call_module":
+        norm = modules[node.target]
+        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training and not _hooked(norm):
+            return norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    if node.op == "call_function" and node.target is F.batch_norm:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        mean, variance, weight, bias = (_constant(module, given.get(name)) for name in names[1:5])
+        if mean is not None and variance is not None and given.get("training", False) is False:
+            return mean, variance, given.get("eps", 1e-5), weight, bias
+    return None
+
+
+def _adds_same_shape(node, operand):
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS or node.kwargs:
+        return False
+    others = [other for other in node.args if other is not operand]
+    if len(node.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return False
+    return others[0].meta["tensor_meta"].shape == operand.meta["tensor_meta"].shape
+
+
+def _read_activation(modules, node):
+    if node.op == "call_module":
+        return None if _hooked(modules[node.target]) else _ACTIVATION_MODULES.get(type(modules[node.target]))
+    if node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1 and len(node.args) == 1:
+        return _ACTIVATION_CALLS.get(node.target)
+    return None

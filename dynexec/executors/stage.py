@@ -1,0 +1,98 @@
+"""Consecutive frozen blocks of one shape, and the choice of the executor that runs them."""
+
+import torch
+from torch import nn
+
+from dynexec.executors import compact, grouped, masked
+from dynexec.executors.choose import measure_block
+from dynexec.route import Route
+
+EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
+
+
+class Stage(nn.Module):
+    """A run of frozen blocks in which only the first may change the shape.
+
+    ``stage(x, route)`` runs it with the executor that ``executor`` names, or with the one that the cost model predicts
+    to be the fastest for this route among ``proven``, those whose output was compared with the original blocks'.
+
+    Parameters
+    ----------
+    blocks : list of FrozenBlock
+    owns_input : bool
+        Whether nobody else reads the stage's input, so that it may be overwritten.
+    executor : key of EXECUTORS, or None
+    batch : int
+        The batch size to be fast at.
+    """
+
+    def __init__(self, blocks, owns_input, executor, batch):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.owns_input, self.executor, self.batch = owns_input, executor, batch
+        self.output_shape = blocks[-1].output_shape
+        self.chunk = 1
+        self.proven, self.refused = list(EXECUTORS), {}
+        self.used = dict.fromkeys(EXECUTORS, 0)
+
+    def forward(self, x, route):
+        if not self.owns_input:
+            x = x.clone()
+        name, prepared = self.choose(route)
+        self.used[name] += 1
+        return EXECUTORS[name].run(self, x, prepared)
+
+    def choose(self, route):
+        """The name of the executor for ``route``, and what it prepared."""
+        if self.executor is not None or len(self.proven) == 1 or route.num_samples <= 1:
+            name = self.executor or ("compact" if "compact" in self.proven else self.proven[0])
+            return name, EXECUTORS[name].prepare(self, route)
+        prepared = {name: EXECUTORS[name].prepare(self, route) for name in self.proven}
+        name = min(prepared, key=lambda name: EXECUTORS[name].seconds(self, prepared[name]))
+        return name, prepared[name]
+
+    def measure(self, cache):
+        """Measure what the blocks cost; the chunk of most blocks is the stage's."""
+        for block in self.blocks:
+            block.cost = measure_block(block, self.batch, cache)
+        chunks = [block.cost.chunk for block in self.blocks]
+        self.chunk = max(set(chunks), key=chunks.count)
+
+    def prove(self, x, route, reference, tolerance=1e-4):
+        """Let every executor run ``x`` and refuse those whose output is not ``reference``."""
+        scale = float(reference.abs().max()) or 1.0
+        for name in list(self.proven):
+            y = EXECUTORS[name].run(self, x.clone(), EXECUTORS[name].prepare(self, route))
+            error = float((y - reference).abs().max()) / scale if y.shape == reference.shape else float("inf")
+            if not error <= tolerance:  # also where it is NaN
+                self.proven.remove(name)
+                self.refused[name] = f"its output differs by {error:.1e} of the largest value"
+        wanted = self.executor or "compact"
+        if self.executor in self.refused or not self.proven:
+            raise RuntimeError(f"executor {wanted!r} cannot run {self.blocks[0].name}...: {self.refused[wanted]}")
+
+    def explain(self, number):
+        """Lines of text: the blocks, what each executor costs at three keep rates, what was chosen so far."""
+        first, last = self.blocks[0], self.blocks[-1]
+        lines = [
+            f"stage {number}: {len(self.blocks)} blocks {first.name} .. {last.name}, rows {first.input_shape} -> "
+            f"{self.output_shape}, {self.chunk} rows at a time"
+        ]
+        n = self.batch
+        for keep in (0.25, 0.5, 1.0):
+            route = Route.from_decisions(spread_decisions(n, last.column + 1, keep))
+            seconds = {
+                name: EXECUTORS[name].seconds(self, EXECUTORS[name].prepare(self, route)) for name in self.proven
+            }
+            times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
+            chosen = self.executor or min(seconds, key=seconds.get)
+            lines.append(f"  batch {n}, keep {keep}: {times} (predicted) -> {chosen}")
+        lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
+        used = ", ".join(f"{name} {count}" for name, count in self.used.items() if count)
+        return [*lines, f"  calls so far: {used or 'none'}"]
+
+
+def spread_decisions(num_samples, num_blocks, keep):
+    """Bernoulli decisions with a fixed seed, for predictions."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(num_samples, num_blocks, generator=generator) < keep

@@ -1,0 +1,17 @@
+"""What measured times depend on: the processor."""
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+
+@lru_cache(maxsize=1)
+def processor_name():
+    """The CPU's name as the system tells it, for instance ``"AMD EPYC 7B13"``."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,18 @@
+"""Blocks that obey decisions, and the ``decide`` context that they read them from."""
+
+from dynexec.nn.context import active_route, decide
+from dynexec.nn.network import DynamicNetwork
+from dynexec.nn.residual import DynamicBlock, Placement, ResidualBlock, assign_columns, dynamic_blocks
+from dynexec.nn.structure import Adapter
+
+__all__ = [
+    "Adapter",
+    "DynamicBlock",
+    "DynamicNetwork",
+    "Placement",
+    "ResidualBlock",
+    "active_route",
+    "assign_columns",
+    "decide",
+    "dynamic_blocks",
+]

@@ -1,0 +1,131 @@
+"""``decide``: which samples the dynamic blocks inside a ``with`` statement run on."""
+
+import threading
+
+import torch
+
+from dynexec.route import Route
+
+MODES = ("exact", "capacity")
+
+
+class _Active(threading.local):
+    # threading.local rather than a ContextVar: torch.compile and torch.export can trace it.
+    # A linked list (decide, outer), so that one decide object may be entered by several threads.
+    top = None
+
+
+_active = _Active()
+
+
+def active_execution():
+    """The innermost ``decide`` of this thread, or None outside any."""
+    return None if _active.top is None else _active.top[0]
+
+
+def active_route(num_samples=None):
+    """The :class:`Route` that blocks follow here, or None outside ``decide``.
+
+    Parameters
+    ----------
+    num_samples : int, optional
+        Batch size, needed only when the decisions are one row ``[L]`` shared by all samples.
+    """
+    execution = active_execution()
+    return None if execution is None else execution.route(num_samples)
+
+
+class decide:
+    """Context manager: blocks inside it run only on the samples that ``decisions`` keep.
+
+    Safe under threads (each thread sees only its own) and under nesting (the innermost wins; the outer one is
+    back afterwards). A ``decide`` entered in one thread is not seen in threads started from it. With activation
+    checkpointing, call ``backward`` inside the same ``decide``, because the forward is run again there.
+
+    Parameters
+    ----------
+    decisions : bool tensor ``[N, L]`` or ``[L]``, or Route
+        True where sample n keeps block l; one column per dynamic block, in execution order. ``[L]`` holds for
+        every sample. A two-choice :class:`Route` is used as it is.
+    mode : {"exact", "capacity"}
+        "exact" reads the counts on the host, once for all blocks, and computes only kept samples. "capacity" never
+        waits for the device and keeps every shape fixed: blocks compute all samples and select, so it saves no time
+        by itself. ``torch.compile`` and ``torch.export`` cannot follow data-dependent sizes; while they trace,
+        blocks run in capacity mode whichever was asked.
+
+    Raises
+    ------
+    TypeError
+        If ``decisions`` is not a bool tensor.
+    ValueError
+        If its shape is not ``[N, L]`` or ``[L]``, or ``mode`` is unknown; and when a block runs, if N, L or the
+        device do not fit the model and its input.
+    """
+
+    def __init__(self, decisions, *, mode="exact"):
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        self.mode = mode
+        self._route = None
+        if isinstance(decisions, Route):
+            if decisions.choices != 2:
+                raise ValueError(f"decisions must be a Route of 2 choices (dropped, kept), got {decisions.choices}")
+            self._route, decisions = decisions, decisions.decisions.bool()
+        self.decisions = check_decisions(decisions)
+
+    def __enter__(self):
+        _active.top = (self, _active.top)
+        return self
+
+    def __exit__(self, *exception):
+        _active.top = _active.top[1]
+
+    def route(self, num_samples):
+        """The exact Route for a batch of ``num_samples``, built at the first call."""
+        route = self._route
+        if route is None or not route.exact or (num_samples is not None and route.num_samples != num_samples):
+            decisions = self.decisions
+            if decisions.dim() == 1:
+                if num_samples is None:
+                    raise ValueError("num_samples is needed: the decisions are one row [L] shared by all samples")
+                decisions = decisions.expand(num_samples, -1)
+            route = self._route = Route.from_decisions(decisions)
+        return route
+
+    def column(self, column):
+        """The decisions of one block: bool ``[N]``, or ``[1]`` where they are shared by all samples."""
+        return self.decisions[..., column].reshape(-1)
+
+    def check(self, x, num_columns):
+        """Raise ValueError unless the decisions fit input ``x`` and a model of ``num_columns`` dynamic blocks."""
+        shape, device = tuple(self.decisions.shape), self.decisions.device
+        if shape[-1] != num_columns:
+            raise ValueError(
+                f"decisions has {shape[-1]} columns (shape {shape}), but this model has {num_columns} dynamic blocks: "
+                f"expected bool [N, {num_columns}]"
+            )
+        if len(shape) == 2 and shape[0] != x.shape[0]:
+            raise ValueError(
+                f"decisions has {shape[0]} rows (shape {shape}), but a block got a batch of {x.shape[0]} samples: "
+                f"expected bool [{x.shape[0]}, {num_columns}]"
+            )
+        if device != x.device:
+            raise ValueError(f"decisions is on {device}, but a block got its input on {x.device}: move it there")
+
+
+def check_decisions(decisions):
+    """Return ``decisions`` if it is a bool tensor ``[N, L]`` or ``[L]``; raise TypeError or ValueError otherwise."""
+    if not isinstance(decisions, torch.Tensor):
+        raise TypeError(f"decisions must be a bool tensor [N, L] or [L], got {type(decisions).__name__}")
+    if decisions.dtype != torch.bool:
+        hint = ""
+        if decisions.is_floating_point():
+            hint = "; threshold probabilities first: probabilities >= 0.5"
+            if not torch.compiler.is_compiling() and bool(decisions.isnan().any()):
+                hint += " (these hold NaN)"
+        elif not decisions.is_complex():
+            hint = "; use decisions.bool() if 1 means keep"
+        raise TypeError(f"decisions must be bool [N, L] or [L], got {decisions.dtype} {tuple(decisions.shape)}{hint}")
+    if decisions.dim() not in (1, 2):
+        raise ValueError(f"decisions must have shape [N, L] or [L], got {tuple(decisions.shape)}")
+    return decisions

@@ -1,0 +1,52 @@
+"""A backbone of dynamic blocks together with the policy that decides for it."""
+
+from torch import nn
+
+from dynexec.nn.context import decide
+from dynexec.nn.residual import dynamic_blocks
+from dynexec.policy import threshold
+
+
+class DynamicNetwork(nn.Module):
+    """Decides per sample which blocks to run, then runs them.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        Holds L dynamic blocks with their columns assigned: a converted model, or one built from
+        :class:`dynexec.nn.ResidualBlock`.
+    policy : nn.Module, optional
+        ``policy(images)`` gives keep probabilities ``[N, L]``. None: decisions must be given in every call.
+    """
+
+    def __init__(self, backbone, policy=None):
+        super().__init__()
+        if not any(block.placement for block in dynamic_blocks(backbone)):
+            raise ValueError("backbone has no dynamic block with a column: call dynexec.convert(backbone) first")
+        self.backbone = backbone
+        self.policy = policy
+
+    def forward(self, images, decisions=None, *, return_decisions=False, mode="exact"):
+        """Run the backbone on the blocks that the decisions keep.
+
+        Parameters
+        ----------
+        images : float tensor ``[N, ...]``
+        decisions : bool tensor ``[N, L]`` or ``[L]``, optional
+            None: the policy decides, deterministically, keeping a block where its probability is at least 0.5.
+        return_decisions : bool
+            Also return the decisions.
+        mode : {"exact", "capacity"}
+            See :class:`dynexec.decide`.
+
+        Returns
+        -------
+        The backbone's output, or ``(output, decisions)``.
+        """
+        if decisions is None:
+            if self.policy is None:
+                raise ValueError("decisions is None, but this network has no policy: give bool decisions [N, L]")
+            decisions = threshold(self.policy(images))
+        with decide(decisions, mode=mode):
+            output = self.backbone(images)
+        return (output, decisions) if return_decisions else output
