@@ -8,7 +8,7 @@ import torch
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from dynexec import reference
+from dynexec import native, reference
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -319,3 +319,6 @@ _gather_rows = _implement("gather_rows", _portable_gather_rows, _fake_gather_row
 _gather_rows_out = _implement("gather_rows_out", _portable_gather_rows_out, _fake_gather_rows_out)
 _scatter_rows_ = _implement("scatter_rows_", _portable_scatter_rows_, _fake_scatter_rows_)
 _plan = _implement("plan", _portable_plan, _fake_plan)
+
+# Why the native CPU implementations are not in use, or None where they are.
+native_missing = native.load()

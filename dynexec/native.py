@@ -1,0 +1,40 @@
+"""Loads the native part, if it was built, and knows why not."""
+
+import os
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parent
+FAILURE = PACKAGE / "native_build_failure.txt"  # written by setup.py
+
+
+def load():
+    """Register the native CPU ops; their schemas must be defined.
+
+    Returns
+    -------
+    str or None
+        Why the portable implementation stays in use, or None where the native one is registered.
+    """
+    if os.environ.get("DYNEXEC_NATIVE") == "0":
+        return "left out by DYNEXEC_NATIVE=0"
+    library = next(PACKAGE.glob("libdynexec_cpu.*"), None)
+    if library is None:
+        if FAILURE.exists():
+            return f"the build failed: {FAILURE.read_text().strip()}"
+        return "built without torch: `pip install --no-build-isolation .` builds it where torch is installed"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+def build_facts():
+    """How the native part was built (compiler, flags, torch, cuda), or None without one."""
+    try:
+        from dynexec import _C
+    except ImportError:
+        return None
+    return {name: getattr(_C, name) for name in ("compiler", "flags", "torch", "cuda")}
