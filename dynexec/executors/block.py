@@ -37,7 +37,6 @@ class FrozenBlock(nn.Module):
         self.body = pack_module(_Body(block), x, s, may_overwrite=("s",) if self.shortcut else ("x", "s"))
         self.input_shape, self.output_shape = tuple(x.shape[1:]), tuple(s.shape[1:])
         self.signature = f"{self.input_shape} shortcut: {self.shortcut} body: {self.body}"
-        self.cost = None
 
     def example(self, rows):
         """Random input of that many rows."""

@@ -2,7 +2,7 @@
 
 
 def prepare(stage, route):
-    """What ``run`` and ``seconds`` need of the route."""
+    """What ``run`` needs of the route: the route."""
     return route
 
 
@@ -17,15 +17,3 @@ def run(stage, x, route):
             block.run_rows(x, s, route.group(block.column), stage.chunk)
         x = s
     return x
-
-
-def seconds(stage, route):
-    """Predicted time of ``run``."""
-    n = route.num_samples
-    total = 0.0
-    for block in stage.blocks:
-        kept = route.count(block.column)
-        total += block.cost.shortcut(n) + block.cost.body(kept)
-        if kept < n:
-            total += block.cost.move(kept)
-    return total

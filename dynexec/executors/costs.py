@@ -1,4 +1,4 @@
-"""The cost model: measured times of a frozen block's parts, cached on disk, from which executors are chosen."""
+"""What the parts of a frozen block take, measured once and cached on disk."""
 
 import json
 import os
@@ -103,9 +103,11 @@ def _measure(block, batch):
     sizes = sorted({2**i for i in range(most.bit_length())} | {most})
     x = block.example(min(batch, max(_CHUNKS)))
     s = _shortcut(block, x)
-    chunks = {size: _seconds(lambda size=size: block.run_slice(x, s, 0, len(s), size)) for size in _CHUNKS}
+    # The largest chunk that holds the batch stands for all larger ones.
+    sizes_of_chunk = [size for size in _CHUNKS if size < 2 * batch] or [_CHUNKS[-1]]
+    chunks = {size: _seconds(lambda size=size: block.run_slice(x, s, 0, len(s), size)) for size in sizes_of_chunk}
     fastest = min(chunks.values())
-    chunk = next(size for size in _CHUNKS if chunks[size] <= 1.03 * fastest)
+    chunk = next(size for size in chunks if chunks[size] <= 1.03 * fastest)
     entry = {"chunk": chunk, "body": {}, "move": {}, "select": {}, "shortcut": {}}
     for n in sizes:
         rows = x[:n]
@@ -127,7 +129,7 @@ def _shortcut(block, x):
     return x if block.shortcut is None else block.shortcut(x)
 
 
-def _seconds(function, repeats=5, budget=0.5):
+def _seconds(function, repeats=5, budget=0.2):
     """The shortest of a few runs: noise only ever adds."""
     function()
     best, start = float("inf"), time.perf_counter()

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from dynexec.executors.block import FrozenBlock, pack_module, trace
-from dynexec.executors.choose import CostCache
+from dynexec.executors.costs import CostCache
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.rewrite import pack
 from dynexec.executors.stage import EXECUTORS, Stage
@@ -16,7 +16,7 @@ from dynexec.nn.residual import DynamicBlock, apply_layers, dynamic_blocks
 from dynexec.policy import threshold
 from dynexec.route import Route
 
-_PROOF_SAMPLES = 8
+_PROOF_SAMPLES = 3
 
 
 def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost_cache=None):

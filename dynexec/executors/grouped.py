@@ -16,16 +16,18 @@ def prepare(stage, route):
 
 def run(stage, x, parts):
     """Run ``stage`` on ``x`` ``[N, ...]``, which is overwritten."""
-    if len(parts) == 1:
-        return _run_static(stage, x, next(iter(parts)))
-    y = x
-    if stage.blocks[0].shortcut is not None:
-        y = x.new_empty((len(x), *stage.output_shape)).contiguous(memory_format=torch.channels_last)
+    if len(parts) <= 1:
+        return _run_static(stage, x, next(iter(parts), bytes(len(stage.blocks))))
+    reshapes = stage.blocks[0].shortcut is not None
+    y = None if reshapes else x
     for kept, samples in parts.items():
-        if y is x and not any(kept):
+        if not reshapes and not any(kept):
             continue
         index = torch.tensor(samples, dtype=torch.int32)
-        ops.scatter_rows_(y, index, _run_static(stage, ops.gather_rows(x, index), kept))
+        rows = _run_static(stage, ops.gather_rows(x, index), kept)
+        if y is None:
+            y = rows.new_empty_strided((len(x), *rows.shape[1:]), rows.stride())
+        ops.scatter_rows_(y, index, rows)
     return y
 
 
@@ -34,15 +36,3 @@ def _run_static(stage, x, kept):
         s = x if block.shortcut is None else block.shortcut(x)
         x = block.run_slice(x, s, 0, len(x), stage.chunk) if keep else s
     return x
-
-
-def seconds(stage, parts):
-    """Predicted time of ``run``."""
-    total = 0.0
-    for kept, samples in parts.items():
-        n = len(samples)
-        for block, keep in zip(stage.blocks, kept, strict=True):
-            total += block.cost.shortcut(n) + (block.cost.body(n) if keep else 0.0)
-        if len(parts) > 1:
-            total += stage.blocks[0].cost.move(n)
-    return total

@@ -4,7 +4,7 @@ import torch
 
 
 def prepare(stage, route):
-    """What ``run`` and ``seconds`` need of the route."""
+    """What ``run`` needs of the route: the route."""
     return route
 
 
@@ -19,14 +19,3 @@ def run(stage, x, route):
             dense = block.run_slice(dense if s is x else x, dense, 0, len(x), stage.chunk)
             x = torch.where(route.decisions[:, block.column].reshape(-1, *[1] * (s.dim() - 1)), dense, s)
     return x
-
-
-def seconds(stage, route):
-    """Predicted time of ``run``."""
-    n = route.num_samples
-    total = 0.0
-    for block in stage.blocks:
-        total += block.cost.shortcut(n) + block.cost.body(n)
-        if route.count(block.column) < n:
-            total += block.cost.select(n)
-    return total

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from dynexec.executors import compact, grouped, masked
-from dynexec.executors.choose import measure_block
+from dynexec.executors.choose import StageCosts
+from dynexec.executors.costs import measure_block
 from dynexec.route import Route
 
 EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
@@ -31,7 +32,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.owns_input, self.executor, self.batch = owns_input, executor, batch
         self.output_shape = blocks[-1].output_shape
-        self.chunk = 1
+        self.chunk, self.costs = 1, None
         self.proven, self.refused = list(EXECUTORS), {}
         self.used = dict.fromkeys(EXECUTORS, 0)
 
@@ -45,17 +46,23 @@ class Stage(nn.Module):
     def choose(self, route):
         """The name of the executor for ``route``, and what it prepared."""
         if self.executor is not None or len(self.proven) == 1 or route.num_samples <= 1:
-            name = self.executor or ("compact" if "compact" in self.proven else self.proven[0])
+            name = self.executor or self.proven[0]
             return name, EXECUTORS[name].prepare(self, route)
-        prepared = {name: EXECUTORS[name].prepare(self, route) for name in self.proven}
-        name = min(prepared, key=lambda name: EXECUTORS[name].seconds(self, prepared[name]))
-        return name, prepared[name]
+        seconds, parts = self.predict(route)
+        name = min(self.proven, key=seconds.get)
+        return name, parts if name == "grouped" else EXECUTORS[name].prepare(self, route)
+
+    def predict(self, route):
+        """Seconds by executor, and what ``grouped`` prepared on the way."""
+        parts = grouped.prepare(self, route)
+        kept = [route.count(block.column) for block in self.blocks]
+        return self.costs.predict(kept, parts, route.num_samples), parts
 
     def measure(self, cache):
         """Measure what the blocks cost; the chunk of most blocks is the stage's."""
-        for block in self.blocks:
-            block.cost = measure_block(block, self.batch, cache)
-        chunks = [block.cost.chunk for block in self.blocks]
+        costs = [measure_block(block, self.batch, cache) for block in self.blocks]
+        self.costs = StageCosts(costs)
+        chunks = [cost.chunk for cost in costs]
         self.chunk = max(set(chunks), key=chunks.count)
 
     def prove(self, x, route, reference, tolerance=1e-4):
@@ -81,11 +88,9 @@ class Stage(nn.Module):
         n = self.batch
         for keep in (0.25, 0.5, 1.0):
             route = Route.from_decisions(spread_decisions(n, last.column + 1, keep))
-            seconds = {
-                name: EXECUTORS[name].seconds(self, EXECUTORS[name].prepare(self, route)) for name in self.proven
-            }
-            times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-            chosen = self.executor or min(seconds, key=seconds.get)
+            seconds, _ = self.predict(route)
+            times = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in self.proven)
+            chosen = self.executor or min(self.proven, key=seconds.get)
             lines.append(f"  batch {n}, keep {keep}: {times} (predicted) -> {chosen}")
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
         used = ", ".join(f"{name} {count}" for name, count in self.used.items() if count)

@@ -1,0 +1,58 @@
+"""The cost model: predicts what each executor takes for a route, from the measured costs of the blocks."""
+
+from operator import getitem
+
+
+class StageCosts:
+    """Predicted seconds of a stage under each executor.
+
+    Parameters
+    ----------
+    blocks : list of BlockCost
+        Of the stage's blocks, in order.
+    """
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self._tables = {}
+
+    def predict(self, kept, parts, num_samples):
+        """Seconds by executor.
+
+        Parameters
+        ----------
+        kept : list of int
+            How many samples keep each block.
+        parts : dict
+            What ``grouped`` prepares: samples by the blocks that they keep.
+        num_samples : int
+        """
+        compact, masked, body, shortcuts = self._table(num_samples)
+        rest = len(parts) > 1
+        grouped = 0.0
+        for pattern, samples in parts.items():
+            n = len(samples)
+            if rest:
+                grouped += self.blocks[0].move(n)
+            grouped += shortcuts[n] + sum(seconds for keep, seconds in zip(pattern, body[n], strict=True) if keep)
+        return {
+            "compact": sum(map(getitem, compact, kept)),
+            "masked": sum(
+                full if count == num_samples else some for (some, full), count in zip(masked, kept, strict=True)
+            ),
+            "grouped": grouped,
+        }
+
+    def _table(self, n):
+        """For a batch of ``n``, built once: compact's seconds by block and count, masked's by block for some and for all
+        samples kept, and the body's of all blocks and the shortcuts' by number of rows."""
+        if n not in self._tables:
+            compact = [[b.shortcut(n) + b.body(k) + b.move(k) for k in range(n)] for b in self.blocks]
+            full = [b.shortcut(n) + b.body(n) for b in self.blocks]
+            for row, seconds in zip(compact, full, strict=True):
+                row.append(seconds)
+            masked = [(seconds + b.select(n), seconds) for b, seconds in zip(self.blocks, full, strict=True)]
+            body = [[b.body(k) for b in self.blocks] for k in range(n + 1)]
+            shortcuts = [sum(b.shortcut(k) for b in self.blocks) for k in range(n + 1)]
+            self._tables[n] = compact, masked, body, shortcuts
+        return self._tables[n]

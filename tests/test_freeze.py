@@ -1,0 +1,218 @@
+"""freeze: every executor gives the eager network's output, whatever the decisions, batch, layout and batch history."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import toys
+import torch
+from torch import nn
+
+import dynexec
+from dynexec.executors.stage import EXECUTORS
+from dynexec.models import create_model
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def cost_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def converted(style):
+    model = toys.STYLES[style]()
+    return model, dynexec.convert(model).num_blocks
+
+
+def eager(model, x, decisions):
+    with torch.no_grad(), dynexec.decide(decisions):
+        return model(x)
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max()) if expected.numel() else 0.0
+
+
+def decision_patterns(n, num_blocks):
+    one = torch.zeros(n, num_blocks, dtype=torch.bool)
+    one[n // 2] = True
+    yield "none", torch.zeros(n, num_blocks, dtype=torch.bool)
+    yield "all", torch.ones(n, num_blocks, dtype=torch.bool)
+    yield "one sample", one
+    yield "all but one", ~one
+    for keep in (0.25, 0.5, 0.9):
+        yield f"keep {keep}", torch.rand(n, num_blocks) < keep
+
+
+@pytest.mark.parametrize("executor", [None, *EXECUTORS])
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_frozen_network_equals_eager(style, executor):
+    model, num_blocks = converted(style)
+    frozen = dynexec.freeze(model, toys.images(4), executor=executor)
+    for n in (1, 2, 5, 33):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = toys.images(n, layout=layout)
+            for name, decisions in decision_patterns(n, num_blocks):
+                untouched = x.clone()
+                error = relative_error(frozen(x, decisions), eager(model, x, decisions))
+                assert error < TOLERANCE, (name, n, layout)
+                assert torch.equal(x, untouched)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_other_image_sizes_and_an_empty_batch(executor):
+    model, num_blocks = converted("timm")
+    frozen = dynexec.freeze(model, toys.images(2), executor=executor)
+    x = toys.images(3, size=18)
+    decisions = torch.rand(3, num_blocks) < 0.5
+    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+    assert frozen(x[:0], decisions[:0]).shape == (0, 5)
+
+
+def test_float64_runs_without_onednn():
+    model, num_blocks = converted("torchvision")
+    frozen = dynexec.freeze(model.double(), toys.images(2).double())
+    x, decisions = toys.images(3).double(), torch.rand(3, num_blocks) < 0.5
+    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < 1e-12
+
+
+def test_nan_of_one_sample_does_not_reach_others():
+    model, num_blocks = converted("torchvision")
+    for executor in EXECUTORS:
+        frozen = dynexec.freeze(model, toys.images(2), executor=executor)
+        x = toys.images(4)
+        x[1] = float("nan")
+        decisions = torch.ones(4, num_blocks, dtype=torch.bool)
+        decisions[1] = False
+        output = frozen(x, decisions)
+        others = [0, 2, 3]
+        assert relative_error(output[others], eager(model, x[others], decisions[others])) < TOLERANCE
+
+
+def test_model_and_example_are_not_changed():
+    model, _ = converted("timm")
+    before, x = copy.deepcopy(model.state_dict()), toys.images(2)
+    untouched = x.clone()
+    model.train()
+    dynexec.freeze(model, x)
+    assert model.training and torch.equal(x, untouched)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_stage_input_that_others_read_is_not_overwritten():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.block = toys.BasicBlock(8, 8)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.block(x) - 2 * x
+
+    model = toys.finish(Twice())
+    dynexec.convert(model)
+    frozen = dynexec.freeze(model, toys.images(2))
+    x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
+    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+
+
+def test_policy_decides_and_decisions_replay():
+    net = toys.finish(create_model("blockdrop_resnet32_cifar10"))
+    frozen = dynexec.freeze(net, torch.randn(2, 3, 32, 32))
+    x = torch.randn(3, 3, 32, 32)
+    output, decisions = frozen(x, return_decisions=True)
+    with torch.no_grad():
+        expected, expected_decisions = net(x, return_decisions=True)
+    assert torch.equal(decisions, expected_decisions)
+    assert relative_error(output, expected) < TOLERANCE
+    assert torch.equal(frozen(x, decisions), output)
+    assert torch.equal(frozen(x, decisions[0]), frozen(x, decisions[:1].expand(3, -1)))
+
+
+def test_hooked_layers_still_run():
+    model, num_blocks = converted("torchvision")
+    model.layers[0][0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    frozen = dynexec.freeze(model, toys.images(2))
+    x, decisions = toys.images(3), torch.ones(num_blocks, dtype=torch.bool)
+    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+
+
+def test_executor_with_wrong_output_is_refused(monkeypatch):
+    model, num_blocks = converted("torchvision")
+    run = EXECUTORS["grouped"].run
+    monkeypatch.setattr(EXECUTORS["grouped"], "run", lambda stage, x, parts: run(stage, x, parts) * 1.01)
+    frozen = dynexec.freeze(model, toys.images(2))
+    assert all("grouped" in stage.refused for stage in frozen.stages)
+    assert "grouped refused" in frozen.explain()
+    with pytest.raises(RuntimeError, match="grouped"):
+        dynexec.freeze(model, toys.images(2), executor="grouped")
+
+
+def test_cheapest_executor_is_chosen_per_stage_and_route():
+    model, num_blocks = converted("torchvision")
+    frozen = dynexec.freeze(model, toys.images(4))
+    for _, decisions in decision_patterns(4, num_blocks):
+        route = dynexec.Route.from_decisions(decisions)
+        for stage in frozen.stages:
+            seconds, _ = stage.predict(route)
+            assert seconds[stage.choose(route)[0]] == min(seconds.values())
+    assert all(word in frozen.explain() for word in ("stage 0", "compact", "masked", "grouped", "keep 0.5"))
+
+
+def test_costs_are_measured_once_and_a_broken_cache_is_replaced(tmp_path):
+    model, _ = converted("torchvision")
+    path = tmp_path / "costs.json"
+    path.write_text("{broken")
+    dynexec.freeze(model, toys.images(2), cost_cache=path)
+    first = json.loads(path.read_text())
+    assert first["version"] == 1 and len(first["entries"]) == 3  # identity, projection, identity of the second stage
+    dynexec.freeze(model, toys.images(2), cost_cache=path)
+    assert json.loads(path.read_text()) == first
+    path.write_text(json.dumps({**first, "version": 0}))
+    dynexec.freeze(model, toys.images(2), cost_cache=path)
+    assert json.loads(path.read_text())["version"] == 1
+
+
+def test_memory_does_not_grow_over_a_thousand_calls():
+    resident = lambda: int(open("/proc/self/statm").read().split()[1])  # pages  # noqa: E731, SIM115
+    model, num_blocks = converted("timm")
+    frozen = dynexec.freeze(model, toys.images(8))
+    x = toys.images(8, size=32)
+    for _ in range(200):
+        frozen(x, torch.rand(8, num_blocks) < torch.rand(()))
+    before = resident()
+    for _ in range(1000):
+        frozen(x, torch.rand(8, num_blocks) < torch.rand(()))
+    assert resident() - before < 500  # 2 MB
+
+
+@pytest.mark.parametrize(
+    ("decisions", "error", "message"),
+    [
+        (None, ValueError, "no policy"),
+        (torch.ones(3, 4, dtype=torch.bool), ValueError, r"\[3, 5\] or \[5\]"),
+        (torch.ones(2, 5, dtype=torch.bool), ValueError, r"\[3, 5\]"),
+        (torch.full((3, 5), float("nan")), TypeError, "NaN"),
+        (torch.ones(3, 5, dtype=torch.bool, device="meta"), ValueError, "meta"),
+    ],
+)
+def test_bad_decisions(decisions, error, message):
+    model, _ = converted("torchvision")
+    frozen = dynexec.freeze(model, toys.images(2))
+    with pytest.raises(error, match=message):
+        frozen(toys.images(3), decisions)
+
+
+def test_bad_arguments():
+    model, _ = converted("torchvision")
+    with pytest.raises(ValueError, match="convert"):
+        dynexec.freeze(toys.torchvision_style(), toys.images(2))
+    with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
+        dynexec.freeze(model, torch.ones(3))
+    with pytest.raises(ValueError, match="fastest"):
+        dynexec.freeze(model, toys.images(2), executor="fastest")
+    with pytest.raises(TypeError, match="save the original model"):
+        pickle.dumps(dynexec.freeze(model, toys.images(2)))
