@@ -58,6 +58,7 @@ def gather_rows(x, index, *, out=None):
         return _gather_rows(x, index)
     _check_match(out, "out", x, "x", index)
     _gather_rows_out(x, index, out)
+    _count_write(out)
     return out
 
 
@@ -186,10 +187,18 @@ def _scatter(destination, index, rows, add, relu, in_place):
         raise TypeError(f"destination must be floating point where add or relu is asked, got {destination.dtype}")
     if torch.is_grad_enabled() and (destination.requires_grad or rows.requires_grad):
         return _ScatterRows.apply(destination, index, rows, add, relu, in_place)
-    if not in_place:
+    if in_place:
+        _count_write(destination)
+    else:
         destination = destination.clone()
     _scatter_rows_(destination, index, rows, add, relu)
     return destination
+
+
+def _count_write(x):
+    # Library ops don't, and autograd relies on it to notice that a tensor it saved was overwritten.
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        torch.autograd.graph.increment_version(x)
 
 
 class _GatherRows(Function):

@@ -1,6 +1,7 @@
 """Decisions compiled once per forward for all blocks; the only module that may wait for the device."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -21,15 +22,15 @@ class Route:
         Group ``c`` of block ``l`` is ``index[l, offset[l, c] : offset[l, c + 1]]``.
     choices : int
         Number of choices.
-    counts : tuple of L tuples of ``choices`` ints, or None
-        Group sizes on the host; None for a device route.
+    borders : list of L lists of ``choices + 1`` ints, or None
+        ``offset`` on the host; None for a device route.
     """
 
     decisions: torch.Tensor
     index: torch.Tensor
     offset: torch.Tensor
     choices: int
-    counts: tuple[tuple[int, ...], ...] | None
+    borders: list[list[int]] | None
 
     @classmethod
     def from_decisions(cls, decisions, *, choices=2, exact=True):
@@ -52,12 +53,10 @@ class Route:
         """
         _check(decisions, choices)
         index, offset = ops.plan(decisions, choices)
-        counts = None
-        if exact:
-            counts = tuple(map(tuple, offset.diff(dim=1).tolist()))
-            if decisions.device.type != "cpu" and any(sum(count) != decisions.shape[0] for count in counts):
-                raise ValueError(ops.first_outside(decisions, choices))
-        return cls(decisions, index, offset, choices, counts)
+        borders = offset.tolist() if exact else None
+        if exact and decisions.device.type != "cpu" and any(row[-1] != decisions.shape[0] for row in borders):
+            raise ValueError(ops.first_outside(decisions, choices))
+        return cls(decisions, index, offset, choices, borders)
 
     @property
     def num_samples(self):
@@ -72,31 +71,40 @@ class Route:
     @property
     def exact(self):
         """Whether the host knows the group sizes."""
-        return self.counts is not None
+        return self.borders is not None
+
+    @property
+    def counts(self):
+        """Group sizes: a tuple of L tuples of ``choices`` ints, or None for a device route."""
+        if self.borders is None:
+            return None
+        return tuple(tuple(stop - start for start, stop in pairwise(row)) for row in self.borders)
 
     def count(self, block, choice=1):
         """Number of samples of ``block`` that take ``choice``. RuntimeError for a device route."""
-        return self._counts_of(block, choice)[choice]
+        start, stop = self._borders_of(block, choice)
+        return stop - start
 
     def group(self, block, choice=1):
         """Sample numbers of ``block`` that take ``choice``: a view, int32 ``[count]``, ascending.
 
         RuntimeError for a device route: use ``index`` and ``offset``.
         """
-        counts = self._counts_of(block, choice)
+        start, stop = self._borders_of(block, choice)
         # One view op; indexing twice costs three times as much on the host, per block and forward.
-        return self.index.as_strided((counts[choice],), (1,), block * self.num_samples + sum(counts[:choice]))
+        return self.index.as_strided((stop - start,), (1,), block * self.num_samples + start)
 
-    def _counts_of(self, block, choice):
-        if self.counts is None:
+    def _borders_of(self, block, choice):
+        if self.borders is None:
             raise RuntimeError(
                 "this is a device route: the host does not know its group sizes; build it with exact=True"
             )
-        if not 0 <= block < len(self.counts):
-            raise ValueError(f"block must be in 0..{len(self.counts) - 1}, got {block}")
+        if not 0 <= block < len(self.borders):
+            raise ValueError(f"block must be in 0..{len(self.borders) - 1}, got {block}")
         if not 0 <= choice < self.choices:
             raise ValueError(f"choice must be in 0..{self.choices - 1}, got {choice}")
-        return self.counts[block]
+        row = self.borders[block]
+        return row[choice], row[choice + 1]
 
 
 def _check(decisions, choices):
