@@ -1,0 +1,5 @@
+import sys
+
+from dynexec.cli import main
+
+sys.exit(main())

