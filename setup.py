@@ -39,10 +39,10 @@ class BuildNative(build_ext):
 
 def build(package, work):
     """Configure and build in ``work``; put the libraries into ``package``."""
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
     import pybind11
     import torch
 
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
     settings = {
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
@@ -62,7 +62,7 @@ def find_tool(name):
     """Path of a program; one that pip installed beside this Python comes first, as it is the newer."""
     path = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
     if path is None:
-        raise FileNotFoundError(f"{name} not found: pip install {name}")
+        raise FileNotFoundError(f"{name} not found: pip install cmake ninja pybind11, then install dynexec again")
     return path
 
 

@@ -80,7 +80,7 @@ def _lines(found):
     for part, missing in found["native"].items():
         yield f"{part:<12}{'native' if missing is None else f'portable ({missing})'}"
     if (build := found["build"]) is not None:
-        yield f"{'built with':<12}{build['compiler']},{build['flags']}, torch {build['torch']}"
+        yield f"{'built with':<12}{build['compiler']}, {build['flags']}, torch {build['torch']}"
     present = {name: version for name, version in found["optional"].items() if version is not None}
     yield f"{'optional':<12}{', '.join(f'{name} {version}' for name, version in present.items()) or 'none'}"
     yield f"{'absent':<12}{', '.join(name for name in found['optional'] if name not in present) or 'none'}"

@@ -1,0 +1,407 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynexec import ops, reference
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+ROWS = [(), (1,), (5,), (0,), (3, 4), (8, 5, 7), (16, 1, 1), (1, 3, 3)]
+INDEX = {
+    "none": lambda n: [],
+    "one": lambda n: [n - 1],
+    "all": lambda n: range(n),
+    "reversed": lambda n: range(n - 1, -1, -1),
+    "runs": lambda n: [i for i in range(n) if i % 5 < 3],
+    "every other": lambda n: range(0, n, 2),
+}
+MODES = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def make(samples, row, dtype=torch.float32, layout="contiguous"):
+    x = torch.randint(-8, 8, (2 * samples, *row)).to(dtype) / 4
+    if layout == "channels_last" and len(row) == 3:
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "transposed rows" and len(row) == 2:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    # Every other row: gap-free rows, gaps between them.
+    return x[::2] if layout == "gaps" else x[:samples]
+
+
+LAYOUTS = ["contiguous", "channels_last", "transposed rows", "gaps"]
+
+
+def numbers(which, samples, dtype=torch.int32):
+    return torch.tensor(list(INDEX[which](samples)), dtype=dtype)
+
+
+def row_strides_if_dense(x):
+    return reference.empty_rows(x, 1).stride()[1:]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("which", INDEX)
+def test_gather_is_indexing_in_the_layout_of_x(which, row, layout):
+    x = make(9, row, layout=layout)
+    for dtype in (torch.int32, torch.int64):
+        index = numbers(which, 9, dtype)
+        y = ops.gather_rows(x, index)
+        assert torch.equal(y, x[index.long()])
+        assert y.stride()[1:] == x.stride()[1:]
+        out = make(len(index), row, layout=layout).fill_(torch.nan)
+        assert ops.gather_rows(x, index, out=out) is out
+        assert torch.equal(out, y)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_gather_every_dtype_with_duplicates(dtype):
+    x = make(7, (3, 5), dtype)
+    index = torch.tensor([6, 0, 0, 3, 4, 5, 6])
+    assert torch.equal(ops.gather_rows(x, index), x[index])
+
+
+def test_gather_rows_with_gaps_inside_and_shared_rows():
+    x = torch.randn(6, 4, 10)[:, :, ::2]
+    index = torch.tensor([4, 1], dtype=torch.int32)
+    assert torch.equal(ops.gather_rows(x, index), x[index])
+    assert ops.gather_rows(x, index).is_contiguous()
+    out = torch.empty(4, 2, 5).transpose(0, 1)
+    assert torch.equal(ops.gather_rows(x, index, out=out), x[index])
+    shared = torch.randn(1, 4).expand(6, 4)
+    assert torch.equal(ops.gather_rows(shared, index), shared[index])
+
+
+@pytest.mark.parametrize("samples,rows", [(0, 0), (1, 0), (1, 1), (3, 300)])
+def test_gather_sizes(samples, rows):
+    x = torch.randn(samples, 3)
+    index = torch.randint(max(samples, 1), (rows,))
+    assert torch.equal(ops.gather_rows(x, index), x[index])
+
+
+def expected_scatter(destination, index, rows, add, relu):
+    destination = destination.clone()
+    rows = rows + destination[index] if add else rows
+    destination[index] = rows.relu() if relu else rows
+    return destination
+
+
+@pytest.mark.parametrize("add,relu", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("which", INDEX)
+def test_scatter(which, row, layout, add, relu):
+    destination = make(9, row, layout=layout)
+    index = numbers(which, 9)
+    rows = make(len(index), row, layout=layout)
+    expected = expected_scatter(destination, index, rows, add, relu)
+    y = ops.scatter_rows(destination, index, rows, add=add, relu=relu)
+    assert torch.equal(y, expected)
+    assert y.stride()[1:] == destination.stride()[1:]
+    assert ops.scatter_rows_(destination, index.long(), rows, add=add, relu=relu) is destination
+    assert torch.equal(destination, expected)
+
+
+@pytest.mark.parametrize("add,relu", MODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scatter_rounds_as_torch_does(dtype, add, relu):
+    destination, rows = torch.randn(33, 41, dtype=dtype), torch.randn(17, 41, dtype=dtype)
+    index = torch.randperm(33)[:17]
+    expected = expected_scatter(destination, index, rows, add, relu)
+    assert torch.equal(ops.scatter_rows(destination, index, rows, add=add, relu=relu), expected)
+
+
+def test_scatter_converts_rows_of_another_layout():
+    destination = make(6, (8, 5, 7), layout="channels_last")
+    rows = make(2, (8, 5, 7))
+    index = torch.tensor([5, 2])
+    expected = expected_scatter(destination, index, rows, True, True)
+    assert torch.equal(ops.scatter_rows(destination, index, rows, add=True, relu=True), expected)
+
+
+def test_scatter_into_rows_with_gaps_inside():
+    destination = torch.randn(6, 4, 10)
+    before = destination.clone()
+    view, rows, index = destination[:, :, ::2], torch.randn(2, 4, 5), torch.tensor([4, 1])
+    expected = expected_scatter(view, index, rows, True, True)
+    ops.scatter_rows_(view, index, rows, add=True, relu=True)
+    assert torch.equal(view, expected)
+    assert torch.equal(destination[:, :, 1::2], before[:, :, 1::2])
+
+
+def test_nan_passes_relu_and_stays_in_its_row():
+    destination = torch.full((5, 3), torch.nan)
+    index = torch.tensor([1, 3])
+    ops.scatter_rows_(destination, index, torch.tensor([[1.0, -1.0, torch.nan]] * 2), relu=True)
+    assert torch.equal(destination[index].nan_to_num(7), torch.tensor([[1.0, 0.0, 7.0]] * 2))
+    assert destination[[0, 2, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_large_rows(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(5, 64, 64, 17)
+        index = torch.tensor([0, 1, 2, 4])
+        rows = torch.full((4, 64, 64, 17), torch.nan)
+        assert torch.equal(ops.gather_rows(x, index, out=rows), x[index])
+        expected = expected_scatter(x, index, rows, True, True)
+        assert torch.equal(ops.scatter_rows(x, index, rows, add=True, relu=True), expected)
+        decisions = torch.randint(3, (5000, 40))
+        assert all(map(torch.equal, ops.plan(decisions, 3), reference.plan(decisions, 3)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
+def test_row_number_out_of_range_writes_nothing(wrong):
+    x = torch.randn(6, 3)
+    index = torch.tensor([0, wrong])
+    with pytest.raises(IndexError, match=rf"index must be in 0\.\.5, got {wrong}"):
+        ops.gather_rows(x, index)
+    before = x.clone()
+    with pytest.raises(IndexError, match=rf"index must be in 0\.\.5, got {wrong}"):
+        ops.scatter_rows_(x, index, torch.zeros(2, 3))
+    assert torch.equal(x, before)
+    out = torch.ones(2, 3)
+    with pytest.raises(IndexError):
+        ops.gather_rows(x, index, out=out)
+    assert torch.equal(out, torch.ones(2, 3))
+
+
+X, I, R = torch.zeros(6, 3), torch.tensor([0, 2]), torch.zeros(2, 3)
+WRONG = [
+    (lambda: ops.gather_rows(torch.tensor(1.0), I), ValueError, "x must have rows"),
+    (lambda: ops.gather_rows(X, I.float()), TypeError, "index must be int32 or int64, got torch.float32"),
+    (lambda: ops.gather_rows(X, torch.ones(6, dtype=torch.bool)), TypeError, "index must be int32 or int64"),
+    (lambda: ops.gather_rows(X, I[None]), ValueError, r"index must have shape \[M\], got \(1, 2\)"),
+    (lambda: ops.gather_rows(X, I.to("meta")), ValueError, "index must be on the device of x, cpu, got meta"),
+    (lambda: ops.gather_rows(X, I, out=R[:1]), ValueError, r"out must have shape \(2, 3\)"),
+    (lambda: ops.gather_rows(X, I, out=R.double()), TypeError, "out must have the dtype of x"),
+    (lambda: ops.scatter_rows(X, I, R[:, :2]), ValueError, r"rows must have shape \(2, 3\).*got \(2, 2\)"),
+    (lambda: ops.scatter_rows(X, I, R[:1]), ValueError, r"rows must have shape \(2, 3\).*got \(1, 3\)"),
+    (lambda: ops.scatter_rows(X, I, R.half()), TypeError, "rows must have the dtype of destination"),
+    (lambda: ops.scatter_rows(X, I, R.to("meta")), ValueError, "rows must be on the device of destination"),
+    (lambda: ops.scatter_rows(X.int(), I, R.int(), relu=True), TypeError, "destination must be floating point"),
+    (lambda: ops.plan([[1]], 2), TypeError, "decisions must be a bool or integer tensor.*got list"),
+    (lambda: ops.plan(X, 2), TypeError, r"decisions must be a bool or integer tensor \[N, L\], got torch.float32"),
+    (lambda: ops.plan(I, 2), ValueError, r"decisions must have shape \[N, L\], got \(2,\)"),
+    (lambda: ops.plan(X.int(), 0), ValueError, "choices must be at least 1"),
+    (lambda: ops.plan(X.bool(), 1), ValueError, "at least 2 for bool decisions, got 1"),
+]
+
+
+@pytest.mark.parametrize("call,error,message", WRONG, ids=[message for _, _, message in WRONG])
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.skipif(ops.native_missing is not None, reason="plain torch has its own messages")
+def test_memory_shared_within_one_call():
+    x = torch.zeros(6, 3)
+    with pytest.raises(ValueError, match="rows must not share memory with destination"):
+        ops.scatter_rows_(x, I, x[1:3])
+    with pytest.raises(ValueError, match="out must not share memory with x"):
+        ops.gather_rows(x, I, out=x[1:3])
+    with pytest.raises(ValueError, match="destination must not have rows that overlap"):
+        ops.scatter_rows_(torch.zeros(1, 3).expand(6, 3), I, R)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gather_gradient(layout):
+    x = torch.randn(5, 2, 3, 2, dtype=torch.float64)
+    x = (x.to(memory_format=torch.channels_last) if layout == "channels_last" else x).requires_grad_()
+    for index in ([], [3], [0, 1, 2, 3, 4], [1, 4, 1, 1]):
+        index = torch.tensor(index, dtype=torch.int32)
+        assert torch.autograd.gradcheck(lambda x, index=index: ops.gather_rows(x, index), (x,))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("add,relu", MODES)
+@pytest.mark.parametrize("which", ["none", "one", "all", "every other"])
+def test_scatter_gradients(which, add, relu, in_place):
+    destination = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    index = numbers(which, 5)
+    rows = torch.randn(len(index), 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def scatter(destination, rows):
+        if in_place:
+            return ops.scatter_rows_(destination.clone(), index, rows, add=add, relu=relu)
+        return ops.scatter_rows(destination, index, rows, add=add, relu=relu)
+
+    assert torch.autograd.gradcheck(scatter, (destination, rows))
+    assert torch.autograd.gradcheck(lambda destination: scatter(destination, rows.detach()), (destination,))
+    assert torch.autograd.gradcheck(lambda rows: scatter(destination.detach(), rows), (rows,))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_equal_those_of_torch(dtype):
+    destination = torch.randn(7, 4, 3, dtype=dtype, requires_grad=True)
+    rows = torch.randn(3, 4, 3, dtype=dtype, requires_grad=True)
+    index, weight = torch.tensor([6, 0, 3]), torch.randn(7, 4, 3, dtype=dtype)
+
+    def gradients(gather, scatter):
+        y = scatter(destination, index, rows * 2 - gather(destination, index), True, True)
+        return torch.autograd.grad((y * weight).sum(), (destination, rows))
+
+    ours = gradients(ops.gather_rows, lambda d, i, r, add, relu: ops.scatter_rows(d, i, r, add=add, relu=relu))
+    assert all(map(torch.equal, ours, gradients(lambda x, i: x[i], expected_scatter)))
+
+
+def test_no_kept_sample_gives_zero_gradients():
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    none = torch.tensor([], dtype=torch.int32)
+    ops.scatter_rows(x, none, ops.gather_rows(x, none) * w, add=True, relu=True).sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 3))
+    assert torch.equal(w.grad, torch.zeros(3))
+
+
+def test_nan_in_dropped_rows_reaches_no_gradient():
+    x = torch.full((4, 3), torch.nan)
+    x[1] = 1
+    x.requires_grad_()
+    y = ops.gather_rows(x, torch.tensor([1]))
+    (y * y).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[0.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]))
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    for name, y in (("gather_rows", ops.gather_rows(x, I)), ("scatter_rows", ops.scatter_rows(x, I, rows, relu=True))):
+        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"dynexec.ops.{name} has no second derivative"):
+            gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.gradgradcheck(lambda x: ops.gather_rows(x, I), (x,))
+
+
+def test_a_write_is_seen_by_autograd():
+    w, saved = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+    for write in (lambda: ops.scatter_rows_(saved, I, R), lambda: ops.gather_rows(X, torch.arange(6), out=saved)):
+        loss = (w * saved).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    leaf = torch.zeros(6, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        ops.scatter_rows_(leaf, I, R)
+    with pytest.raises(ValueError, match="out must be None where a gradient is needed"):
+        ops.gather_rows(leaf, I, out=torch.zeros(2, 3))
+    with torch.inference_mode():
+        ops.scatter_rows_(torch.zeros(6, 3), I, torch.ones(2, 3))
+
+
+def naive_plan(decisions, choices):
+    index, offset = [], []
+    for column in zip(*decisions, strict=True):
+        groups = [[n for n, choice in enumerate(column) if choice == c] for c in range(choices)]
+        index.append([n for group in groups for n in group])
+        offset.append([0, *(sum(map(len, groups[: c + 1])) for c in range(choices))])
+    return index, offset
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_plan_equals_a_plain_loop(data):
+    samples, blocks, choices = (data.draw(st.integers(1, high)) for high in (20, 6, 5))
+    rows = st.lists(st.integers(0, choices - 1), min_size=blocks, max_size=blocks)
+    decisions = data.draw(st.lists(rows, min_size=samples, max_size=samples))
+    dtype = data.draw(st.sampled_from([torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]))
+    for plan in (ops.plan, reference.plan):
+        index, offset = plan(torch.tensor(decisions, dtype=dtype), choices)
+        assert (index.tolist(), offset.tolist()) == naive_plan(decisions, choices)
+        assert index.dtype == offset.dtype == torch.int32
+
+
+@pytest.mark.parametrize("samples,blocks", [(0, 3), (3, 0), (0, 0), (1, 54), (100, 1000), (1_000_000, 3)])
+def test_plan_sizes(samples, blocks):
+    decisions = torch.rand(samples, blocks) < 0.5
+    index, offset = ops.plan(decisions, 2)
+    expected_index, expected_offset = reference.plan(decisions, 2)
+    assert index.shape == (blocks, samples)
+    assert torch.equal(index, expected_index)
+    assert torch.equal(offset, expected_offset)
+
+
+def test_plan_reads_any_strides_and_full_groups():
+    decisions = torch.randint(3, (7, 5))
+    for view in (decisions.t(), decisions[::2, 1::2], decisions[:1].expand(6, 5), torch.zeros(4, 3, dtype=torch.int64)):
+        assert all(map(torch.equal, ops.plan(view, 3), reference.plan(view.contiguous(), 3)))
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_plan_names_the_value_out_of_range(wrong):
+    decisions = torch.zeros(6, 4, dtype=torch.int32)
+    decisions[5, 0] = decisions[2, 3] = wrong
+    with pytest.raises(ValueError, match=rf"decisions must be in 0\.\.2, got {wrong} at \[2, 3\]"):
+        ops.plan(decisions, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    x = make(6, (4, 3) if layout == "transposed rows" else (4, 3, 2), layout=layout)
+    index = torch.tensor([5, 0, 3], dtype=torch.int32)
+    rows = ops.gather_rows(x, index)
+    torch.library.opcheck(torch.ops.dynexec.gather_rows, (x, index))
+    torch.library.opcheck(torch.ops.dynexec.gather_rows_out, (x, index, rows))
+    torch.library.opcheck(torch.ops.dynexec.scatter_rows_, (x.clone(), index, rows, True, True))
+    torch.library.opcheck(torch.ops.dynexec.plan, (torch.randint(3, (6, 4)), 3))
+
+
+def test_ops_compile_without_a_break():
+    def step(x, index):
+        rows = ops.gather_rows(x, index)
+        y = ops.scatter_rows(x, index, rows * 2, add=True, relu=True)
+        ops.scatter_rows_(y, index, rows)
+        return y, ops.plan(y > 0, 2)
+
+    x, index = torch.randn(6, 4, requires_grad=True), torch.tensor([4, 1])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (y, planned), (expected, expected_plan) = compiled(x, index), step(x, index)
+    assert torch.equal(y, expected)
+    assert all(map(torch.equal, planned, expected_plan))
+    gradients = [torch.autograd.grad(result.pow(2).sum(), x)[0] for result in (y, expected)]
+    assert torch.equal(*gradients)
+
+
+def test_moving_rows_and_planning_count_as_no_flops():
+    x = torch.randn(6, 4)
+    with FlopCounterMode(display=False) as counter:
+        ops.scatter_rows_(x, I, ops.gather_rows(x, I), add=True, relu=True)
+        ops.gather_rows(x, I, out=torch.empty(2, 4))
+        ops.plan(x > 0, 2)
+    assert counter.get_total_flops() == 0
+    # Registered as zero, rather than unknown to the counter.
+    counted = counter.get_flop_counts()["Global"]
+    names = {"gather_rows", "gather_rows_out", "scatter_rows_", "plan"}
+    assert {getattr(torch.ops.dynexec, name) for name in names} <= counted.keys()
+
+
+def test_no_op_reads_the_device():
+    # A tensor on "meta" has no values: reading one raises.
+    x = torch.randn(6, 4, 3, 2, device="meta", requires_grad=True)
+    index = torch.zeros(3, dtype=torch.int32, device="meta")
+    rows = ops.gather_rows(x, index)
+    ops.scatter_rows(x, index, rows, add=True, relu=True).sum().backward()
+    for function in (reference.gather_rows, lambda x, index: reference.scatter_rows(x, index, x[:3], add=True)):
+        function(x.detach(), index)
+    reference.plan(torch.zeros(6, 4, dtype=torch.bool, device="meta"), 2)
+
+
+@pytest.mark.skipif(ops.native_missing is not None, reason="this is the portable run")
+def test_portable_implementation():
+    """These tests, and those of Route, once more without the native part."""
+    here = os.path.dirname(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{here}/test_ops.py"]
+    result = subprocess.run(
+        [*command, f"{here}/test_route.py"], env=os.environ | {"DYNEXEC_NATIVE": "0"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
