@@ -8,7 +8,7 @@ from dynexec.executors.rewrite import pack
 from dynexec.nn.residual import DynamicBlock, apply_layers
 
 
-class FrozenBlock(nn.Module):
+class FrozenBlock:
     """The parts of a dynamic block, in evaluation mode.
 
     ``shortcut(x)`` is what a dropped sample becomes (None: it stays x). ``body(x, s)`` is what a kept sample becomes,
@@ -25,7 +25,6 @@ class FrozenBlock(nn.Module):
     """
 
     def __init__(self, name, block, input_shape, dtype):
-        super().__init__()
         self.name, self.column = name, block.placement.column
         self.input_shape, self.dtype = tuple(input_shape), dtype
         x = self.example(2)
@@ -36,18 +35,28 @@ class FrozenBlock(nn.Module):
             s = self.shortcut(x)
         self.body = pack_module(_Body(block), x, s, may_overwrite=("s",) if self.shortcut else ("x", "s"))
         self.input_shape, self.output_shape = tuple(x.shape[1:]), tuple(s.shape[1:])
-        self.signature = f"{self.input_shape} shortcut: {self.shortcut} body: {self.body}"
+        self.signature = f"{self.input_shape} shortcut: {describe(self.shortcut)} body: {describe(self.body)}"
 
     def example(self, rows):
         """Random input of that many rows."""
         x = torch.rand(rows, *self.input_shape, dtype=self.dtype)
         return x.contiguous(memory_format=torch.channels_last)
 
+    def run_all(self, x, s, chunk):
+        """Compute every row of ``x`` into ``s``, ``chunk`` at a time; return ``s``."""
+        if len(x) > chunk:
+            return self.run_slice(x, s, 0, len(x), chunk)
+        y = self.body(x, s)
+        return s if y is s else s.copy_(y)
+
     def run_slice(self, x, s, start, stop, chunk):
         """Compute the rows ``start:stop`` of ``x`` into the same rows of ``s``, ``chunk`` at a time; return ``s``."""
         for a in range(start, stop, chunk):
             b = min(a + chunk, stop)
-            self._run_view(x[a:b], s[a:b], x is s)
+            rows = s[a:b]
+            y = self.body(rows if x is s else x[a:b], rows)
+            if y is not rows:
+                rows.copy_(y)
         return s
 
     def run_rows(self, x, s, index, chunk):
@@ -60,11 +69,6 @@ class FrozenBlock(nn.Module):
             shortcuts = rows if x is s else ops.gather_rows(s, part)
             ops.scatter_rows_(s, part, self.body(rows, shortcuts))
         return s
-
-    def _run_view(self, x, s, shared):
-        y = self.body(s if shared else x, s)
-        if y.data_ptr() != s.data_ptr():
-            s.copy_(y)
 
 
 class _Shortcut(nn.Module):
@@ -109,9 +113,21 @@ def trace(module):
 
 
 def pack_module(module, *example, may_overwrite=()):
-    """Trace ``module`` and pack its convolutions; a module that cannot be traced comes back as it is."""
+    """Trace ``module`` and pack its convolutions; what cannot be traced runs as it is. Returns a function."""
     try:
         graph = trace(module)
     except Exception:
         return module
-    return pack(module, graph, *example, may_overwrite=may_overwrite)
+    return pack(module, graph, *example, may_overwrite=may_overwrite).forward
+
+
+def describe(function):
+    """What a packed function computes, as text: equal for equal work."""
+    module = getattr(function, "__self__", function)
+    if not isinstance(module, fx.GraphModule):
+        return str(module)
+    return "; ".join(f"{n.name}={_describe_target(module, n)}{n.args}" for n in module.graph.nodes)
+
+
+def _describe_target(module, node):
+    return repr(module.get_submodule(node.target)) if node.op == "call_module" else repr(node.target)

@@ -12,7 +12,7 @@ def run(stage, x, route):
         s = x if block.shortcut is None else block.shortcut(x)
         kept = route.count(block.column)
         if kept == len(x):
-            block.run_slice(x, s, 0, kept, stage.chunk)
+            block.run_all(x, s, stage.chunk)
         elif kept:
             block.run_rows(x, s, route.group(block.column), stage.chunk)
         x = s

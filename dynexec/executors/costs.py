@@ -105,7 +105,7 @@ def _measure(block, batch):
     s = _shortcut(block, x)
     # The largest chunk that holds the batch stands for all larger ones.
     sizes_of_chunk = [size for size in _CHUNKS if size < 2 * batch] or [_CHUNKS[-1]]
-    chunks = {size: _seconds(lambda size=size: block.run_slice(x, s, 0, len(s), size)) for size in sizes_of_chunk}
+    chunks = {size: _seconds(lambda size=size: block.run_all(x, s, size)) for size in sizes_of_chunk}
     fastest = min(chunks.values())
     chunk = next(size for size in chunks if chunks[size] <= 1.03 * fastest)
     entry = {"chunk": chunk, "body": {}, "move": {}, "select": {}, "shortcut": {}}
@@ -113,7 +113,7 @@ def _measure(block, batch):
         rows = x[:n]
         s = _shortcut(block, rows)
         index = torch.arange(n, dtype=torch.int32).flip(0)  # descending: nothing contiguous to profit from
-        entry["body"][n] = _seconds(lambda rows=rows, s=s, n=n: block.run_slice(rows, s, 0, n, chunk))
+        entry["body"][n] = _seconds(lambda rows=rows, s=s, n=n: block.run_all(rows, s, chunk))
         entry["move"][n] = _seconds(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
         if block.shortcut is not None:
             entry["move"][n] += _seconds(lambda rows=rows, index=index: ops.gather_rows(rows, index))

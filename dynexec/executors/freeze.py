@@ -117,14 +117,14 @@ class FrozenNetwork(nn.Module):
     def explain(self):
         """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
         lines = [f"{self.num_blocks} blocks in {len(self.stages)} stages, {self.dtype}, policy: {self._policy_name()}"]
-        for number, stage in enumerate(self.stages):
-            lines += stage.explain(number)
+        for stage in self.stages:
+            lines += stage.explain()
         return "\n".join(lines)
 
     def _policy_name(self):
         if self.policy is None:
             return "none, decisions must be given"
-        return "packed" if isinstance(self.policy, fx.GraphModule) else "as it is"
+        return "packed" if isinstance(getattr(self.policy, "__self__", None), fx.GraphModule) else "as it is"
 
     def __getstate__(self):
         raise TypeError("a FrozenNetwork cannot be pickled or copied: save the original model and freeze it again")
@@ -161,11 +161,9 @@ def _pack_stages(backbone, images, executor):
         for node in run:
             meta = node.args[0].meta["tensor_meta"]
             blocks.append(FrozenBlock(node.target, modules[node.target], meta.shape[1:], meta.dtype))
-        stage = Stage(blocks, _is_fresh(source, modules), executor, len(images))
-        module.add_submodule(f"stage_{number}", stage)
-        modules[f"stage_{number}"] = stage
+        stage = Stage(number, blocks, _is_fresh(source, modules), executor, len(images))
         with graph.inserting_before(run[0]):
-            call = graph.call_module(f"stage_{number}", (source, route))
+            call = graph.call_function(stage, (source, route))
         call.meta = dict(run[-1].meta)
         run[-1].replace_all_uses_with(call)
         stages.append((stage, [modules[node.target] for node in run], inputs[run[0]]))
@@ -173,7 +171,7 @@ def _pack_stages(backbone, images, executor):
             graph.erase_node(node)
     module.recompile()
     module.delete_all_unused_submodules()
-    return module, stages
+    return module.forward, stages
 
 
 def _runs(graph, modules):
@@ -199,8 +197,9 @@ def _runs(graph, modules):
 
 def _is_fresh(node, modules):
     """Whether the value of ``node`` is new memory that only its one user reads."""
-    makers = (PackedConv, Stage, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-    return node.op == "call_module" and isinstance(modules.get(node.target), makers) and len(node.users) == 1
+    maker = modules.get(node.target) if node.op == "call_module" else node.target
+    fresh = isinstance(maker, (PackedConv, Stage, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))
+    return fresh and len(node.users) == 1
 
 
 class _Recorder(fx.Interpreter):

@@ -34,5 +34,5 @@ def run(stage, x, parts):
 def _run_static(stage, x, kept):
     for block, keep in zip(stage.blocks, kept, strict=True):
         s = x if block.shortcut is None else block.shortcut(x)
-        x = block.run_slice(x, s, 0, len(x), stage.chunk) if keep else s
+        x = block.run_all(x, s, stage.chunk) if keep else s
     return x

@@ -13,9 +13,9 @@ def run(stage, x, route):
     for block in stage.blocks:
         s = x if block.shortcut is None else block.shortcut(x)
         if route.count(block.column) == len(x):
-            x = block.run_slice(x, s, 0, len(x), stage.chunk)
+            x = block.run_all(x, s, stage.chunk)
         else:
             dense = s.clone()  # the body may overwrite its second input
-            dense = block.run_slice(dense if s is x else x, dense, 0, len(x), stage.chunk)
+            dense = block.run_all(dense if s is x else x, dense, stage.chunk)
             x = torch.where(route.decisions[:, block.column].reshape(-1, *[1] * (s.dim() - 1)), dense, s)
     return x

@@ -20,14 +20,16 @@ def onednn_available():
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-class PackedConv(nn.Module):
+class PackedConv:
     """A frozen 2-d convolution: ``activation(conv(x))``, or ``activation(conv(x) + other)`` given ``other``.
 
     float32 on a CPU goes through oneDNN's fused convolutions, with the weights reordered once for it; anything else
-    through ``F.conv2d``.
+    through ``F.conv2d``. A plain callable, not a module: at small batches the call itself counts.
 
     Parameters
     ----------
+    name : str
+        What generated code calls it.
     weight : tensor ``[C_out, C_in / groups, k_h, k_w]``
     bias : tensor ``[C_out]``
     stride, padding, dilation : pairs of int
@@ -35,39 +37,38 @@ class PackedConv(nn.Module):
     activation : key of ACTIVATIONS
     overwrites_other : bool
         Write the result into ``other``, which must not share memory with ``x``.
-    input_size : tuple of int, optional
+    input_size : tuple of int
         A typical ``[N, C, H, W]``, for which oneDNN chooses the layout of the weights.
     """
 
-    def __init__(self, weight, bias, stride, padding, dilation, groups, activation, overwrites_other, input_size):
-        super().__init__()
-        self.geometry = [list(padding), list(stride), list(dilation), groups]  # in oneDNN's order
-        self.shape = tuple(weight.shape)
-        self.activation, self.overwrites_other = activation, overwrites_other
+    def __init__(self, name, weight, bias, stride, padding, dilation, groups, activation, overwrites_other, input_size):
+        self.__name__ = name
+        self.geometry = list(padding), list(stride), list(dilation), groups  # in oneDNN's order
+        self.shape, self.activation, self.overwrites_other = tuple(weight.shape), activation, overwrites_other
+        function, onednn_name, scalars = ACTIVATIONS[activation]
         self.onednn = weight.dtype == torch.float32 and weight.device.type == "cpu" and onednn_available()
-        if self.onednn:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
-        self.weight, self.bias = weight, bias
-
-    def extra_repr(self):
-        kind = "oneDNN" if self.onednn else "aten"
-        return f"{kind}, {self.shape}, {self.geometry}, {self.activation}, overwrites_other={self.overwrites_other}"
-
-    def forward(self, x, other=None):
-        function, name, scalars = ACTIVATIONS[self.activation]
         if not self.onednn:
-            padding, stride, dilation, groups = self.geometry
-            y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
-            y = function(y if other is None else y + other)
-            return other.copy_(y) if self.overwrites_other else y
+            self._function, self._constants = function, (weight, bias, stride, padding, dilation, groups)
+            return
         mkldnn = torch.ops.mkldnn
+        weight = mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
+        self._unary = mkldnn._convolution_pointwise.default
+        self._constants = (weight, bias, *self.geometry)
+        self._activation = onednn_name, scalars, ""
+        in_place, out_of_place = mkldnn._convolution_pointwise_.binary, mkldnn._convolution_pointwise.binary
+        self._binary = in_place if overwrites_other else out_of_place
+        self._addition = "add", 1.0, None if activation is None else onednn_name, scalars, ""
+
+    def __repr__(self):
+        kind = "oneDNN" if self.onednn else "aten"
+        return f"{kind} {self.shape} {self.geometry} {self.activation} overwrites_other={self.overwrites_other}"
+
+    def __call__(self, x, other=None):
+        if not self.onednn:
+            y = F.conv2d(x, *self._constants)
+            y = self._function(y if other is None else y + other)
+            return other.copy_(y) if self.overwrites_other else y
         if other is None:
-            return mkldnn._convolution_pointwise.default(x, self.weight, self.bias, *self.geometry, name, scalars, "")
-        unary = (None if self.activation is None else name, scalars, "")
-        if self.overwrites_other:
-            return mkldnn._convolution_pointwise_.binary(
-                other, x, self.weight, self.bias, *self.geometry, "add", 1.0, *unary
-            )
-        return mkldnn._convolution_pointwise.binary(
-            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, *unary
-        )
+            return self._unary(x, *self._constants, *self._activation)
+        first, second = (other, x) if self.overwrites_other else (x, other)
+        return self._binary(first, second, *self._constants, *self._addition)

@@ -52,6 +52,7 @@ def pack(root, graph, *example, may_overwrite=()):
     Returns
     -------
     fx.GraphModule
+        Its ``forward`` is the result; calling the module itself does the same, slower.
     """
     module = fx.GraphModule(root, graph)
     with torch.no_grad():
@@ -122,14 +123,11 @@ def _replace(module, modules, node, conv, may_overwrite):
         and ends_graph
     )
     packed = PackedConv(
-        weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation, overwrites,
+        f"packed_{node.name}", weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation, overwrites,
         tuple(x.meta["tensor_meta"].shape),
     )  # fmt: skip
-    name = f"packed_{node.name}"
-    module.add_submodule(name, packed)
-    modules[name] = packed
     with module.graph.inserting_after(last):
-        new = module.graph.call_module(name, (x,) if other is None else (x, other))
+        new = module.graph.call_function(packed, (x,) if other is None else (x, other))
     new.meta = dict(last.meta)
     last.replace_all_uses_with(new)
 

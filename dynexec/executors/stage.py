@@ -1,7 +1,6 @@
 """Consecutive frozen blocks of one shape, and the choice of the executor that runs them."""
 
 import torch
-from torch import nn
 
 from dynexec.executors import compact, grouped, masked
 from dynexec.executors.choose import StageCosts
@@ -11,7 +10,7 @@ from dynexec.route import Route
 EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
 
 
-class Stage(nn.Module):
+class Stage:
     """A run of frozen blocks in which only the first may change the shape.
 
     ``stage(x, route)`` runs it with the executor that ``executor`` names, or with the one that the cost model predicts
@@ -19,6 +18,7 @@ class Stage(nn.Module):
 
     Parameters
     ----------
+    number : int
     blocks : list of FrozenBlock
     owns_input : bool
         Whether nobody else reads the stage's input, so that it may be overwritten.
@@ -27,16 +27,16 @@ class Stage(nn.Module):
         The batch size to be fast at.
     """
 
-    def __init__(self, blocks, owns_input, executor, batch):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+    def __init__(self, number, blocks, owns_input, executor, batch):
+        self.__name__ = f"stage_{number}"  # what generated code calls it
+        self.number, self.blocks = number, blocks
         self.owns_input, self.executor, self.batch = owns_input, executor, batch
         self.output_shape = blocks[-1].output_shape
         self.chunk, self.costs = 1, None
         self.proven, self.refused = list(EXECUTORS), {}
         self.used = dict.fromkeys(EXECUTORS, 0)
 
-    def forward(self, x, route):
+    def __call__(self, x, route):
         if not self.owns_input:
             x = x.clone()
         name, prepared = self.choose(route)
@@ -78,11 +78,11 @@ class Stage(nn.Module):
         if self.executor in self.refused or not self.proven:
             raise RuntimeError(f"executor {wanted!r} cannot run {self.blocks[0].name}...: {self.refused[wanted]}")
 
-    def explain(self, number):
+    def explain(self):
         """Lines of text: the blocks, what each executor costs at three keep rates, what was chosen so far."""
         first, last = self.blocks[0], self.blocks[-1]
         lines = [
-            f"stage {number}: {len(self.blocks)} blocks {first.name} .. {last.name}, rows {first.input_shape} -> "
+            f"stage {self.number}: {len(self.blocks)} blocks {first.name} .. {last.name}, rows {first.input_shape} -> "
             f"{self.output_shape}, {self.chunk} rows at a time"
         ]
         n = self.batch
