@@ -43,6 +43,32 @@ class StageCosts:
             "grouped": grouped,
         }
 
+    def losses(self, executor, kept, parts, num_samples):
+        """Predicted seconds above the dense time of the kept rows, by cause.
+
+        Causes are "small batches" (a convolution of few rows takes longer per row), "row moves" (gather and scatter) and
+        "dropped rows computed". Arguments as in ``predict``.
+        """
+        small = moves = computed = 0.0
+        dense = [block.body(num_samples) / num_samples for block in self.blocks]
+        if executor == "grouped":
+            for pattern, samples in parts.items():
+                n = len(samples)
+                small += sum(
+                    b.body(n) - row * n for b, row, keep in zip(self.blocks, dense, pattern, strict=True) if keep
+                )
+                small += sum(b.shortcut(n) - b.shortcut(num_samples) * n / num_samples for b in self.blocks)
+                moves += self.blocks[0].move(n) if len(parts) > 1 else 0.0
+        for block, row, count in zip(self.blocks, dense, kept, strict=True):
+            if count == num_samples or executor == "grouped":
+                continue
+            if executor == "compact":
+                small += block.body(count) - row * count
+                moves += block.move(count)
+            else:
+                computed += row * (num_samples - count) + block.select(num_samples)
+        return {"small batches": small, "row moves": moves, "dropped rows computed": computed}
+
     def _table(self, n):
         """For a batch of ``n``, built once: compact's seconds by block and count, masked's by block for some and for all
         samples kept, and the body's of all blocks and the shortcuts' by number of rows."""

@@ -114,6 +114,15 @@ class FrozenNetwork(nn.Module):
             raise ValueError(f"decisions is on {decisions.device}, but x is on {x.device}: move it there")
         return Route.from_decisions(decisions.expand(expected))
 
+    def predict_losses(self, decisions):
+        """Where time is expected to be lost against dense speed on the kept rows: seconds by cause.
+
+        The causes are those of the executors that would be chosen for ``decisions``, bool ``[N, L]``.
+        """
+        route = Route.from_decisions(decisions)
+        found = [stage.predict_losses(route) for stage in self.stages]
+        return {cause: sum(losses[cause] for losses in found) for cause in found[0]}
+
     def explain(self):
         """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
         lines = [f"{self.num_blocks} blocks in {len(self.stages)} stages, {self.dtype}, policy: {self._policy_name()}"]

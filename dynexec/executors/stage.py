@@ -55,8 +55,15 @@ class Stage:
     def predict(self, route):
         """Seconds by executor, and what ``grouped`` prepared on the way."""
         parts = grouped.prepare(self, route)
-        kept = [route.count(block.column) for block in self.blocks]
-        return self.costs.predict(kept, parts, route.num_samples), parts
+        return self.costs.predict(self._kept(route), parts, route.num_samples), parts
+
+    def predict_losses(self, route):
+        """Seconds by cause, see :meth:`StageCosts.losses`, for the executor that would be chosen."""
+        name, _ = self.choose(route)
+        return self.costs.losses(name, self._kept(route), grouped.prepare(self, route), route.num_samples)
+
+    def _kept(self, route):
+        return [route.count(block.column) for block in self.blocks]
 
     def measure(self, cache):
         """Measure what the blocks cost; the chunk of most blocks is the stage's."""
