@@ -7,6 +7,7 @@ activation, for a dropped one (BlockDrop, Wu et al., CVPR 2018, section 3; Veit 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from inspect import signature
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from dynexec import ops
 from dynexec.nn.context import active_execution
 
 
-@dataclass
+@dataclass(frozen=True)
 class Placement:
     """Where a block stands in its model: its column of the decisions, and how it treats batch statistics."""
 
@@ -29,9 +30,9 @@ class DynamicBlock:
     """Mixin for an ``nn.Module``: obeys the active ``decide`` once it has a ``placement``.
 
     A subclass says how it computes through three methods. ``residual_layers`` is the residual branch as callables
-    applied in order (None: not known as a sequence, kept samples then run ``forward_dense`` as a whole, which needs an
-    identity shortcut). ``shortcut_layers`` is the same for the shortcut (empty: identity). ``activation_layer`` is
-    what follows the addition (None: nothing).
+    applied in order (None: not known as a sequence, which needs an identity shortcut). ``shortcut_layers`` is the same
+    for the shortcut (empty: identity). ``activation_layer`` is what follows the addition (None: nothing). A block with
+    an identity shortcut runs ``forward_dense`` on its kept samples, with every argument it was called with.
     """
 
     placement: Placement | None = None
@@ -45,56 +46,90 @@ class DynamicBlock:
     def activation_layer(self) -> Callable | None:
         return None
 
-    def forward_dense(self, x, *args, **kwargs):
+    def forward_dense(self, *args, **kwargs):
         """The block for all samples; a converted block has its model's own ``forward`` here."""
-        return super().forward(x, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         execution = active_execution()
         if execution is None or self.placement is None:
-            return self.forward_dense(x, *args, **kwargs)
-        execution.check(x, self.placement.num_columns)
-        if execution.mode == "capacity" or torch.compiler.is_compiling():
-            return self._select(x, execution.column(self.placement.column), args, kwargs)
-        route = execution.route(x.shape[0])
-        kept = route.count(self.placement.column)
-        if kept == x.shape[0] and kept:
-            return self.forward_dense(x, *args, **kwargs)
-        if self.placement.batch_norm == "all" and _updates_batch_norm(self):
-            return self._select(x, execution.column(self.placement.column), args, kwargs)
-        return self._compact(x, route.group(self.placement.column), kept, args, kwargs)
+            return self.forward_dense(*args, **kwargs)
+        if not args:  # the input was given by name
+            bound = signature(super().forward).bind(**kwargs)
+            args, kwargs = bound.args, bound.kwargs
+        return _run(self, execution, args[0], args[1:], kwargs)
 
-    def _select(self, x, keep, args, kwargs):
-        """Compute every sample, then choose: the published code's way, and the reference for every other."""
-        shortcut = apply_layers(self.shortcut_layers(), x)
-        layers = self.residual_layers()
-        if layers is None:
-            full = self.forward_dense(x, *args, **kwargs)
-        else:
-            full = apply_layers(layers, x) + shortcut
-            if (activation := self.activation_layer()) is not None:
-                full = activation(full)
-        return torch.where(keep.reshape(-1, *[1] * (full.dim() - 1)), full, shortcut)
 
-    def _compact(self, x, index, kept, args, kwargs):
-        """Compute the kept samples only: gather, run, scatter."""
-        shortcuts, layers = self.shortcut_layers(), self.residual_layers()
-        shortcut = apply_layers(shortcuts, x)
-        if kept == 0:
-            return _with_zero_gradients(shortcut, self)
-        rows = ops.gather_rows(x, index)
-        if layers is None:
-            return ops.scatter_rows(x, index, self.forward_dense(rows, *args, **kwargs))
-        if not shortcuts:
-            rows = apply_layers(layers, rows) + rows
-            if (activation := self.activation_layer()) is not None:
-                rows = activation(rows)
-            return ops.scatter_rows(x, index, rows)
-        activation = self.activation_layer()
-        rows = apply_layers(layers, rows)
-        if activation is None or _is_plain_relu(activation):
-            return ops.scatter_rows(shortcut, index, rows, add=True, relu=activation is not None)
-        return ops.scatter_rows(shortcut, index, activation(rows + ops.gather_rows(shortcut, index)))
+def _run(block, execution, x, args, kwargs):
+    placement, shortcuts = block.placement, block.shortcut_layers()
+    execution.check(x, placement.num_columns)
+    if shortcuts and (args or kwargs):
+        raise TypeError(
+            f"the block of column {placement.column} has a shortcut of its own and got more than its input: inside "
+            f"decide such a block takes one argument, got {1 + len(args) + len(kwargs)}"
+        )
+    all_samples = placement.batch_norm == "all"
+    # A tensor among the other arguments may belong to the samples: nobody says, so every sample is computed.
+    others = any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
+    if execution.mode == "capacity" or others or _is_traced(x):
+        if not all_samples and _uses_batch_statistics(block):
+            raise RuntimeError(
+                f'batch_norm="kept" takes batch statistics over kept samples, but the block of column '
+                f"{placement.column} computes all of them here (capacity mode, a traced call, or a tensor among its "
+                'other arguments): use exact mode in eager execution, batch_norm="all", or model.eval()'
+            )
+        return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
+    route = execution.route(x.shape[0])
+    kept = route.count(placement.column)
+    if kept == x.shape[0] and kept:
+        return block.forward_dense(x, *args, **kwargs)
+    if all_samples and _uses_batch_statistics(block):
+        return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
+    try:
+        return _compact(block, x, route.group(placement.column), kept, shortcuts, args, kwargs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f'batch_norm="kept": {kept} of {x.shape[0]} samples kept by the block of column {placement.column} give '
+            f'BatchNorm one value per channel, and it cannot train on that: keep more samples, or use "all" ({error})'
+        ) from error
+
+
+def _select(block, x, keep, shortcuts, args, kwargs):
+    """Compute every sample, then choose: the published code's way, and the reference for every other."""
+    shortcut = apply_layers(shortcuts, x)
+    if shortcuts:
+        full = _finish(block, apply_layers(block.residual_layers(), x) + shortcut)
+    else:
+        # A forward that is not known as a sequence may overwrite its input, which dropped samples need.
+        full = block.forward_dense(x.clone() if block.residual_layers() is None else x, *args, **kwargs)
+    return torch.where(keep.reshape(-1, *[1] * (full.dim() - 1)), full, shortcut)
+
+
+def _compact(block, x, index, kept, shortcuts, args, kwargs):
+    """Compute the kept samples only: gather, run, scatter. The result never shares memory with ``x``."""
+    shortcut = apply_layers(shortcuts, x)
+    if kept == 0:
+        return _with_zero_gradients(shortcut, block)
+    rows = ops.gather_rows(x, index)
+    if not shortcuts:
+        return _scatter(x, index, block.forward_dense(rows, *args, **kwargs))
+    rows, activation = apply_layers(block.residual_layers(), rows), block.activation_layer()
+    if rows.dtype == shortcut.dtype and (activation is None or _is_plain_relu(activation)):
+        return ops.scatter_rows(shortcut, index, rows, add=True, relu=activation is not None)
+    return _scatter(shortcut, index, _finish(block, rows + ops.gather_rows(shortcut, index)))
+
+
+def _finish(block, total):
+    activation = block.activation_layer()
+    return total if activation is None else activation(total)
+
+
+def _scatter(destination, index, rows):
+    # Under autocast a branch may be narrower than its shortcut; torch.where, the reference, widens too.
+    dtype = torch.promote_types(destination.dtype, rows.dtype)
+    return ops.scatter_rows(destination.to(dtype), index, rows.to(dtype))
 
 
 class ResidualBlock(DynamicBlock, nn.Module):
@@ -135,11 +170,16 @@ def dynamic_blocks(module):
 
 def assign_columns(module, *, batch_norm="all"):
     """Give every dynamic block of ``module`` its column, in registration order; return their number L."""
-    check_batch_norm(batch_norm)
     blocks = dynamic_blocks(module)
+    place(blocks, batch_norm)
+    return len(blocks)
+
+
+def place(blocks, batch_norm="all"):
+    """Give ``blocks`` their columns, in this order."""
+    check_batch_norm(batch_norm)
     for column, block in enumerate(blocks):
         block.placement = Placement(column, len(blocks), batch_norm)
-    return len(blocks)
 
 
 def check_batch_norm(batch_norm):
@@ -149,26 +189,33 @@ def check_batch_norm(batch_norm):
 
 
 def _is_plain_relu(layer):
-    """Whether the scatter may apply it instead: a ReLU that nobody hooked."""
+    """Whether the scatter may apply it instead: a ReLU that nobody hooked or patched."""
     if layer is torch.relu:
         return True
-    hooked = isinstance(layer, nn.Module) and (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    if type(layer) is not nn.ReLU or "forward" in vars(layer):
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _is_traced(x):
+    """Whether the call has no values to read: sizes must not depend on decisions then."""
+    return torch.compiler.is_compiling() or x.device.type == "meta" or torch.jit.is_tracing()
+
+
+def _uses_batch_statistics(block):
+    return any(
+        isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        for module in block.modules()
     )
-    return type(layer) is nn.ReLU and not hooked
-
-
-def _updates_batch_norm(block):
-    return any(isinstance(module, _BatchNorm) and module.training for module in block.modules())
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Identity whose backward gives every parameter a gradient of zeros, as computing on no sample does."""
+    """A copy whose backward gives every parameter a gradient of zeros, as computing on no sample does."""
 
     @staticmethod
     def forward(ctx, x, *parameters):
         ctx.parameters = parameters
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
@@ -176,7 +223,8 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def _with_zero_gradients(x, block):
-    if not torch.is_grad_enabled():
-        return x
-    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    return _ZeroGradients.apply(x, *parameters) if parameters else x
+    # A copy, as of every other keep: an in-place layer behind the block must not reach the block's input.
+    parameters = []
+    if torch.is_grad_enabled():
+        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    return _ZeroGradients.apply(x, *parameters) if parameters else x.clone()
