@@ -39,19 +39,22 @@ class decide:
     """Context manager: blocks inside it run only on the samples that ``decisions`` keep.
 
     Safe under threads (each thread sees only its own) and under nesting (the innermost wins; the outer one is
-    back afterwards). A ``decide`` entered in one thread is not seen in threads started from it. With activation
-    checkpointing, call ``backward`` inside the same ``decide``, because the forward is run again there.
+    back afterwards); one object may be entered any number of times, by several threads at once. A ``decide`` entered in
+    one thread is not seen in threads started from it. Activation checkpointing runs the forward again, in the backward
+    pass and maybe in another thread: tell it the decisions,
+    ``checkpoint(f, x, use_reentrant=False, context_fn=lambda: (nullcontext(), decide(decisions)))``.
 
     Parameters
     ----------
     decisions : bool tensor ``[N, L]`` or ``[L]``, or Route
         True where sample n keeps block l; one column per dynamic block, in execution order. ``[L]`` holds for
-        every sample. A two-choice :class:`Route` is used as it is.
+        every sample. A two-choice :class:`Route` is used as it is. In exact mode the tensor is copied here, so that
+        changing it afterwards changes nothing; in capacity mode every block reads it when it runs.
     mode : {"exact", "capacity"}
         "exact" reads the counts on the host, once for all blocks, and computes only kept samples. "capacity" never
         waits for the device and keeps every shape fixed: blocks compute all samples and select, so it saves no time
-        by itself. ``torch.compile`` and ``torch.export`` cannot follow data-dependent sizes; while they trace,
-        blocks run in capacity mode whichever was asked.
+        by itself. ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` cannot follow data-dependent sizes, and
+        tensors on the meta device have no values: there blocks run in capacity mode whichever was asked.
 
     Raises
     ------
@@ -71,14 +74,16 @@ class decide:
             if decisions.choices != 2:
                 raise ValueError(f"decisions must be a Route of 2 choices (dropped, kept), got {decisions.choices}")
             self._route, decisions = decisions, decisions.decisions.bool()
-        self.decisions = check_decisions(decisions)
+        decisions = check_decisions(decisions)
+        # The route is built later. Not in capacity mode: a captured CUDA graph must see a changed buffer.
+        self.decisions = decisions.clone() if mode == "exact" else decisions
 
     def __enter__(self):
         _active.top = (self, _active.top)
         return self
 
     def __exit__(self, *exception):
-        _active.top = _active.top[1]
+        _active.top = _without(self, _active.top)
 
     def route(self, num_samples):
         """The exact Route for a batch of ``num_samples``, built at the first call."""
@@ -111,6 +116,12 @@ class decide:
             )
         if device != x.device:
             raise ValueError(f"decisions is on {device}, but a block got its input on {x.device}: move it there")
+
+
+def _without(execution, top):
+    """The list ``top`` less its innermost entry of ``execution``; generators may leave in another order."""
+    entered, outer = top
+    return outer if entered is execution else (entered, _without(execution, outer))
 
 
 def check_decisions(decisions):
