@@ -5,15 +5,17 @@ convolutions in its residual branch, as the residual blocks of torchvision's, ti
 """
 
 import operator
+import sys
 from dataclasses import dataclass
 from functools import reduce
+from importlib import import_module
 
 import torch
 from torch import fx, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 class Adapter:
@@ -29,6 +31,9 @@ class Adapter:
     """
 
     def __init__(self, block_type):
+        types = block_type if isinstance(block_type, tuple) else (block_type,)
+        if not all(isinstance(one, type) for one in types):
+            raise TypeError(f"block_type must be a type or a tuple of types, got {block_type!r}")
         self.block_type = block_type
 
     def residual_layers(self, block):
@@ -40,13 +45,13 @@ class Adapter:
         return []
 
     def activation_layer(self, block):
-        """What follows the addition, or None."""
+        """What follows the addition of a shortcut that is not the identity, or None."""
         return None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of a branch: a submodule by name, or a function or tensor method with constant arguments."""
+    """One operation of a branch: a submodule, function or tensor method, applied to one tensor and constants."""
 
     kind: str
     target: object
@@ -55,16 +60,29 @@ class Step:
 
     def bind(self, block):
         """The step as a callable on a tensor. A submodule is looked up now, so a replaced one is found."""
-        if self.kind == "call_module":
-            return reduce(getattr, self.target.split("."), block)
-        function = getattr(torch.Tensor, self.target) if self.kind == "call_method" else self.target
+        function = self.module(block)
+        if function is None:
+            function = getattr(torch.Tensor, self.target) if self.kind == "call_method" else self.target
         args, kwargs = self.args, dict(self.kwargs)
-        return lambda x: function(x, *args, **kwargs)
+        return (lambda x: function(x, *args, **kwargs)) if args or kwargs else function
 
-    def convolutions(self, block):
-        if self.kind != "call_module":
-            return 0
-        return sum(isinstance(module, CONVOLUTIONS) for module in self.bind(block).modules())
+    def module(self, block):
+        """The submodule it calls, or None."""
+        return reduce(getattr, self.target.split("."), block) if self.kind == "call_module" else None
+
+    def __reduce__(self):
+        # A function by its name where that finds it: max_pool2d and its like cannot be pickled as they are.
+        target = self.target
+        if self.kind == "call_function":
+            name = (target.__module__, target.__name__)
+            target = name if getattr(sys.modules.get(name[0]), name[1], None) is target else target
+        return _load_step, (self.kind, target, self.args, self.kwargs)
+
+
+def _load_step(kind, target, args, kwargs):
+    if isinstance(target, tuple):
+        target = getattr(import_module(target[0]), target[1])
+    return Step(kind, target, args, kwargs)
 
 
 class TracedAdapter(Adapter):
@@ -92,10 +110,11 @@ class NotABlock(Exception):
 
 
 def is_candidate(module):
-    """Whether a module could be a block: neither a container nor one of torch's own, with a convolution inside."""
+    """Whether a module could be a block: its forward is not one of torch's own, and there is a convolution inside."""
+    forward = getattr(type(module).forward, "__module__", None) or ""
     return (
-        not isinstance(module, (*_CONTAINERS, *CONVOLUTIONS))
-        and not type(module).__module__.startswith("torch.nn.")
+        not isinstance(module, CONVOLUTIONS)
+        and not forward.startswith("torch.nn.")
         and any(isinstance(child, CONVOLUTIONS) for child in module.modules())
     )
 
@@ -104,12 +123,19 @@ def read_structure(block):
     """Trace ``block`` and return its :class:`TracedAdapter`; raise :class:`NotABlock` with the reason if it has none.
 
     The trace is taken in evaluation and in training mode; where they differ, only a block with an identity shortcut
-    is accepted, and its kept samples run its own forward.
+    is accepted. The block is left as it was.
     """
     modes = {module: module.training for module in block.modules()}
+    attributes = dict(vars(block))
+    adapters = []
     try:
-        adapters = [_split(block, _trace(block.train(training))) for training in (False, True)]
+        for training in (False, True):
+            for module in modes:
+                module.training = training
+            adapters.append(_split(block, _trace(block)))
     finally:
+        vars(block).clear()  # a forward may store what it computes, here the tracer's stand-ins
+        vars(block).update(attributes)
         for module, training in modes.items():
             module.training = training
     evaluation, training = adapters
@@ -128,7 +154,7 @@ class _OneInput(nn.Module):
         self.block = block
 
     def forward(self, x):
-        return self.block(x)
+        return self.block.forward(x)  # not its hooks: they stay on the block and run around its call
 
 
 class _BlockTracer(fx.Tracer):
@@ -137,8 +163,7 @@ class _BlockTracer(fx.Tracer):
         self.block = block
 
     def is_leaf_module(self, module, name):
-        plain_sequence = type(module).forward is nn.Sequential.forward
-        return module is not self.block and not plain_sequence
+        return module is not self.block
 
 
 def _trace(block):
@@ -153,21 +178,24 @@ def _split(block, graph):
     x = next(node for node in graph.nodes if node.op == "placeholder")
     node = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     activation = None
-    if isinstance(node, fx.Node) and not _is_addition(node) and len(node.all_input_nodes) == 1:
-        activation, node = _step(node), node.all_input_nodes[0]
+    if isinstance(node, fx.Node) and not _is_addition(node) and (activation := _step(node)) is not None:
+        node = node.args[0]
     if not (isinstance(node, fx.Node) and _is_addition(node)):
         raise NotABlock("no skip connection: its output is not residual(x) + shortcut(x), activated or not")
     first, second = (_branch(block, operand, x) for operand in node.args)
+    overwritten = any(_overwrites(block, user, x) for user in x.users)
     if () in (first, second):
         residual = second if first == () else first
         if residual == ():
             raise NotABlock("both operands of its addition are its input")
-        return TracedAdapter(type(block), residual, (), activation)
+        return TracedAdapter(type(block), None if overwritten else residual, (), activation)
     if first is None or second is None:
         raise NotABlock("its shortcut is not the identity, and a branch is not a plain sequence of layers")
+    if overwritten:
+        raise NotABlock("its shortcut is not the identity, and an in-place layer overwrites its input")
     if first[0] == second[0]:
         raise NotABlock("its residual branch and its shortcut share their first layer")
-    counts = [sum(step.convolutions(block) for step in branch) for branch in (first, second)]
+    counts = [sum(_convolutions(block, step) for step in branch) for branch in (first, second)]
     if counts[0] == counts[1]:
         raise NotABlock(f"its two branches have {counts[0]} convolutions each: which is the shortcut is not clear")
     residual, shortcut = (first, second) if counts[0] > counts[1] else (second, first)
@@ -175,22 +203,60 @@ def _split(block, graph):
 
 
 def _is_addition(node):
-    return node.op in ("call_function", "call_method") and node.target in _ADDITIONS and len(node.all_input_nodes) == 2
+    return (
+        node.op in ("call_function", "call_method")
+        and node.target in _ADDITIONS
+        and len(node.args) == len(node.all_input_nodes) == 2
+        and not node.kwargs
+    )
 
 
 def _branch(block, node, x):
     """The steps from ``x`` to ``node``: () for x itself, None where the way is not a plain sequence."""
     steps = []
     while node is not x:
-        if len(node.all_input_nodes) != 1 or node.args[:1] != (node.all_input_nodes[0],):
-            return None
         step = _step(node)
-        if not (step.kind == "call_module" and type(step.bind(block)) is nn.Identity):
-            steps.append(step)
-        node = node.all_input_nodes[0]
-    return tuple(reversed(steps))
+        if step is None:
+            return None
+        steps.append(step)
+        node = node.args[0]
+    return () if all(_does_nothing(step.module(block)) for step in steps) else tuple(reversed(steps))
 
 
 def _step(node):
+    """``node`` as a step, or None where it is not an operation on its first argument and constants."""
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return None
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    others = []
+    fx.node.map_arg((node.args[1:], node.kwargs), others.append)
+    if others:
+        return None
     target = node.target.removeprefix("block.") if node.op == "call_module" else node.target
     return Step(node.op, target, tuple(node.args[1:]), tuple(sorted(node.kwargs.items())))
+
+
+def _does_nothing(module):
+    if type(module) is nn.Sequential:
+        return all(_does_nothing(child) for child in module)
+    return type(module) is nn.Identity
+
+
+def _overwrites(block, node, x):
+    """Whether ``node`` is an operation in place on ``x``."""
+    if node.args[:1] != (x,):
+        return False
+    if node.op == "call_module":
+        module = _step(node).module(block) if _step(node) else None
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[0]
+        return getattr(module, "inplace", False) is True
+    name = node.target if node.op == "call_method" else node.target.__name__
+    in_place_name = name.endswith("_") and not name.endswith("__")
+    return node.target in _IN_PLACE_OPERATORS or in_place_name or node.kwargs.get("inplace") is True
+
+
+def _convolutions(block, step):
+    module = step.module(block)
+    return 0 if module is None else sum(isinstance(layer, CONVOLUTIONS) for layer in module.modules())
