@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 
-from torch import nn
+import torch
+from torch import fx, nn
 
-from dynexec.nn.residual import DynamicBlock, assign_columns, check_batch_norm, dynamic_blocks
+from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
 from dynexec.nn.structure import Adapter, NotABlock, is_candidate, read_structure
 
 
@@ -31,12 +32,16 @@ class Conversion:
     def __str__(self):
         lines = [f"{self.num_blocks} blocks converted: decisions are bool [N, {self.num_blocks}]"]
         lines += [
-            f"  column {c:3d}  {name} ({kind}, {shortcut} shortcut)" for c, name, kind, shortcut in self.converted
+            f"  column {column:3d}  {name or 'the model itself'} ({kind}, {shortcut} shortcut)"
+            for column, name, kind, shortcut in self.converted
         ]
         if self.skipped:
-            lines += [f"{len(self.skipped)} not converted:"]
-            lines += [f"  {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
+            lines += [f"{len(self.skipped)} not converted:", *_reason_lines(self.skipped)]
         return "\n".join(lines)
+
+
+def _reason_lines(skipped):
+    return [f"  {name or 'the model itself'} ({kind}): {reason}" for name, kind, reason in skipped]
 
 
 class _Converted(DynamicBlock):
@@ -52,9 +57,10 @@ class _Converted(DynamicBlock):
         return self._dynexec_adapter.activation_layer(self)
 
     def __reduce_ex__(self, protocol):
-        # The swapped class exists in memory only: pickle and deepcopy go through the block's own class.
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _rebuild, (_original_class(self),), state
+        # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        arguments = tuple(self._dynexec_original if argument is type(self) else argument for argument in arguments)
+        return _rebuild, (function, arguments, self._dynexec_adapter, self.placement), *state
 
 
 def convert(model, match=None, *, batch_norm="all"):
@@ -68,10 +74,10 @@ def convert(model, match=None, *, batch_norm="all"):
     Parameters
     ----------
     model : nn.Module
-    match : type, str, callable, Adapter, or a list of these, optional
+    match : type, str, callable, Adapter, or a list or tuple of these, optional
         Which modules to convert: instances of a type; names that fit a shell pattern, such as ``"layer3.*"``;
         modules for which ``match(name, module)`` is true; or the blocks of an :class:`Adapter`, split as it says.
-        None: every block that is found.
+        None: every block that is found. In a list or tuple, the first that fits a module counts.
     batch_norm : {"all", "kept"}
         Which samples train-mode BatchNorm takes its statistics over. "all", as the published implementations do,
         needs every sample computed and so saves nothing while BatchNorm trains. "kept" computes the kept samples only
@@ -85,80 +91,130 @@ def convert(model, match=None, *, batch_norm="all"):
 
     Raises
     ------
-    ValueError
-        If nothing can be converted, or the model is converted already.
+    TypeError, ValueError
+        If an argument is not what it should be, nothing can be converted, or the model is converted already.
+
+    Notes
+    -----
+    Constants that a block's forward reads from its attributes are read here, for blocks whose shortcut is not the
+    identity. ``torch.jit.script`` needs the reverted model. To change a block's class by other means (parametrizations
+    of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_batch_norm(batch_norm)
     if any(block.placement for block in dynamic_blocks(model)):
-        raise ValueError("model has dynamic blocks already: call dynexec.revert(model) before converting it anew")
-    rules = list(match) if isinstance(match, list) else [match]
+        raise ValueError("model obeys decisions already: call dynexec.revert(model) before converting it anew")
+    rules = list(match) if isinstance(match, (list, tuple)) else [match]
+    for rule in rules:
+        _check_rule(rule)
     found, skipped = _find(model, rules)
     if not found:
-        reasons = "".join(f"\n  {name} ({kind}): {reason}" for name, kind, reason in skipped)
         wanted = "" if match is None else f" that fits match={match!r}"
-        raise ValueError(f"model has no residual block{wanted} that can be converted{reasons}")
+        raise ValueError("\n".join([f"model has no residual block{wanted} to convert", *_reason_lines(skipped)]))
+    modules = dict(model.named_modules())
     for name, adapter in found.items():
-        block = model.get_submodule(name)
         if adapter is not None:
-            block._dynexec_adapter = adapter
-            block.__class__ = _dynamic_class(type(block))
-    order = [name for name, module in model.named_modules() if isinstance(module, DynamicBlock)]
-    assign_columns(model, batch_norm=batch_norm)
+            _make_dynamic(modules[name], adapter)
+    columns = [name for name in modules if name in found]
+    place([modules[name] for name in columns], batch_norm)
     rows = []
-    for column, name in enumerate(order):
-        block = model.get_submodule(name)
-        kind = "projection" if block.shortcut_layers() else "identity"
-        rows.append((column, name, _original_class(block).__name__, kind))
+    for column, name in enumerate(columns):
+        shortcut = "projection" if modules[name].shortcut_layers() else "identity"
+        rows.append((column, name, _original_class(modules[name]).__name__, shortcut))
     return Conversion(tuple(rows), tuple(skipped))
 
 
 def revert(model):
-    """Undo :func:`convert`: every converted block of ``model`` gets its own class back, in place.
+    """Undo :func:`convert`, in place: blocks of ``model`` get their own class back, and no block obeys decisions.
 
     Returns
     -------
     int
         How many blocks were reverted.
+
+    Raises
+    ------
+    ValueError
+        If the class of a block was changed after :func:`convert`. Nothing is reverted then.
     """
-    converted = [block for block in dynamic_blocks(model) if isinstance(block, _Converted)]
-    for block in converted:
-        block.__class__ = _original_class(block)
-        del block._dynexec_adapter, block.placement
-    return len(converted)
+    blocks = [block for block in dynamic_blocks(model) if block.placement]
+    for block in blocks:
+        if isinstance(block, _Converted) and type(block) is not _dynamic_class(block._dynexec_original):
+            raise ValueError(f"a block is a {type(block).__name__} since it was converted: undo that change first")
+    for block in blocks:
+        if isinstance(block, _Converted):
+            block.__class__ = block._dynexec_original
+            del block._dynexec_adapter
+        del block.placement
+    return len(blocks)
 
 
 def _find(model, rules):
     """Adapters of the modules to convert, by name (None for blocks of our own), and why others are not."""
     found, reasons = {}, {}
-    for name, module in reversed(list(model.named_modules())):  # children before parents: the innermost block wins
-        inside = name + "." if name else ""
-        if any(other.startswith(inside) for other in found):
-            continue
+    modules = dict(model.named_modules())
+    for name, module in reversed(modules.items()):  # children before parents: the innermost block wins
         rule = next((rule for rule in rules if _fits(rule, name, module)), _NO_RULE)
-        if rule is _NO_RULE:
+        if rule is _NO_RULE or any(_contains(name, other) for other in found):
             continue
         if isinstance(module, DynamicBlock):
             found[name] = None
-        elif isinstance(rule, Adapter):
-            found[name] = rule
-        elif is_candidate(module):
-            try:
-                found[name] = read_structure(module)
-            except NotABlock as reason:
-                reasons[name] = str(reason)
+            continue
+        try:
+            if (adapter := _read(module, rule)) is not None:
+                found[name] = adapter
+        except NotABlock as reason:
+            reasons[name] = str(reason)
     # Only the outermost of the modules that hold no converted block and lie in none need an explanation.
     apart = {n: r for n, r in reasons.items() if not any(_contains(n, f) or _contains(f, n) for f in found)}
     skipped = [
-        (name, type(model.get_submodule(name)).__name__, reason)
+        (name, type(modules[name]).__name__, reason)
         for name, reason in reversed(apart.items())
         if not any(_contains(other, name) for other in apart)
     ]
     return found, skipped
 
 
+def _read(module, rule):
+    """The adapter for a module that fits a rule, or None if it is nothing that needs an explanation."""
+    adapter = isinstance(rule, Adapter)
+    if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
+        raise NotABlock("a traced or scripted graph has no blocks: convert the model before")
+    if not adapter and not is_candidate(module):
+        if rule is None or isinstance(rule, str):
+            return None
+        raise NotABlock("one of torch's own layers, or no convolution inside: it takes a dynexec.Adapter")
+    if "forward" in vars(module):
+        raise NotABlock("its forward is replaced on the object, not in its class")
+    taken = next((name for name in _RESERVED if hasattr(module, name)), None)
+    if taken is not None:
+        raise NotABlock(f"it has an attribute {taken!r}, a name that dynexec needs")
+    original = type(module)
+    try:
+        module.__class__ = _dynamic_class(original)
+        module.__class__ = original
+    except TypeError as error:
+        raise NotABlock(f"its class cannot be swapped ({error})") from error
+    if not adapter:
+        return read_structure(module)
+    if rule.shortcut_layers(module) and rule.residual_layers(module) is None:
+        raise ValueError(f"{type(rule).__name__} gives shortcut_layers, which need residual_layers, but gives none")
+    return rule
+
+
 _NO_RULE = object()
+_RESERVED = [name for name in vars(DynamicBlock) if not name.startswith("__") and name != "forward"]
+
+
+def _check_rule(rule):
+    if isinstance(rule, type) and issubclass(rule, Adapter):
+        raise TypeError(f"match must be an Adapter, got its class: {rule.__name__}(block_type)")
+    if rule is not None and not isinstance(rule, (str, Adapter)) and not callable(rule):
+        raise TypeError(
+            "match must be a type, a name pattern, a predicate (name, module) -> bool, an Adapter or a list of these, "
+            f"got {type(rule).__name__}"
+        )
 
 
 def _fits(rule, name, module):
@@ -168,29 +224,38 @@ def _fits(rule, name, module):
         return fnmatchcase(name, rule)
     if isinstance(rule, Adapter):
         return isinstance(module, rule.block_type)
-    if isinstance(rule, (type, tuple)):
+    if isinstance(rule, type):
         return isinstance(module, rule)
-    if callable(rule):
-        return bool(rule(name, module))
-    raise TypeError(
-        f"match must be a type, a name pattern, a predicate (name, module) -> bool, an Adapter or a list of these, "
-        f"got {type(rule).__name__}"
-    )
+    return bool(rule(name, module))
 
 
 def _contains(outer, inner):
     return inner != outer and inner.startswith(outer + "." if outer else "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dynamic_class(original):
-    return type(f"Dynamic{original.__name__}", (_Converted, original), {"__module__": original.__module__})
+    namespace = {"__module__": original.__module__, "_dynexec_original": original}
+    if hasattr(original, "__deepcopy__"):
+        namespace["__deepcopy__"] = _deepcopy
+    return type(f"Dynamic{original.__name__}", (_Converted, original), namespace)
 
 
 def _original_class(block):
-    return type(block).__bases__[1] if isinstance(block, _Converted) else type(block)
+    return block._dynexec_original if isinstance(block, _Converted) else type(block)
 
 
-def _rebuild(original):
-    converted = _dynamic_class(original)
-    return converted.__new__(converted)
+def _make_dynamic(block, adapter, placement=None):
+    block.__class__ = _dynamic_class(_original_class(block))
+    vars(block).update(_dynexec_adapter=adapter, placement=placement)
+    return block
+
+
+def _deepcopy(block, memo):
+    """Let the block copy itself in its own way, which may make one of its own class, and convert the copy."""
+    copied = block._dynexec_original.__deepcopy__(block, memo)
+    return _make_dynamic(copied, block._dynexec_adapter, block.placement)
+
+
+def _rebuild(function, arguments, adapter, placement):
+    return _make_dynamic(function(*arguments), adapter, placement)

@@ -108,12 +108,32 @@ class Network(nn.Module):
 
     def __init__(self, width, stages, outputs, classes=5):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         self.layers = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
         self.head = nn.Linear(outputs, classes)
 
     def forward(self, x):
         return self.head(self.layers(self.stem(x)).mean((2, 3)))
+
+
+def naive_forward(model, x, decisions):
+    """What a converted ``model`` must compute, from an unconverted one: sample by sample, block by block.
+
+    A dropped block is its shortcut with no activation; a block that has no skip connection always runs.
+    """
+    outputs = []
+    for sample, keep in zip(x.split(1), decisions.tolist(), strict=True):
+        h, columns = model.stem(sample), iter(keep)
+        for block in (block for stage in model.layers for block in stage):
+            if getattr(block, "skip", True) and not next(columns):
+                h = h if getattr(block, "downsample", None) is None else block.downsample(h)
+            else:
+                h = block(h)
+        assert next(columns, None) is None
+        outputs.append(model.head(h.mean((2, 3))))
+    return torch.cat(outputs) if outputs else model(x)
 
 
 def torchvision_style():

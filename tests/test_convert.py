@@ -1,0 +1,463 @@
+"""convert and revert: what is found, what is said about the rest, and that nothing else about a model changes."""
+
+import copy
+import io
+import pickle
+
+import odd_blocks
+import pytest
+import toys
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import dynexec
+from dynexec.nn import ResidualBlock, dynamic_blocks
+
+HALF = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
+
+
+def shallow(block):
+    """A model around one block."""
+    return nn.Sequential(nn.Conv2d(3, 4, 1), block).eval()
+
+
+def run(model, x, decisions, mode="exact"):
+    with dynexec.decide(decisions, mode=mode):
+        return model(x)
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_outside_decide_nothing_changes(style):
+    model = toys.STYLES[style]()
+    original = copy.deepcopy(model)
+    x = toys.images(3)
+    expected = model(x)
+    classes = [type(module) for module in model.modules()]
+    dynexec.convert(model)
+    assert torch.equal(model(x), expected)
+    state, expected_state = model.state_dict(), original.state_dict()
+    assert list(state) == list(expected_state)
+    assert all(torch.equal(state[key], expected_state[key]) for key in state)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in original.named_modules()]
+    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), classes, strict=True))
+    num_blocks = len(dynamic_blocks(model))
+    run(model, x, torch.zeros(3, num_blocks, dtype=torch.bool))
+    assert torch.equal(model(x), expected)
+    assert dynexec.revert(model) == num_blocks
+    assert [type(module) for module in model.modules()] == classes
+    assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in original.modules()]
+    assert torch.equal(model(x), expected)
+    assert dynexec.revert(model) == 0
+    assert dynexec.convert(model).num_blocks == num_blocks
+
+
+def test_training_mode_and_attributes_are_left_alone():
+    model = toys.torchvision_style()
+    model.layers[0][0].train()
+    model.layers[1][0].bn1.train()
+    modes = [module.training for module in model.modules()]
+    dynexec.convert(model)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_summary_names_columns_and_reasons():
+    conversion = dynexec.convert(toys.timm_style())
+    assert [row[:2] for row in conversion.converted] == [
+        (column, f"layers.{column // 3}.{column % 3}") for column in range(6)
+    ]
+    assert [row[3] for row in conversion.converted] == ["projection", "identity", "identity"] * 2
+    text = str(dynexec.convert(toys.mobilenet_style()))
+    assert "3 blocks converted: decisions are bool [N, 3]" in text
+    assert "column   2  layers.1.1 (InvertedResidual, identity shortcut)" in text
+    assert "layers.1.0 (InvertedResidual): no skip connection" in text
+
+
+class NotTorchvision(toys.BasicBlock):
+    pass
+
+
+def strange_stage():
+    return finish_stage([toys.BasicBlock(8, 8), NotTorchvision(8, 8), toys.BasicBlock(8, 8)])
+
+
+def finish_stage(blocks):
+    return toys.finish(toys.Network(8, [blocks], 8))
+
+
+@pytest.mark.parametrize(
+    "match, names",
+    [
+        (None, ["0.0", "0.1", "0.2"]),
+        (toys.BasicBlock, ["0.0", "0.1", "0.2"]),
+        (NotTorchvision, ["0.1"]),
+        ("layers.0.[02]", ["0.0", "0.2"]),
+        ("layers.0.*", ["0.0", "0.1", "0.2"]),
+        (lambda name, module: name.endswith("2"), ["0.2"]),
+        (["*.2", NotTorchvision], ["0.1", "0.2"]),
+        (("*.2", NotTorchvision), ["0.1", "0.2"]),
+        ((toys.Bottleneck, NotTorchvision), ["0.1"]),
+    ],
+)
+def test_match(match, names):
+    model = strange_stage()
+    reference = copy.deepcopy(model)
+    conversion = dynexec.convert(model, match)
+    assert [row[1] for row in conversion.converted] == [f"layers.{name}" for name in names]
+    x = toys.images(2)
+    none = torch.zeros(2, len(names), dtype=torch.bool)
+    expected = reference.stem(x)
+    for number, block in enumerate(reference.layers[0]):
+        expected = expected if f"0.{number}" in names else block(expected)
+    torch.testing.assert_close(run(model, x, none), reference.head(expected.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    "match, error, message",
+    [
+        ("layer9.*", ValueError, "no residual block that fits match='layer9.*'"),
+        (nn.Linear, ValueError, r"head \(Linear\): .*takes a dynexec.Adapter"),
+        ([], ValueError, "no residual block"),
+        (3, TypeError, "match must be a type.*got int"),
+        (["layers.*", 3.5], TypeError, "match must be a type.*got float"),
+        (dynexec.Adapter, TypeError, r"got its class: Adapter\(block_type\)"),
+    ],
+)
+def test_match_errors(match, error, message):
+    model = toys.torchvision_style()
+    with pytest.raises(error, match=message):
+        dynexec.convert(model, match)
+    assert not dynamic_blocks(model)
+
+
+def test_argument_errors():
+    model = toys.torchvision_style()
+    with pytest.raises(TypeError, match="model must be an nn.Module, got function"):
+        dynexec.convert(toys.torchvision_style)
+    with pytest.raises(ValueError, match='batch_norm must be "all" or "kept"'):
+        dynexec.convert(model, batch_norm="none")
+    with pytest.raises(TypeError, match="block_type must be a type"):
+        dynexec.Adapter("BasicBlock")
+    with pytest.raises(ValueError, match="no residual block"):
+        dynexec.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    dynexec.convert(model)
+    with pytest.raises(ValueError, match="obeys decisions already: call dynexec.revert"):
+        dynexec.convert(model)
+
+
+class PreActivation(dynexec.Adapter):
+    """The branches of a block that cannot be traced."""
+
+    def residual_layers(self, block):
+        return [block.conv, torch.tanh]
+
+    def shortcut_layers(self, block):
+        return [block.project]
+
+    def activation_layer(self, block):
+        return torch.sigmoid
+
+
+class ProjectsByData(odd_blocks.DataDependent):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        if x.abs().max() < 1e9:
+            return torch.sigmoid(torch.tanh(self.conv(x)) + self.project(x))
+        raise FloatingPointError
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_adapter_for_a_block_that_cannot_be_traced(mode):
+    model = nn.Sequential(odd_blocks.DataDependent(), ProjectsByData()).eval()
+    with pytest.raises(ValueError, match=r"0 \(DataDependent\): its forward cannot be traced \(.*control flow"):
+        dynexec.convert(model)
+    reference = copy.deepcopy(model)
+    conversion = dynexec.convert(model, [PreActivation(ProjectsByData), dynexec.Adapter(odd_blocks.DataDependent)])
+    assert [row[3] for row in conversion.converted] == ["identity", "projection"]
+    x = torch.randn(4, 4, 5, 5)
+    h = torch.where(HALF[:, 0].reshape(-1, 1, 1, 1), reference[0](x), x)
+    expected = torch.where(HALF[:, 1].reshape(-1, 1, 1, 1), reference[1](h), reference[1].project(h))
+    torch.testing.assert_close(run(model, x, HALF, mode), expected)
+    torch.testing.assert_close(run(pickle.loads(pickle.dumps(model)), x, HALF, mode), expected)
+
+
+def test_adapter_with_a_shortcut_needs_the_residual_branch():
+    class Half(dynexec.Adapter):
+        def shortcut_layers(self, block):
+            return [block.project]
+
+    with pytest.raises(ValueError, match="Half gives shortcut_layers, which need residual_layers"):
+        dynexec.convert(shallow(ProjectsByData()), Half(ProjectsByData))
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        odd_blocks.LayerScale,
+        odd_blocks.AddsInPlace,
+        odd_blocks.ReluInPlaceFirst,
+        odd_blocks.ResidualSequential,
+        odd_blocks.EmptyShortcut,
+        odd_blocks.SquareBranch,
+        odd_blocks.OptionalArguments,
+        odd_blocks.StoresOutput,
+        odd_blocks.TrainsDifferently,
+        odd_blocks.PrivateNames,
+        odd_blocks.OwnState,
+    ],
+)
+def test_odd_blocks_with_an_identity_shortcut(kind, mode):
+    model = shallow(kind())
+    reference = copy.deepcopy(model)
+    keys = set(vars(model[1]))
+    conversion = dynexec.convert(model)
+    assert [row[1:] for row in conversion.converted] == [("1", kind.__name__, "identity")]
+    assert set(vars(model[1])) - keys == {"_dynexec_adapter", "placement"}
+    copy.deepcopy(model)  # nothing that the tracer left behind is in the way
+    x = torch.randn(4, 3, 5, 5)
+    h = reference[0](x)
+    for keep in (HALF[:, 0], HALF[:, 0] & HALF[:, 1], torch.zeros(4).bool(), torch.ones(4).bool()):
+        expected = torch.where(keep.reshape(-1, 1, 1, 1), reference[1](h.clone()), h)
+        torch.testing.assert_close(run(model, x, keep[:, None], mode), expected)
+    assert torch.equal(model(x), reference(x))
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_functional_projection(mode):
+    model = toys.finish(shallow(odd_blocks.PooledProjection()))
+    reference = copy.deepcopy(model)
+    assert dynexec.convert(model).converted == ((0, "1", "PooledProjection", "projection"),)
+    x = torch.randn(4, 3, 5, 5)
+    h, keep = reference[0](x), HALF[:, :1]
+    shortcut = reference[1].project(torch.max_pool2d(h, 2, 2, ceil_mode=True))
+    expected = torch.where(keep[:, :, None, None], reference[1](h), shortcut)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(run(copied, x, keep, mode), expected)
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (odd_blocks.ScaledAddition, "no skip connection"),
+        (odd_blocks.KeywordAddition, "no skip connection"),
+        (odd_blocks.Squares, "a branch is not a plain sequence of layers"),
+        (odd_blocks.ReluInPlaceProjection, "an in-place layer overwrites its input"),
+        (odd_blocks.TakenName, "it has an attribute 'placement', a name that dynexec needs"),
+        (odd_blocks.TakenMethod, "it has an attribute 'residual_layers', a name that dynexec needs"),
+    ],
+)
+def test_reasons(kind, reason):
+    with pytest.raises(ValueError, match=rf"1 \({kind.__name__}\): .*{reason}"):
+        dynexec.convert(shallow(kind()))
+
+
+def test_graphs_and_patched_blocks_are_refused():
+    model = toys.torchvision_style()
+    for traced in (torch.fx.symbolic_trace(model), torch.jit.trace(model, toys.images(1))):
+        with pytest.raises(ValueError, match="the model itself .*: a traced or scripted graph has no blocks"):
+            dynexec.convert(traced)
+    for block in (block for stage in model.layers for block in stage):
+        block.forward = block.forward
+    with pytest.raises(ValueError, match="its forward is replaced on the object"):
+        dynexec.convert(model)
+
+
+class Sealed(odd_blocks.EmptyShortcut):
+    def __init_subclass__(cls):
+        raise TypeError("no subclasses")
+
+
+def test_a_class_that_cannot_be_swapped_changes_nothing():
+    model = nn.Sequential(odd_blocks.EmptyShortcut(), Sealed())
+    conversion = dynexec.convert(model)
+    assert conversion.skipped == (("1", "Sealed", "its class cannot be swapped (no subclasses)"),)
+    assert type(model[1]) is Sealed
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "pickle protocol 2": lambda model: pickle.loads(pickle.dumps(model, protocol=2)),
+    "torch.save": saved,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_copies_obey_decisions(style, way):
+    model = toys.STYLES[style]()
+    num_blocks = dynexec.convert(model).num_blocks
+    x, decisions = toys.images(4), torch.rand(4, num_blocks) < 0.5
+    expected = run(model, x, decisions)
+    copied = COPIES[way](model)
+    assert torch.equal(run(copied, x, decisions), expected)
+    assert copied.layers[0][0].conv1 is not model.layers[0][0].conv1 if style != "mobilenet" else True
+    assert dynexec.revert(copied) == num_blocks
+    assert type(copied.layers[0][0]) is type(toys.STYLES[style]().layers[0][0])
+    assert torch.equal(copied(x), model(x))
+    assert torch.equal(run(model, x, decisions), expected)  # the copy's revert is the copy's alone
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("kind", ["OwnState", "OwnReduce", "OwnDeepcopy", "OwnNew", "Slots", "PooledProjection"])
+def test_blocks_that_copy_themselves(kind, way):
+    kind = getattr(odd_blocks, kind)
+    model = toys.finish(shallow(kind(4) if kind is odd_blocks.OwnNew else kind()))
+    dynexec.convert(model)
+    copied = COPIES[way](model)
+    x, keep = torch.randn(4, 3, 5, 5), HALF[:, :1]
+    assert isinstance(copied[1], kind)
+    assert torch.equal(run(copied, x, keep), run(model, x, keep))
+    assert dynexec.revert(copied) == 1
+    assert type(copied[1]) is kind
+    assert torch.equal(copied(x), model(x))
+
+
+def test_state_dict_moves_between_converted_and_not(tmp_path):
+    model, other = toys.timm_style(), toys.finish(toys.timm_style(), seed=1)
+    dynexec.convert(model)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    x = toys.images(2)
+    assert torch.equal(other(x), model(x))
+    model.load_state_dict(other.state_dict())
+
+
+def test_hooks_on_blocks_and_inside_them():
+    model = toys.timm_style()
+    blocks = [block for stage in model.layers for block in stage]
+    calls = []
+
+    def record(name):
+        return lambda module, *arguments: calls.append((name, arguments[-1]))
+
+    before = blocks[1].register_forward_hook(record("block"))
+    blocks[0].register_forward_hook(record("projection"))
+    blocks[0].downsample.register_forward_hook(record("downsample"))
+    blocks[0].act3.register_forward_hook(record("activation"))
+    blocks[1].conv1.register_forward_hook(record("layer"))
+    dynexec.convert(model)
+    assert not calls  # reading the structure runs no hook
+    blocks[1].register_forward_pre_hook(record("before"))
+    blocks[1].register_full_backward_hook(record("backward"))
+    blocks[1].conv1.register_full_backward_hook(record("layer backward"))
+    decisions = torch.ones(4, 6, dtype=torch.bool)
+    decisions[:2, :2] = False
+    x = toys.images(4).requires_grad_()
+    run(model, x, decisions).sum().backward()
+    names = [name for name, _ in calls]
+    assert names == [
+        "downsample",
+        "activation",
+        "projection",
+        "before",
+        "layer",
+        "block",
+        "layer backward",
+        "backward",
+    ]
+    sizes = {name: (value[0] if isinstance(value, tuple) else value).shape[0] for name, value in calls}
+    assert [sizes[name] for name in ("downsample", "activation", "layer", "layer backward")] == [4, 2, 2, 2]
+    assert [sizes[name] for name in ("projection", "before", "block", "backward")] == [4, 4, 4, 4]
+    before.remove()
+    dynexec.revert(model)
+    calls.clear()
+    model(x)
+    assert [name for name, _ in calls] == ["downsample", "activation", "projection", "before", "layer"]
+
+
+def test_a_hook_may_replace_what_a_block_gives():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    x = toys.images(2)
+    model.layers[1][2].register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    none = torch.zeros(2, 5, dtype=torch.bool)
+    assert torch.equal(run(model, x, none), model.head.bias.expand(2, -1))
+
+
+def test_a_whole_model_may_be_a_block_and_a_block_may_run_twice():
+    block = odd_blocks.EmptyShortcut().eval()
+    conversion = dynexec.convert(block)
+    assert "column   0  the model itself (EmptyShortcut, identity shortcut)" in str(conversion)
+    x = torch.randn(4, 4, 5, 5)
+    assert torch.equal(run(block, x, torch.zeros(4, 1).bool()), x)
+    model = odd_blocks.TwoBlocks().eval()
+    reference = copy.deepcopy(model)
+    assert dynexec.convert(model).num_blocks == 1
+    keep = HALF[:, :1]
+    torch.testing.assert_close(run(model, x, keep), torch.where(keep[:, :, None, None], reference(x), x))
+
+
+class Own(ResidualBlock):
+    def __init__(self):
+        super().__init__()
+        self.conv = odd_blocks.conv()
+
+    def residual_layers(self):
+        return [self.conv]
+
+
+def test_own_blocks_are_numbered_with_the_converted_ones():
+    model = nn.Sequential(Own(), odd_blocks.EmptyShortcut(), Own()).eval()
+    x = torch.randn(2, 4, 5, 5)
+    with dynexec.decide(torch.zeros(2, 3, dtype=torch.bool)):
+        dense = model(x)  # no block has a column yet
+    conversion = dynexec.convert(model)
+    assert [row[1:] for row in conversion.converted] == [
+        ("0", "Own", "identity"),
+        ("1", "EmptyShortcut", "identity"),
+        ("2", "Own", "identity"),
+    ]
+    assert torch.equal(run(model, x, torch.zeros(2, 3, dtype=torch.bool)), x)
+    assert dynexec.revert(model) == 3
+    assert torch.equal(model(x), dense)
+    assert dynexec.convert(model, "[01]").num_blocks == 2
+    torch.testing.assert_close(run(model, x, torch.zeros(2, 2, dtype=torch.bool)), model[2](x))
+
+
+def test_parametrized_layers_and_blocks():
+    model = toys.torchvision_style()
+    parametrize.register_parametrization(model.layers[0][0].conv1, "weight", nn.Tanh())
+    scale = nn.Sequential(odd_blocks.LayerScale()).eval()
+    parametrize.register_parametrization(scale[0], "gamma", nn.Tanh())
+    for net, x, num_blocks in ((model, toys.images(2), 5), (scale, torch.randn(2, 4, 5, 5), 1)):
+        dense = net(x)
+        kind = type(net.layers[0][0] if net is model else net[0])
+        assert dynexec.convert(net).num_blocks == num_blocks
+        assert torch.equal(run(net, x, torch.ones(2, num_blocks).bool()), dense)
+        assert torch.equal(run(copy.deepcopy(net), x, torch.ones(2, num_blocks).bool()), dense)
+        dynexec.revert(net)
+        assert type(net.layers[0][0] if net is model else net[0]) is kind
+    dynexec.convert(scale)
+    parametrize.register_parametrization(scale[0].conv, "weight", nn.Tanh())
+    dynexec.revert(scale)
+    parametrize.remove_parametrizations(scale[0], "gamma")
+    dynexec.convert(scale)
+    parametrize.register_parametrization(scale[0], "gamma", nn.Tanh())
+    with pytest.raises(ValueError, match="is a ParametrizedDynamicLayerScale since it was converted: undo that"):
+        dynexec.revert(scale)
+    parametrize.remove_parametrizations(scale[0], "gamma")
+    assert dynexec.revert(scale) == 1
+
+
+def test_meta_model_can_be_converted_and_filled_later():
+    with torch.device("meta"):
+        model = toys.torchvision_style()
+    dynexec.convert(model)
+    x = torch.empty(2, 3, 9, 9, device="meta")
+    assert run(model, x, torch.empty(2, 5, dtype=torch.bool, device="meta")).shape == (2, 5)
+    source = toys.torchvision_style()
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = toys.images(2)
+    assert torch.equal(model.eval()(x), source(x))
