@@ -1,8 +1,8 @@
 """Times several ways of computing the same thing against each other.
 
 ``torch.utils.benchmark`` times one statement at a time: a change in the machine's clock or load meanwhile falls on one
-candidate alone and looks like a difference between them. It also makes two untimed calls before every measurement, which
-would triple the cost of taking turns, and does not see CPU time. So turns are taken here.
+candidate alone and looks like a difference between them. It also makes two untimed calls before every measurement,
+which would triple the cost of taking turns, and does not see CPU time. So turns are taken here.
 """
 
 import gc

@@ -103,7 +103,7 @@ def run_experiment(
         candidates, unavailable = _prepare(model, images, (*baselines, executor), progress)
         progress(0.0, "comparing outputs")
         errors = _errors(model, images, settings, candidates)
-        calls = _calls(candidates, images, settings, errors)
+        calls = _calls(candidates, images, settings)
         comparison = compare(
             calls,
             baseline=next((key for key in calls if key[0] == "dense eager"), None),
@@ -163,14 +163,11 @@ def relative_error(output, reference):
     return float((output - reference).abs().max() / reference.abs().max())
 
 
-def _calls(candidates, images, settings, errors):
+def _calls(candidates, images, settings):
     """What to time, by (candidate, label of the setting or None where the time holds for all)."""
-    tolerance = TOLERANCE[images.dtype]
     calls = {}
     for candidate in candidates:
         for setting in settings:
-            if errors[setting.label][candidate.name] > tolerance:
-                continue
             policy = candidate.policy if setting.kind == PUBLISHED and not candidate.dense else None
             per_setting = candidate.follows_decisions or policy is not None
             draws = setting.draws if per_setting else setting.draws[:1]
@@ -199,8 +196,9 @@ def _row(common, setting, errors, comparison, flops, dense):
         # The time of this very setting goes before one that holds for all.
         if label == setting.label or (label is None and (name, setting.label) not in comparison.timings):
             times[name] = _milliseconds(timing, 1 if label is None else len(setting.draws))
-    times = {name: time for name, time in times.items() if not errors.get(name, 0.0) > TOLERANCE[torch.float32]}
     planning = times.pop("planning")["median"]
+    failed = [name for name, error in errors.items() if error > TOLERANCE[torch.float32]]
+    times = {name: time for name, time in times.items() if name not in failed}
     idle = 0 if setting.kind == PUBLISHED else flops.policy
     needed = torch.cat([flops.of(draw) for draw in setting.draws]).double().mean().item() - idle
     return {
@@ -220,7 +218,7 @@ def _row(common, setting, errors, comparison, flops, dense):
         "spread": comparison.spread,
         "max_error": {name: error if math.isfinite(error) else None for name, error in errors.items()},
         "tolerance": TOLERANCE[torch.float32],
-        "failed": [name for name, error in errors.items() if error > TOLERANCE[torch.float32]],
+        "failed": failed,
         **speed_up(times, flops.dense, needed, dense),
     }
 

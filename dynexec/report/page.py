@@ -31,7 +31,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }
 table { margin-top: 1rem; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
+tr { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
 th:first-child, td:first-child { text-align: left; }
 tr.failed td { color: #d33; font-weight: bold; }
 figure { margin: 1rem 0; }

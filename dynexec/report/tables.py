@@ -25,12 +25,13 @@ COLUMNS = {
 
 #: What the columns mean, for readers of a table.
 LEGEND = (
-    "keep: share of blocks kept (* drawn like the decisions of the trained policy, whose network is charged to dynexec). "
-    "ms: dynexec, per batch. theoretical: FLOPs of the dense network / FLOPs needed. realised: time of the strongest "
-    "dense baseline / time of dynexec. efficiency: realised / theoretical; own efficiency: the same against dynexec at "
-    "keep 1. saved share: of the FLOPs removed, how much of the time left. own dense: time of the strongest dense "
-    "baseline / time of dynexec at keep 1. planning: decisions to Route, as a share of the forward. noise: how far two "
-    "timings of the same baseline were apart. max error: against masked eager, relative to its largest output."
+    "keep: share of blocks kept (* drawn like the decisions of the trained policy, whose network is charged). ms: "
+    "dynexec, per batch. theoretical: FLOPs of the dense network / FLOPs needed. realised: time of the strongest "
+    "dense baseline / time of dynexec. efficiency: realised / theoretical; own efficiency: the same against dynexec "
+    "at keep 1. saved share: of the FLOPs removed, how much of the time left. own dense: time of the strongest "
+    "dense baseline / time of dynexec at keep 1. planning: decisions to Route, as a share of the forward. noise: "
+    "how far two timings of the same baseline were apart. max error: against masked eager, relative to its largest "
+    "output."
 )
 
 
