@@ -1,0 +1,5 @@
+"""What a network costs: FLOPs."""
+
+from dynexec.measure.flops import Flops, count_flops
+
+__all__ = ["Flops", "count_flops"]

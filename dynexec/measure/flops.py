@@ -1,0 +1,121 @@
+"""FLOPs of a dynamic network, split by what decisions can save."""
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one image. A multiply-add counts as two; convolutions and matrix products count, nothing else does.
+
+    Attributes
+    ----------
+    fixed : int
+        What every image costs: stem, shortcuts, head.
+    block : tuple of int
+        The residual branch of each block, by column.
+    policy : int
+        The policy network; 0 without one.
+    """
+
+    fixed: int
+    block: tuple[int, ...]
+    policy: int = 0
+
+    @property
+    def dense(self):
+        """All blocks on, and no policy: the static network."""
+        return self.fixed + sum(self.block)
+
+    def of(self, decisions):
+        """FLOPs that each image needs under ``decisions``, policy included.
+
+        Parameters
+        ----------
+        decisions : bool tensor ``[N, L]`` or ``[L]``
+
+        Returns
+        -------
+        int64 tensor ``[N]`` or scalar
+        """
+        if decisions.shape[-1:] != (len(self.block),):
+            raise ValueError(f"decisions must be bool [N, {len(self.block)}], got shape {tuple(decisions.shape)}")
+        block = torch.tensor(self.block, dtype=torch.int64, device=decisions.device)
+        return self.fixed + self.policy + (decisions * block).sum(-1)
+
+    def saving(self, decisions):
+        """Theoretical saving: the share of :attr:`dense` not needed on average, policy charged; may be negative."""
+        return 1.0 - self.of(decisions).double().mean().item() / self.dense
+
+
+def count_flops(model, example_input):
+    """Count the FLOPs of one image, without computing anything: tensors inside are shapes only.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A :class:`dynexec.nn.DynamicNetwork`, a converted model, or any other (which has no blocks, all is fixed).
+        Left as it is; counted in evaluation mode.
+    example_input : tensor ``[N, ...]``
+        Only its shape, dtype and device matter; N may be anything but 0, one image is counted.
+
+    Returns
+    -------
+    Flops
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``example_input`` is no tensor or holds no image.
+    """
+    if not isinstance(example_input, torch.Tensor):
+        raise TypeError(f"example_input must be a tensor, got {type(example_input).__name__}")
+    if example_input.dim() == 0 or len(example_input) == 0:
+        raise ValueError(f"example_input must hold at least one image, got shape {tuple(example_input.shape)}")
+    backbone, policy = getattr(model, "backbone", model), getattr(model, "policy", None)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            image = fake.from_tensor(example_input[:1].detach())
+            fixed, block = _count(backbone, image)
+            return Flops(fixed, block, _count(policy, image)[0] if policy is not None else 0)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _count(model, image):
+    """FLOPs outside the residual branches of the model's dynamic blocks, and inside of each."""
+    # By its attribute, not its class: blocks live in a layer above this one.
+    blocks = [module for module in model.modules() if getattr(module, "placement", None) is not None]
+    per_block = [0] * len(blocks)
+    counter = FlopCounterMode(display=False)
+    repeated = 0
+    entered = {}
+
+    def enter(block, arguments):
+        entered[block] = counter.get_total_flops()
+
+    def leave(block, arguments, output):
+        nonlocal repeated
+        total = counter.get_total_flops()
+        x = arguments[0]
+        for layer in block.shortcut_layers():  # once more, to tell the shortcut from the residual branch
+            x = layer(x)
+        shortcut = counter.get_total_flops() - total
+        repeated += shortcut
+        per_block[block.placement.column] += total - entered[block] - shortcut
+
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with counter:
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() - repeated - sum(per_block), tuple(per_block)

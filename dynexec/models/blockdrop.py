@@ -1,0 +1,235 @@
+"""BlockDrop: residual networks with a policy network that drops blocks per image (Wu et al., CVPR 2018)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
+from dynexec.policy import sample
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions; the first one strides."""
+
+    expansion = 1
+
+    def __init__(self, in_channels, width, stride, shortcut=None):
+        super().__init__(shortcut)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def residual_layers(self):
+        return [self.conv1, self.bn1, torch.relu, self.conv2, self.bn2]
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3, 1x1 convolutions, four times as many channels out as inside; the 3x3 one strides."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, width, stride, shortcut=None):
+        super().__init__(shortcut)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+
+    def residual_layers(self):
+        return [self.conv1, self.bn1, torch.relu, self.conv2, self.bn2, torch.relu, self.conv3, self.bn3]
+
+
+class PadChannels(nn.Module):
+    """Append ``extra`` channels of zeros: ``[N, C, H, W]`` to ``[N, C + extra, H, W]``."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, x):
+        return F.pad(x, (0, 0, 0, 0, 0, self.extra))
+
+    def extra_repr(self):
+        return f"{self.extra}"
+
+
+def pool_shortcut(in_channels, channels, stride):
+    """Shortcut of the CIFAR networks: average pooling, then channels of zeros; nothing to learn."""
+    if stride == 1 and channels == in_channels:
+        return nn.Sequential()
+    return nn.Sequential(nn.AvgPool2d(stride), PadChannels(channels - in_channels))
+
+
+def conv_shortcut(in_channels, channels, stride):
+    """Shortcut of the ImageNet networks: 1x1 convolution and batch norm."""
+    if stride == 1 and channels == in_channels:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+
+class SegmentedResNet(nn.Module):
+    """A residual network as segments of blocks, with the parameter names of the published checkpoints.
+
+    ``conv1, bn1, blocks.{segment}.{block}.*, ds.{segment}.*, fc``. The shortcut of a segment's first block is
+    registered in ``ds``; all other shortcuts are identities. Segments after the first halve height and width.
+
+    Parameters
+    ----------
+    block : type
+        :class:`BasicBlock` or :class:`Bottleneck`.
+    blocks, widths : sequences of int
+        Per segment.
+    large_images : bool
+        True: 7x7 stem with stride 2 and max pooling, convolutional shortcuts. False: 3x3 stem, pooling shortcuts.
+    in_channels : int
+    num_classes : int, optional
+        None: no ``fc``; the output is the pooled features ``[N, features]``.
+    """
+
+    def __init__(self, block, blocks, widths, *, large_images=False, in_channels=3, num_classes=None):
+        super().__init__()
+        if len(blocks) != len(widths) or min(blocks, default=0) < 1:
+            raise ValueError(
+                f"blocks and widths need one positive entry per segment, got {tuple(blocks)} and {tuple(widths)}"
+            )
+        channels = widths[0]
+        kernel, stride = (7, 2) if large_images else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.stem_pool = nn.MaxPool2d(3, 2, padding=1) if large_images else nn.Identity()
+        self.blocks = nn.ModuleList()
+        self.ds = nn.ModuleList()
+        make_shortcut = conv_shortcut if large_images else pool_shortcut
+        for segment, (depth, width) in enumerate(zip(blocks, widths)):
+            stride = 2 if segment else 1
+            shortcut = make_shortcut(channels, width * block.expansion, stride)
+            first = block(channels, width, stride, shortcut if len(shortcut) else None)
+            channels = width * block.expansion
+            self.blocks.append(nn.ModuleList([first, *(block(channels, width, 1) for _ in range(depth - 1))]))
+            self.ds.append(shortcut)
+        self.num_features = channels
+        if num_classes is not None:
+            self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):
+        x = self.stem_pool(torch.relu(self.bn1(self.conv1(images))))
+        for segment in self.blocks:
+            for block in segment:
+                x = block(x)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.fc(x) if hasattr(self, "fc") else x
+
+
+class BlockDropPolicy(nn.Module):
+    """Keep probabilities for all blocks from one look at the image, before the network runs.
+
+    Parameters
+    ----------
+    features : SegmentedResNet
+        A small one without ``fc``; all its blocks always run.
+    num_blocks : int
+        L, the number of blocks to decide for.
+    halve : bool
+        Average-pool the images by 2 first, as the ImageNet policy does.
+    """
+
+    def __init__(self, features, num_blocks, *, halve=False):
+        super().__init__()
+        self.features = features
+        self.logit = nn.Linear(features.num_features, num_blocks)
+        # A value head that neither published training script uses: here so that checkpoints load whole.
+        self.vnet = nn.Linear(features.num_features, 1)
+        self.halve = halve
+
+    def forward(self, images):
+        """Images ``[N, C, H, W]`` to keep probabilities ``[N, L]``."""
+        if self.halve:
+            images = F.avg_pool2d(images, 2)
+        return torch.sigmoid(self.logit(self.features(images)))
+
+    def sample(self, images, *, generator=None, exploration=1.0):
+        """Draw decisions bool ``[N, L]`` from the probabilities; arguments as in :func:`dynexec.policy.sample`."""
+        return sample(self(images), generator=generator, exploration=exploration)
+
+
+class BlockDrop(DynamicNetwork):
+    """A residual network whose blocks are kept or dropped per image.
+
+    ``net(images)`` follows the policy (probability at least 0.5 keeps a block, and none need be kept);
+    ``net(images, decisions=...)`` replays bool ``[N, L]`` or ``[L]``. A dropped block is its shortcut without the
+    ReLU: the identity, except in a segment's first block.
+
+    Parameters
+    ----------
+    backbone : SegmentedResNet
+    policy : BlockDropPolicy
+    """
+
+    def __init__(self, backbone, policy):
+        num_blocks = assign_columns(backbone)
+        if policy.logit.out_features != num_blocks:
+            raise ValueError(
+                f"policy decides for {policy.logit.out_features} blocks, but backbone has {num_blocks}: "
+                "they must be equal"
+            )
+        super().__init__(backbone, policy)
+        self.num_blocks = num_blocks
+
+
+def blockdrop_resnet(
+    blocks,
+    widths,
+    *,
+    block=BasicBlock,
+    policy_widths=None,
+    large_images=False,
+    in_channels=3,
+    num_classes=10,
+):
+    """A BlockDrop network of any size.
+
+    Parameters
+    ----------
+    blocks, widths : sequences of int
+        Residual blocks, and channels of their 3x3 convolutions, per segment.
+    block : type
+        :class:`BasicBlock` or :class:`Bottleneck`.
+    policy_widths : sequence of int, optional
+        Channels of the policy network, which has one basic block per segment; default ``widths``.
+    large_images : bool
+        See :class:`SegmentedResNet`; the policy then sees the images at half size.
+    in_channels, num_classes : int
+
+    Returns
+    -------
+    BlockDrop
+        Untrained.
+    """
+    backbone = SegmentedResNet(
+        block, blocks, widths, large_images=large_images, in_channels=in_channels, num_classes=num_classes
+    )
+    policy_widths = tuple(widths) if policy_widths is None else tuple(policy_widths)
+    features = SegmentedResNet(
+        BasicBlock, [1] * len(policy_widths), policy_widths, large_images=large_images, in_channels=in_channels
+    )
+    return BlockDrop(backbone, BlockDropPolicy(features, sum(blocks), halve=large_images))
+
+
+CIFAR_WIDTHS = (16, 32, 64)
+
+#: The published networks: name to arguments of :func:`blockdrop_resnet`.
+PUBLISHED = {
+    "blockdrop_resnet32_cifar10": dict(blocks=(5, 5, 5), widths=CIFAR_WIDTHS, num_classes=10),
+    "blockdrop_resnet32_cifar100": dict(blocks=(5, 5, 5), widths=CIFAR_WIDTHS, num_classes=100),
+    "blockdrop_resnet110_cifar10": dict(blocks=(18, 18, 18), widths=CIFAR_WIDTHS, num_classes=10),
+    "blockdrop_resnet110_cifar100": dict(blocks=(18, 18, 18), widths=CIFAR_WIDTHS, num_classes=100),
+    "blockdrop_resnet101_imagenet": dict(
+        blocks=(3, 4, 23, 3), widths=(64, 128, 256, 512), block=Bottleneck, large_images=True, num_classes=1000
+    ),
+}

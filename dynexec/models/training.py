@@ -1,0 +1,214 @@
+"""Training of dynamic networks on tensors in memory: dense, then policy by curriculum, then both together.
+
+The recipe of BlockDrop (Wu et al., CVPR 2018, section 3) for any :class:`dynexec.nn.DynamicNetwork`. Where there are
+no labels, the full network's predictions serve in their place: the reward is then agreement with it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dynexec.nn import dynamic_blocks
+from dynexec.policy import (
+    curriculum_loss,
+    curriculum_mask,
+    finetuning_loss,
+    force_untrained,
+    sample,
+    threshold,
+    usage_reward,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of :func:`evaluate`: share of right predictions, blocks kept per image, and the decisions taken."""
+
+    accuracy: float
+    kept: float
+    decisions: torch.Tensor
+
+
+def evaluate(net, images, labels, decisions=None, *, batch_size=512):
+    """Run a network in evaluation mode and count its right predictions.
+
+    Parameters
+    ----------
+    net : DynamicNetwork
+    images : float tensor ``[N, C, H, W]``
+    labels : int64 tensor ``[N]``
+    decisions : bool tensor ``[N, L]`` or ``[L]``, optional
+        None: the policy decides.
+    batch_size : int
+
+    Returns
+    -------
+    Evaluation
+    """
+    was_training = net.training
+    net.eval()
+    if decisions is not None and decisions.dim() == 1:
+        decisions = decisions.expand(len(images), -1)
+    right, taken = 0, []
+    with torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            given = None if decisions is None else decisions[rows]
+            logits, used = net(images[rows], given, return_decisions=True)
+            right += (logits.argmax(1) == labels[rows]).sum().item()
+            taken.append(used)
+    net.train(was_training)
+    taken = torch.cat(taken)
+    return Evaluation(right / len(images), taken.sum(1).double().mean().item(), taken)
+
+
+def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learning_rate=0.1, **options):
+    """Train the backbone alone, by SGD with momentum 0.9, weight decay 5e-4 and one cosine cycle.
+
+    Parameters
+    ----------
+    keep : float
+        Below 1, blocks are dropped at random with this keep rate in every step: the control for what a policy
+        gains over a network that merely got used to missing blocks.
+    **options
+        ``generator``, ``augment`` and ``on_epoch``, see :func:`train_policy`.
+
+    Returns
+    -------
+    list of dict
+        Per epoch: loss and accuracy on the augmented training images.
+    """
+    optimizer = torch.optim.SGD(
+        net.backbone.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+
+    def step(x, y, epoch, generator):
+        rates = torch.full((len(x), num_blocks(net.backbone)), float(keep), device=x.device)
+        logits = net.backbone(x) if keep == 1 else net(x, sample(rates, generator=generator))
+        return F.cross_entropy(logits, y), {"accuracy": (logits.argmax(1) == y).float().mean()}
+
+    net.backbone.train()
+    return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+
+
+def train_policy(
+    net,
+    images,
+    labels,
+    *,
+    epochs,
+    blocks_per_epoch=1,
+    penalty=-1.0,
+    exploration=0.8,
+    entropy=0.1,
+    batch_size=256,
+    learning_rate=1e-3,
+    **options,
+):
+    """First stage: train the policy by REINFORCE under the curriculum; the backbone is frozen in evaluation mode.
+
+    Parameters
+    ----------
+    net : DynamicNetwork
+        With a trained backbone.
+    images : float tensor ``[N, C, H, W]``
+    labels : int64 tensor ``[N]``
+    epochs : int
+    blocks_per_epoch : float
+        Epoch e decides for the last ``1 + e * blocks_per_epoch`` blocks; the earlier ones are on.
+    penalty, exploration, entropy : float
+        See :func:`dynexec.policy.usage_reward`, :func:`dynexec.policy.explore` and
+        :func:`dynexec.policy.curriculum_loss`.
+    batch_size, learning_rate
+        Of Adam.
+    **options
+        ``generator``: a CPU torch.Generator for the order of images and the sampling; ``augment(images, generator)``:
+        applied to every batch; ``on_epoch(record)``: called after each epoch with what is returned.
+
+    Returns
+    -------
+    list of dict
+        Per epoch: loss, and of the thresholded policy accuracy, blocks kept and reward on the training images.
+    """
+    optimizer = torch.optim.Adam(net.policy.parameters(), learning_rate)
+
+    def step(x, y, epoch, generator):
+        trained = curriculum_mask(num_blocks(net.backbone), epoch, blocks_per_epoch=blocks_per_epoch)
+        probabilities = net.policy(x)
+        drawn = force_untrained(sample(probabilities, generator=generator, exploration=exploration), trained)
+        greedy = force_untrained(threshold(probabilities.detach()), trained)
+        with torch.no_grad():
+            logits = net(torch.cat([x, x]), torch.cat([drawn, greedy]))
+        reward, baseline, metrics = _rewards(logits[: len(x)], logits[len(x) :], drawn, greedy, y, penalty)
+        loss = curriculum_loss(
+            probabilities, drawn, reward - baseline, exploration=exploration, entropy=entropy, trained=trained
+        )
+        return loss, metrics
+
+    net.backbone.eval()
+    net.policy.train()
+    return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+
+
+def fine_tune(
+    net, images, labels, *, epochs, penalty=-5.0, exploration=0.8, batch_size=256, learning_rate=1e-4, **options
+):
+    """Second stage: train policy and backbone together, with all blocks open to the policy.
+
+    Arguments and result as in :func:`train_policy`. Batch norm takes its statistics over all samples of the batch,
+    kept or dropped, and from both the sampled and the thresholded path, as published.
+    """
+    optimizer = torch.optim.Adam(net.parameters(), learning_rate)
+
+    def step(x, y, epoch, generator):
+        probabilities = net.policy(x)
+        drawn = sample(probabilities, generator=generator, exploration=exploration)
+        greedy = threshold(probabilities.detach())
+        with torch.no_grad():
+            greedy_logits = net(x, greedy)
+        logits = net(x, drawn)
+        reward, baseline, metrics = _rewards(logits.detach(), greedy_logits, drawn, greedy, y, penalty)
+        loss = finetuning_loss(probabilities, drawn, reward - baseline, logits, y, exploration=exploration)
+        return loss, metrics
+
+    net.train()
+    return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+
+
+def _rewards(drawn_logits, greedy_logits, drawn, greedy, labels, penalty):
+    reward = usage_reward(drawn, drawn_logits.argmax(1) == labels, penalty=penalty)
+    correct = greedy_logits.argmax(1) == labels
+    baseline = usage_reward(greedy, correct, penalty=penalty)
+    metrics = {"accuracy": correct.float().mean(), "kept": greedy.float().sum(1).mean(), "reward": baseline.mean()}
+    return reward, baseline, metrics
+
+
+def _train(step, optimizer, images, labels, epochs, batch_size, *, generator=None, augment=None, on_epoch=None):
+    """Minimise ``step(x, y, epoch, generator) -> (loss, metrics)`` over shuffled batches; one cosine cycle."""
+    steps = -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    history = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        totals = {}
+        for rows in order.split(batch_size):
+            x, y = images[rows], labels[rows]
+            if augment is not None:
+                x = augment(x, generator)
+            loss, metrics = step(x, y, epoch, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value.item() * len(rows) / len(images)
+        history.append({"epoch": epoch, **totals})
+        if on_epoch is not None:
+            on_epoch(history[-1])
+    return history
+
+
+def num_blocks(model):
+    """L: how many dynamic blocks of ``model`` have a column."""
+    return sum(block.placement is not None for block in dynamic_blocks(model))

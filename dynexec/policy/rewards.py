@@ -1,0 +1,33 @@
+"""What a policy is rewarded for."""
+
+import torch
+
+
+def usage_reward(decisions, correct, *, penalty=-1.0):
+    """Reward of a sample's decisions: few blocks if the prediction is right, a penalty if it is wrong.
+
+    ``1 - (kept / L) ** 2`` where ``correct``, else ``penalty`` (BlockDrop, section 3).
+
+    Parameters
+    ----------
+    decisions : bool tensor ``[N, L]``
+    correct : bool tensor ``[N]``
+        Whether the prediction under these decisions is right. Agreement with the full network serves as well where
+        there are no labels.
+    penalty : float
+        The reward of a wrong prediction, at most 0. The published settings are -1 for the curriculum and -5 or -10
+        for joint fine-tuning: the more negative, the more blocks are kept.
+
+    Returns
+    -------
+    float tensor ``[N]``, between ``penalty`` and 1
+    """
+    if decisions.dim() != 2 or correct.shape != decisions.shape[:1] or correct.dtype != torch.bool:
+        raise ValueError(
+            f"correct must be bool [N] for decisions [N, L], got {correct.dtype} {tuple(correct.shape)} "
+            f"for decisions {tuple(decisions.shape)}"
+        )
+    if penalty > 0:
+        raise ValueError(f"penalty is the reward of a wrong prediction and must be at most 0, got {penalty}")
+    usage = decisions.float().mean(1)
+    return torch.where(correct, 1.0 - usage.square(), penalty)
