@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
-from dynexec.nn.structure import Adapter, NotABlock, is_candidate, read_structure
+from dynexec.nn.structure import Adapter, NoSkip, NotABlock, is_candidate, read_structure
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,22 @@ def _find(model, rules):
             if (adapter := _read(module, rule)) is not None:
                 found[name] = adapter
         except NotABlock as reason:
-            reasons[name] = str(reason)
-    # Only the outermost of the modules that hold no converted block and lie in none need an explanation.
-    apart = {n: r for n, r in reasons.items() if not any(_contains(n, f) or _contains(f, n) for f in found)}
-    skipped = [
-        (name, type(modules[name]).__name__, reason)
-        for name, reason in reversed(apart.items())
-        if not any(_contains(other, name) for other in apart)
-    ]
+            reasons[name] = reason
+    skipped = [(name, type(modules[name]).__name__, str(reason)) for name, reason in _worth_saying(found, reasons)]
     return found, skipped
+
+
+def _worth_saying(found, reasons):
+    """Of the modules that hold no converted block and lie in none: those that almost are blocks, and the outermost."""
+
+    def nested(name, others):
+        return any(_contains(name, other) or _contains(other, name) for other in others)
+
+    apart = {name: reason for name, reason in reversed(reasons.items()) if not nested(name, found)}
+    almost = [name for name, reason in apart.items() if not isinstance(reason, NoSkip)]
+    for name, reason in apart.items():
+        if name in almost or not (nested(name, almost) or any(_contains(other, name) for other in apart)):
+            yield name, reason
 
 
 def _read(module, rule):

@@ -103,7 +103,7 @@ class SquareBranch(ScaledAddition):
 
 
 class PooledProjection(nn.Module):
-    """``[N, 4, H, W]`` to ``[N, 6, H/2, W/2]``, with functional layers that cannot be pickled, and hookable containers."""
+    """``[N, 4, H, W]`` to ``[N, 6, H/2, W/2]``, with functions that cannot be pickled."""
 
     def __init__(self):
         super().__init__()

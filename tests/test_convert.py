@@ -6,8 +6,8 @@ import pickle
 
 import odd_blocks
 import pytest
-import toys
 import torch
+import toys
 from torch import nn
 from torch.nn.utils import parametrize
 

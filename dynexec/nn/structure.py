@@ -109,6 +109,10 @@ class NotABlock(Exception):
     """Why a module does not split."""
 
 
+class NoSkip(NotABlock):
+    """It is no residual block at all, as most modules are not."""
+
+
 def is_candidate(module):
     """Whether a module could be a block: its forward is not one of torch's own, and there is a convolution inside."""
     forward = getattr(type(module).forward, "__module__", None) or ""
@@ -181,7 +185,7 @@ def _split(block, graph):
     if isinstance(node, fx.Node) and not _is_addition(node) and (activation := _step(node)) is not None:
         node = node.args[0]
     if not (isinstance(node, fx.Node) and _is_addition(node)):
-        raise NotABlock("no skip connection: its output is not residual(x) + shortcut(x), activated or not")
+        raise NoSkip("no skip connection: its output is not residual(x) + shortcut(x), activated or not")
     first, second = (_branch(block, operand, x) for operand in node.args)
     overwritten = any(_overwrites(block, user, x) for user in x.users)
     if () in (first, second):
