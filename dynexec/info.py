@@ -36,8 +36,8 @@ def facts():
     -------
     dict
         Plain values only: ``versions`` and ``optional`` (package -> version, None where not installed), ``system``,
-        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set that torch uses, oneDNN), ``native`` (part ->
-        None where native, else why not) and ``build`` (how the native part was built, or None).
+        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set that torch uses, oneDNN), ``native``
+        (part -> None where native, else why not) and ``build`` (how the native part was built, or None).
     """
     return {
         "versions": {"python": platform.python_version()}
