@@ -212,6 +212,8 @@ def test_bad_arguments():
         dynexec.freeze(toys.torchvision_style(), toys.images(2))
     with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
         dynexec.freeze(model, torch.ones(3))
+    with pytest.raises(ValueError, match="on the CPU so far, but .* cpu, meta"):
+        dynexec.freeze(model, toys.images(2).to("meta"))
     with pytest.raises(ValueError, match="fastest"):
         dynexec.freeze(model, toys.images(2), executor="fastest")
     with pytest.raises(TypeError, match="save the original model"):

@@ -147,6 +147,10 @@ def _check(model, example_input, executor):
     if not isinstance(example_input, torch.Tensor) or example_input.dim() != 4 or len(example_input) == 0:
         shape = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
         raise ValueError(f"example_input must be a tensor [N, C, H, W] with N >= 1, got {shape}")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example_input)}
+    if devices != {torch.device("cpu")}:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"freeze runs on the CPU so far, but model and example_input are on {found}: use dynexec.decide")
     if executor is not None and executor not in EXECUTORS:
         raise ValueError(f"executor must be None or one of {sorted(EXECUTORS)}, got {executor!r}")
 
