@@ -21,7 +21,8 @@ BATCH = 16
 
 
 @pytest.fixture(params=SHAPES)
-def block_and_input(request):
+def block_and_input(request, benchmark):
+    benchmark.group = request.param
     make, shape = SHAPES[request.param]
     block = torch.nn.Sequential(make()).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     assign_columns(block)

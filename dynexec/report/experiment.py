@@ -100,7 +100,7 @@ def run_experiment(
     progress = progress or (lambda share, text: None)
     images = images.contiguous()
     with torch.inference_mode():
-        candidates, unavailable = _prepare(model, images, (*baselines, executor), progress)
+        candidates, unavailable = _prepare(model, images, (executor, *baselines), progress)
         progress(0.0, "comparing outputs")
         errors = _errors(model, images, settings, candidates)
         calls = _calls(candidates, images, settings)
