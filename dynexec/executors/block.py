@@ -34,7 +34,7 @@ class FrozenBlock:
             self.shortcut = pack_module(_Shortcut(block), x)
             s = self.shortcut(x)
         self.body = pack_module(_Body(block), x, s, may_overwrite=("s",) if self.shortcut else ("x", "s"))
-        self.input_shape, self.output_shape = tuple(x.shape[1:]), tuple(s.shape[1:])
+        self.output_shape = tuple(s.shape[1:])
         self.signature = f"{self.input_shape} shortcut: {describe(self.shortcut)} body: {describe(self.body)}"
 
     def example(self, rows):
