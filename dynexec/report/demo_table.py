@@ -1,0 +1,94 @@
+"""The results of the demo as a table and as a picture."""
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.table import Table
+
+#: Heading -> text of the cell for a result (see :class:`dynexec.report.demo_parts.Result`).
+COLUMNS = {
+    "network, input": lambda result: result.what,
+    "batch": lambda result: str(result.row["batch"]),
+    "result": lambda result: result.quality or "random weights",
+    "blocks kept": lambda result: f"{result.row['kept'] * result.num_blocks:.1f} of {result.num_blocks}",
+    "dense": lambda result: _per_second(result.row, "dense eager"),
+    "masked": lambda result: _per_second(result.row, "masked eager"),
+    "dynexec, all blocks": lambda result: _per_second(result.row, "dense frozen"),
+    "dynexec": lambda result: _per_second(result.row, "dynexec"),
+    "theoretical": lambda result: _times(result.row["theoretical"]),
+    "over all blocks": lambda result: _times(result.row["realised_against"].get("dense frozen")),
+    "over dense": lambda result: _times(result.row["realised_against"].get("dense eager")),
+    "over masked": lambda result: _times(result.row["realised_against"].get("masked eager")),
+    "max error": lambda result: _error(result.row),
+}
+NOTE = (
+    "dense, masked, dynexec: images per second, medians of one interleaved run, after their outputs were compared. "
+    "dense: the static network in eager PyTorch. masked: all blocks computed and multiplied by the decisions, as "
+    "published code does. dynexec, all blocks: the frozen network with nothing dropped. theoretical: FLOPs of the "
+    "dense network / FLOPs needed, policy network included. over ...: realised speed-up, time of that / time of "
+    "dynexec with its policy network. torch.compile, ONNX Runtime and OpenVINO are compared by dynexec bench, not here."
+)
+_WIDE = 190  # columns of text that the whole table needs
+_AGAINST = {
+    "dense frozen": ("over dynexec with all blocks on", "full"),
+    "dense eager": ("over dense eager PyTorch", "none"),
+}
+
+
+def cells(result):
+    """The texts of a result under :data:`COLUMNS`."""
+    return tuple(text(result) for text in COLUMNS.values())
+
+
+def print_table(console, results):
+    """Print the results as one table; a line with a wrong output is red."""
+    table = Table(*COLUMNS, caption=NOTE, caption_justify="left")
+    for result in results:
+        table.add_row(*cells(result), style="bold red" if result.row["failed"] else None)
+    if console.width < _WIDE and not console.is_terminal:
+        console.width = _WIDE
+    console.print(table)
+
+
+def plot_results(results, path):
+    """Realised over theoretical speed-up of every result with the ideal diagonal, as a PNG; return ``path``."""
+    figure = Figure(figsize=(7, 6.4), layout="constrained")
+    axes = figure.add_subplot()
+    points = [0.9, 1.2]
+    for number, result in enumerate(results):
+        colour = matplotlib.color_sequences["tab10"][number % 10]
+        against = result.row["realised_against"]
+        style = {"linestyle": "none", "marker": "o", "markersize": 8, "color": colour}
+        for name, (_, fill) in _AGAINST.items():
+            if name in against:
+                axes.plot(result.row["theoretical"], against[name], fillstyle=fill, **style)
+                points += [result.row["theoretical"], against[name]]
+        axes.plot([], [], label=f"{result.what} (batch {result.row['batch']})", **style)
+    for text, fill in _AGAINST.values():
+        axes.plot([], [], "o", color="0.4", fillstyle=fill, label=f"realised {text}")
+    low, high = min(points) / 1.05, max(points) * 1.08
+    axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
+    axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster")
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+    ticks = [tick for tick in (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8) if low <= tick <= high]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("theoretical speed-up: dense FLOPs / needed FLOPs, policy network included")
+    axes.set_ylabel("realised speed-up")
+    axes.legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _per_second(row, candidate):
+    times = row["milliseconds"].get(candidate)
+    return "-" if times is None else f"{1e3 * row['batch'] / times['median']:.4g}"
+
+
+def _times(value):
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _error(row):
+    return f"WRONG: {', '.join(row['failed'])}" if row["failed"] else f"{row['max_error']['dynexec']:.0e}"
