@@ -6,6 +6,7 @@ import importlib.util
 if importlib.util.find_spec("dynexec.kernels") is None:
     raise ImportError(f"dynexec at {__path__[0]} is a source tree that is not installed: run `pip install -e .` there")
 
+from dynexec import measure, models, nn, ops, policy
 from dynexec.convert import Conversion, convert, revert
 from dynexec.executors import FrozenNetwork, freeze
 from dynexec.nn import Adapter, decide
@@ -13,4 +14,18 @@ from dynexec.route import Route
 
 __version__ = "0.1.0"
 
-__all__ = ["Adapter", "Conversion", "FrozenNetwork", "Route", "convert", "decide", "freeze", "revert"]
+__all__ = [
+    "Adapter",
+    "Conversion",
+    "FrozenNetwork",
+    "Route",
+    "convert",
+    "decide",
+    "freeze",
+    "measure",
+    "models",
+    "nn",
+    "ops",
+    "policy",
+    "revert",
+]

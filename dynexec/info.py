@@ -78,7 +78,7 @@ def _lines(found):
     yield f"{'cpu':<12}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instruction_set']}"
     yield f"{'oneDNN':<12}{'yes' if cpu['onednn'] else 'no: frozen networks use plain convolutions'}"
     for part, missing in found["native"].items():
-        yield f"{part:<12}{'native' if missing is None else f'portable ({missing})'}"
+        yield f"{part + ' (cpu)':<12}{'native' if missing is None else f'portable: {missing}'}"
     if (build := found["build"]) is not None:
         yield f"{'built with':<12}{build['compiler']}, {build['flags']}, torch {build['torch']}"
     present = {name: version for name, version in found["optional"].items() if version is not None}

@@ -1,4 +1,6 @@
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import dynexec
@@ -54,3 +56,16 @@ def test_imports_point_one_way():
 
 def test_kernels_need_torch_and_triton_only():
     assert not [target for name, path in modules() if name == "kernels" for target in imports(path)]
+
+
+def test_importing_dynexec_brings_torch_and_numpy_only():
+    optional = ("triton", "rich", "matplotlib", "jinja2", "sklearn", "onnxruntime", "openvino", "torchvision", "timm")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import dynexec
+print([name for name in {optional} if name in set(sys.modules) - before])
+assert dynexec.models.list_models() and dynexec.policy and dynexec.measure and dynexec.nn and dynexec.ops
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
