@@ -13,6 +13,7 @@ from torch import nn
 from dynexec.convert import convert
 from dynexec.models import blockdrop_resnet, create_model
 from dynexec.models.blockdrop import Bottleneck
+from dynexec.nn.residual import dynamic_blocks
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,17 @@ def make_images(count, size, *, seed=0):
 
 @torch.no_grad()
 def randomize_batch_norm(model, images):
-    """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics from ``images``."""
+    """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics from ``images``.
+
+    Those that end a residual branch get small scales: untrained networks with normalised branches amplify rounding
+    errors from block to block, up to where two correct implementations differ visibly.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    ends = {block.residual_layers()[-1] for block in dynamic_blocks(model)}
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.weight.uniform_(0.3, 0.9)
-        norm.bias.normal_(0.0, 0.1)
+        norm.weight.uniform_(*((0.1, 0.4) if norm in ends else (0.5, 1.0)))
+        norm.bias.normal_(0.0, 0.2)
         norm.momentum = 1.0
     model.train()
     getattr(model, "backbone", model)(images)
