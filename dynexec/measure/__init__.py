@@ -1,5 +1,5 @@
 """What a network costs: FLOPs."""
 
-from dynexec.measure.flops import Flops, count_flops
+from dynexec.measure.flops import Flops, count_flops, evaluation_mode
 
-__all__ = ["Flops", "count_flops"]
+__all__ = ["Flops", "count_flops", "evaluation_mode"]

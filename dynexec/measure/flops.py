@@ -1,5 +1,6 @@
 """FLOPs of a dynamic network, split by what decisions can save."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,13 +77,18 @@ def count_flops(model, example_input):
     if example_input.dim() == 0 or len(example_input) == 0:
         raise ValueError(f"example_input must hold at least one image, got shape {tuple(example_input.shape)}")
     backbone, policy = getattr(model, "backbone", model), getattr(model, "policy", None)
+    with evaluation_mode(model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        image = fake.from_tensor(example_input[:1].detach())
+        fixed, block = _count(backbone, image)
+        return Flops(fixed, block, _count(policy, image)[0] if policy is not None else 0)
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Put a module in evaluation mode; afterwards each of its submodules is back in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            image = fake.from_tensor(example_input[:1].detach())
-            fixed, block = _count(backbone, image)
-            return Flops(fixed, block, _count(policy, image)[0] if policy is not None else 0)
+        yield model.eval()
     finally:
         for module, training in modes.items():
             module.training = training

@@ -86,9 +86,10 @@ class TrainedDigits:
 def train_digits(data, seed=0, *, on_epoch=None):
     """Train network, policy, and both together; about half a minute on one core.
 
-    Settings are the paper's, but for three that suit a thousand images: fewer epochs, so each adds a fraction of a
-    block; less entropy; and fine-tuning with a penalty of -1 and little exploration (0.95). With the paper's 0.8,
-    fine-tuning on digits teaches the network to bear any random dropping, and there is nothing left to decide.
+    The method is the paper's; four settings suit a thousand easy images instead. There are fewer epochs, so each adds
+    half a block to the curriculum. The entropy weighs 0.02. A mistake costs 0.3: where nearly everything is right, a
+    larger penalty buys no accuracy, only blocks. Exploration is 0.9, and 0.98 in fine-tuning: with 0.8 there, the
+    network learns to bear any random dropping, and nothing is left to decide.
 
     Parameters
     ----------
@@ -107,19 +108,17 @@ def train_digits(data, seed=0, *, on_epoch=None):
         torch.manual_seed(seed)
         net = digits_network()
     seconds, dense = {}, None
+    curriculum = dict(epochs=40, blocks_per_epoch=0.5, penalty=-0.3, exploration=0.9, entropy=0.02, learning_rate=3e-3)
+    joint = dict(epochs=FINE_TUNING_EPOCHS, penalty=-0.3, exploration=0.98, learning_rate=1e-3)
     stages = (
-        ("network", train_dense, dict(epochs=12, batch_size=64)),
-        ("policy", train_policy, dict(epochs=30, blocks_per_epoch=0.6, entropy=0.02, batch_size=64, learning_rate=3e-3)),
-        (
-            "fine-tuning",
-            fine_tune,
-            dict(epochs=FINE_TUNING_EPOCHS, penalty=-1.0, exploration=0.95, batch_size=64, learning_rate=2e-3),
-        ),
+        ("network", train_dense, dict(epochs=12)),
+        ("policy", train_policy, curriculum),
+        ("fine-tuning", fine_tune, joint),
     )
     for stage, train, settings in stages:
         start = perf_counter()
         report = None if on_epoch is None else lambda record, stage=stage: on_epoch(stage, record)
-        train(net, images, labels, generator=generator, augment=data.shift, on_epoch=report, **settings)
+        train(net, images, labels, batch_size=64, generator=generator, augment=data.shift, on_epoch=report, **settings)
         seconds[stage] = perf_counter() - start
         dense = copy.deepcopy(net) if dense is None else dense
     return TrainedDigits(net.eval(), dense.eval(), seconds)

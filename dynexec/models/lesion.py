@@ -1,6 +1,7 @@
 """Deleting blocks of a trained residual network at test time (Veit et al., NIPS 2016, section 4)."""
 
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -117,10 +118,9 @@ def plot_lesion(study, path=None):
     single.axhline(100 * study.error, color="black", linestyle="--", label="no block deleted")
     single.set(xlabel="deleted block", ylabel="test error (%)", title="One block deleted")
     single.legend()
-    errors = [torch.tensor(draws, dtype=torch.float64) * 100 for draws in study.by_count]
-    counts = range(len(errors))
-    many.plot(counts, [draws.median().item() for draws in errors], marker="o", color="tab:blue", label="median")
-    low, high = [draws.min().item() for draws in errors], [draws.max().item() for draws in errors]
+    counts = range(len(study.by_count))
+    middle, low, high = ([100 * pick(draws) for draws in study.by_count] for pick in (median, min, max))
+    many.plot(counts, middle, marker="o", color="tab:blue", label="median")
     many.fill_between(counts, low, high, alpha=0.25, color="tab:blue", label="range over random sets")
     many.set(xlabel="number of deleted blocks", ylabel="test error (%)", title="Random sets of blocks deleted")
     many.legend()

@@ -128,9 +128,7 @@ def _split(checkpoint):
         )
     for entry in parts.values():
         if not isinstance(checkpoint[entry], Mapping):
-            raise ValueError(
-                f"source[{entry!r}] must map names to tensors, got {type(checkpoint[entry]).__name__}"
-            )
+            raise ValueError(f"source[{entry!r}] must map names to tensors, got {type(checkpoint[entry]).__name__}")
     info = {key: value for key, value in checkpoint.items() if key not in parts.values()}
     return {part: checkpoint[entry] for part, entry in parts.items()}, info
 

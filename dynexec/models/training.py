@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dynexec.measure import evaluation_mode
 from dynexec.nn import dynamic_blocks
 from dynexec.policy import (
     curriculum_loss,
@@ -46,19 +47,16 @@ def evaluate(net, images, labels, decisions=None, *, batch_size=512):
     -------
     Evaluation
     """
-    was_training = net.training
-    net.eval()
     if decisions is not None and decisions.dim() == 1:
         decisions = decisions.expand(len(images), -1)
     right, taken = 0, []
-    with torch.no_grad():
+    with evaluation_mode(net), torch.no_grad():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             given = None if decisions is None else decisions[rows]
             logits, used = net(images[rows], given, return_decisions=True)
             right += (logits.argmax(1) == labels[rows]).sum().item()
             taken.append(used)
-    net.train(was_training)
     taken = torch.cat(taken)
     return Evaluation(right / len(images), taken.sum(1).double().mean().item(), taken)
 

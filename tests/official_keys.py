@@ -1,0 +1,39 @@
+"""Reads tests/data/blockdrop_keys.txt: the parameter names and shapes of published checkpoints."""
+
+import re
+from pathlib import Path
+
+import torch
+
+PATH = Path(__file__).parent / "data" / "blockdrop_keys.txt"
+
+
+def official_shapes(section):
+    """Name to shape, for a section such as ``"resnet32_cifar10 policy"``."""
+    text = PATH.read_text().split(f"[{section}]\n")[1].split("\n\n")[0]
+    shapes = {}
+    for line in text.splitlines():
+        pattern, *sizes = line.split()
+        for name in expand(pattern):
+            assert name not in shapes, name
+            shapes[name] = () if sizes == ["-"] else tuple(map(int, sizes))
+    return shapes
+
+
+def official_state(section):
+    """Random values under the official names; positive, so that they serve as variances too."""
+    return {
+        name: torch.tensor(7) if name.endswith("num_batches_tracked") else torch.rand(shape) * 0.1 + 0.01
+        for name, shape in official_shapes(section).items()
+    }
+
+
+def expand(pattern):
+    match = re.search(r"\{([^}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    low, dots, high = match[1].partition("..")
+    choices = range(int(low), int(high) + 1) if dots else match[1].split(",")
+    return [
+        name for choice in choices for name in expand(f"{pattern[: match.start()]}{choice}{pattern[match.end() :]}")
+    ]
