@@ -280,15 +280,16 @@ def test_other_arguments_reach_the_block():
     dynexec.convert(block)
     x, shift = torch.randn(4, 4, 5, 5), torch.randn(4)
     keep = torch.tensor([[True], [False], [True], [False]])
-    for arguments in ({}, {"scale": 3.0}, {"shift": shift}, {"scale": 3.0, "shift": shift}):
-        expected = torch.where(keep[:, :, None, None], twin(x, **arguments), x)
-        for mode in ("exact", "capacity"):
-            with dynexec.decide(keep, mode=mode):
-                assert_close(block(x, **arguments), expected)
-                assert_close(block(features=x, **arguments), expected)
-                if "scale" in arguments:
-                    assert_close(block(x, *arguments.values()), expected)
-        assert torch.equal(block(features=x, **arguments), twin(x, **arguments))
+    for mode in ("exact", "capacity"):
+        with dynexec.decide(keep, mode=mode):
+            plain, scaled = (torch.where(keep[:, :, None, None], twin(x, scale=scale), x) for scale in (None, 3.0))
+            assert_close(block(features=x), plain)
+            assert_close(block(x, scale=3.0), scaled)
+            assert_close(block(x, 3.0), scaled)
+            assert_close(block(scale=3.0, features=x), scaled)
+            with pytest.raises(TypeError, match="takes one tensor, .* of column 0 got Tensor, float, Tensor"):
+                block(x, 3.0, shift=shift)
+    assert torch.equal(block(features=x, shift=shift), twin(x, shift=shift))
 
 
 def test_other_arguments_of_a_block_with_a_projection():
@@ -297,8 +298,16 @@ def test_other_arguments_of_a_block_with_a_projection():
     dynexec.convert(block)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(block(x, 2.0), twin(x, 2.0))
-    with dynexec.decide(torch.ones(1).bool()), pytest.raises(TypeError, match="takes one argument, got 2"):
+    with dynexec.decide(torch.ones(1).bool()), pytest.raises(TypeError, match="of column 0 got Tensor, float"):
         block(x, scale=2.0)
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_an_adapter_that_overlooks_a_change_of_shape(mode):
+    model = nn.Sequential(toys.InvertedResidual(4, 4, 2)).eval()
+    dynexec.convert(model, dynexec.Adapter(toys.InvertedResidual))
+    with pytest.raises(ValueError, match=r"shape|\(2, 4, 3, 3\) and its shortcut \(2, 4, 5, 5\)"):
+        run(model, torch.randn(2, 4, 5, 5), torch.tensor([[True], [False]]), mode)
 
 
 @pytest.mark.parametrize("style", toys.STYLES)

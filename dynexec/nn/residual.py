@@ -63,20 +63,21 @@ class DynamicBlock:
 def _run(block, execution, x, args, kwargs):
     placement, shortcuts = block.placement, block.shortcut_layers()
     execution.check(x, placement.num_columns)
-    if shortcuts and (args or kwargs):
+    others = (*args, *kwargs.values())
+    if others and (shortcuts or any(isinstance(value, torch.Tensor) for value in others)):
+        # A tensor may belong to the samples, or be a shortcut of its own: nobody says.
+        kinds = ", ".join(type(value).__name__ for value in (x, *others))
         raise TypeError(
-            f"the block of column {placement.column} has a shortcut of its own and got more than its input: inside "
-            f"decide such a block takes one argument, got {1 + len(args) + len(kwargs)}"
+            f"inside decide a block takes one tensor, and other arguments only if its shortcut is the identity; the "
+            f"{type(block).__name__} of column {placement.column} got {kinds}"
         )
     all_samples = placement.batch_norm == "all"
-    # A tensor among the other arguments may belong to the samples: nobody says, so every sample is computed.
-    others = any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
-    if execution.mode == "capacity" or others or _is_traced(x):
+    if execution.mode == "capacity" or _is_traced(x):
         if not all_samples and _uses_batch_statistics(block):
             raise RuntimeError(
                 f'batch_norm="kept" takes batch statistics over kept samples, but the block of column '
-                f"{placement.column} computes all of them here (capacity mode, a traced call, or a tensor among its "
-                'other arguments): use exact mode in eager execution, batch_norm="all", or model.eval()'
+                f"{placement.column} computes all of them in capacity mode and where it is traced: use exact mode in "
+                'eager execution, batch_norm="all", or model.eval()'
             )
         return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
     route = execution.route(x.shape[0])
@@ -104,6 +105,11 @@ def _select(block, x, keep, shortcuts, args, kwargs):
     else:
         # A forward that is not known as a sequence may overwrite its input, which dropped samples need.
         full = block.forward_dense(x.clone() if block.residual_layers() is None else x, *args, **kwargs)
+    if full.shape != shortcut.shape:
+        raise ValueError(
+            f"the {type(block).__name__} of column {block.placement.column} gives {tuple(full.shape)} and its shortcut "
+            f"{tuple(shortcut.shape)}: a block that can be dropped needs equal shapes"
+        )
     return torch.where(keep.reshape(-1, *[1] * (full.dim() - 1)), full, shortcut)
 
 
