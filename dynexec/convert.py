@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
-from dynexec.nn.structure import Adapter, NoSkip, NotABlock, is_candidate, read_structure
+from dynexec.nn.structure import CONVOLUTIONS, Adapter, NoSkip, NotABlock, is_candidate, read_structure
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def convert(model, match=None, *, batch_norm="all"):
     """Make the residual blocks of ``model`` obey :class:`dynexec.decide`, in place.
 
     Blocks are found by structure: modules whose forward is ``activation(residual(x) + shortcut(x))`` with convolutions
-    in the residual branch (the basic, bottleneck, inverted-residual and MBConv blocks of torchvision, timm and others),
-    innermost first. Only the class of a block changes: parameters, state_dict, hooks, ``isinstance``, pickling and
-    copying stay as they were, and outside ``decide`` so does its output.
+    in the residual branch (the basic, bottleneck, inverted-residual and MBConv blocks of torchvision, timm and others).
+    Of nested blocks the inner ones count, unless the outer one has most of its convolution weights outside of them, as
+    a bottleneck with residual attention inside. Only the class of a block changes: parameters, state_dict, hooks,
+    ``isinstance``, pickling and copying stay as they were, and outside ``decide`` so does its output.
 
     Parameters
     ----------
@@ -154,23 +155,42 @@ def _find(model, rules):
     """Adapters of the modules to convert, by name (None for blocks of our own), and why others are not."""
     found, reasons = {}, {}
     modules = dict(model.named_modules())
-    for name, module in reversed(modules.items()):  # children before parents: the innermost block wins
+    for name, module in reversed(modules.items()):  # children before parents
         rule = next((rule for rule in rules if _fits(rule, name, module)), _NO_RULE)
-        if rule is _NO_RULE or any(_contains(name, other) for other in found):
+        inside = [other for other in found if _contains(name, other)]
+        if rule is _NO_RULE or (inside and not _outweighs(module, [modules[other] for other in inside], rule)):
             continue
-        if isinstance(module, DynamicBlock):
-            found[name] = None
+        if (rule is None or isinstance(rule, str)) and not _may_be_block(module):
             continue
         try:
-            if (adapter := _read(module, rule)) is not None:
-                found[name] = adapter
+            adapter = None if isinstance(module, DynamicBlock) else _read(module, rule)
         except NotABlock as reason:
             reasons[name] = reason
-    skipped = [(name, type(modules[name]).__name__, str(reason)) for name, reason in _worth_saying(found, reasons)]
+            continue
+        for other in inside:
+            del found[other]
+        found[name] = adapter
+    skipped = [(n, type(modules[n]).__name__, str(reason)) for n, reason in _worth_saying(modules, found, reasons)]
     return found, skipped
 
 
-def _worth_saying(found, reasons):
+def _may_be_block(module):
+    return isinstance(module, (DynamicBlock, *_GRAPHS)) or is_candidate(module)
+
+
+def _outweighs(module, inside, rule):
+    """Whether to try a module as a block although there are blocks inside it."""
+    if isinstance(rule, Adapter) or isinstance(module, DynamicBlock):
+        return True
+    return _weights([module]) > 2 * _weights(inside)
+
+
+def _weights(modules):
+    layers = {layer for module in modules for layer in module.modules() if isinstance(layer, CONVOLUTIONS)}
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+
+
+def _worth_saying(modules, found, reasons):
     """Of the modules that hold no converted block and lie in none: those that almost are blocks, and the outermost."""
 
     def nested(name, others):
@@ -179,18 +199,18 @@ def _worth_saying(found, reasons):
     apart = {name: reason for name, reason in reversed(reasons.items()) if not nested(name, found)}
     almost = [name for name, reason in apart.items() if not isinstance(reason, NoSkip)]
     for name, reason in apart.items():
-        if name in almost or not (nested(name, almost) or any(_contains(other, name) for other in apart)):
+        layers = sum(isinstance(layer, CONVOLUTIONS) for layer in modules[name].modules())
+        outermost = not (nested(name, almost) or any(_contains(other, name) for other in apart))
+        if name in almost or (outermost and (layers > 1 or not found)):
             yield name, reason
 
 
 def _read(module, rule):
-    """The adapter for a module that fits a rule, or None if it is nothing that needs an explanation."""
+    """The adapter for a module that fits a rule."""
     adapter = isinstance(rule, Adapter)
-    if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
+    if isinstance(module, _GRAPHS):
         raise NotABlock("a traced or scripted graph has no blocks: convert the model before")
     if not adapter and not is_candidate(module):
-        if rule is None or isinstance(rule, str):
-            return None
         raise NotABlock("one of torch's own layers, or no convolution inside: it takes a dynexec.Adapter")
     if "forward" in vars(module):
         raise NotABlock("its forward is replaced on the object, not in its class")
@@ -211,6 +231,7 @@ def _read(module, rule):
 
 
 _NO_RULE = object()
+_GRAPHS = (fx.GraphModule, torch.jit.ScriptModule)
 _RESERVED = [name for name in vars(DynamicBlock) if not name.startswith("__") and name != "forward"]
 
 

@@ -52,6 +52,36 @@ def test_outside_decide_nothing_changes(style):
     assert dynexec.convert(model).num_blocks == num_blocks
 
 
+class ResidualAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x + self.conv(x.mean((2, 3), keepdim=True))
+
+
+class Group(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(self.blocks(x))
+
+
+def test_nested_blocks():
+    attentive = toys.BasicBlock(8, 8)
+    attentive.bn2 = nn.Sequential(attentive.bn2, ResidualAttention())
+    model = finish_stage([attentive, Group(toys.BasicBlock(8, 8), toys.BasicBlock(8, 8))])
+    names = [row[1] for row in dynexec.convert(model).converted]
+    assert names == ["layers.0.0", "layers.0.1.blocks.0", "layers.0.1.blocks.1"]
+    dynexec.revert(model)
+    names = [row[1] for row in dynexec.convert(model, [dynexec.Adapter(Group), ResidualAttention]).converted]
+    assert names == ["layers.0.0.bn2.1", "layers.0.1"]
+
+
 def test_training_mode_and_attributes_are_left_alone():
     model = toys.torchvision_style()
     model.layers[0][0].train()
