@@ -22,9 +22,11 @@ class FrozenBlock:
     input_shape : tuple of int
         ``[C, H, W]`` of its input.
     dtype : torch.dtype
+    args, kwargs : tuple, dict
+        What else its model calls it with: constants. Only a block with an identity shortcut may have them.
     """
 
-    def __init__(self, name, block, input_shape, dtype):
+    def __init__(self, name, block, input_shape, dtype, args=(), kwargs=None):
         self.name, self.column = name, block.placement.column
         self.input_shape, self.dtype = tuple(input_shape), dtype
         x = self.example(2)
@@ -33,7 +35,8 @@ class FrozenBlock:
         if block.shortcut_layers():
             self.shortcut = pack_module(_Shortcut(block), x)
             s = self.shortcut(x)
-        self.body = pack_module(_Body(block), x, s, may_overwrite=("s",) if self.shortcut else ("x", "s"))
+        overwritten = ("s",) if self.shortcut else ("x", "s")
+        self.body = pack_module(_Body(block, args, kwargs or {}), x, s, may_overwrite=overwritten)
         self.output_shape = tuple(s.shape[1:])
         self.signature = f"{self.input_shape} shortcut: {describe(self.shortcut)} body: {describe(self.body)}"
 
@@ -81,10 +84,14 @@ class _Shortcut(nn.Module):
 
 
 class _Body(_Shortcut):
+    def __init__(self, block, args, kwargs):
+        super().__init__(block)
+        self.args, self.kwargs = args, kwargs
+
     def forward(self, x, s):
         layers, activation = self.block.residual_layers(), self.block.activation_layer()
-        if layers is None:
-            return self.block.forward_dense(x)
+        if layers is None or self.args or self.kwargs:
+            return self.block.forward_dense(x, *self.args, **self.kwargs)
         y = apply_layers(layers, x) + (s if self.block.shortcut_layers() else x)
         return y if activation is None else activation(y)
 

@@ -44,10 +44,10 @@ class StageCosts:
         }
 
     def losses(self, executor, kept, parts, num_samples):
-        """Predicted seconds above the dense time of the kept rows, by cause.
+        """Predicted seconds above the dense time of the kept rows, by cause; arguments as in ``predict``.
 
-        Causes are "small batches" (a convolution of few rows takes longer per row), "row moves" (gather and scatter) and
-        "dropped rows computed". Arguments as in ``predict``.
+        Causes are "small batches" (a convolution of few rows takes longer per row), "row moves" (gather and scatter)
+        and "dropped rows computed".
         """
         small = moves = computed = 0.0
         dense = [block.body(num_samples) / num_samples for block in self.blocks]
@@ -70,8 +70,11 @@ class StageCosts:
         return {"small batches": small, "row moves": moves, "dropped rows computed": computed}
 
     def _table(self, n):
-        """For a batch of ``n``, built once: compact's seconds by block and count, masked's by block for some and for all
-        samples kept, and the body's of all blocks and the shortcuts' by number of rows."""
+        """Sums for a batch of ``n``, made once.
+
+        Compact's seconds by block and count; masked's by block, some kept and all kept; the bodies' by number of rows;
+        the shortcuts' by number of rows.
+        """
         if n not in self._tables:
             compact = [[b.shortcut(n) + b.body(k) + b.move(k) for k in range(n)] for b in self.blocks]
             full = [b.shortcut(n) + b.body(n) for b in self.blocks]

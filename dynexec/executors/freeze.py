@@ -66,7 +66,8 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
             policy = pack_module(policy, images)
         network, stages = _pack_stages(backbone, images, executor)
         _prove_and_measure(stages, CostCache(cost_cache))
-    return FrozenNetwork(network, [stage for stage, _, _ in stages], policy, dtype)
+        network.delete_all_unused_submodules()  # the original blocks, needed until now
+    return FrozenNetwork(network.forward, [stage for stage, _, _ in stages], policy, dtype)
 
 
 class FrozenNetwork(nn.Module):
@@ -150,7 +151,7 @@ def _check(model, example_input, executor):
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example_input)}
     if devices != {torch.device("cpu")}:
         found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"freeze runs on the CPU so far, but model and example_input are on {found}: use dynexec.decide")
+        raise ValueError(f"freeze runs on the CPU so far, not on {found}, where model and example_input are")
     if executor is not None and executor not in EXECUTORS:
         raise ValueError(f"executor must be None or one of {sorted(EXECUTORS)}, got {executor!r}")
 
@@ -173,28 +174,30 @@ def _pack_stages(backbone, images, executor):
         blocks = []
         for node in run:
             meta = node.args[0].meta["tensor_meta"]
-            blocks.append(FrozenBlock(node.target, modules[node.target], meta.shape[1:], meta.dtype))
+            block = modules[node.target]
+            blocks.append(FrozenBlock(node.target, block, meta.shape[1:], meta.dtype, node.args[1:], node.kwargs))
         stage = Stage(number, blocks, _is_fresh(source, modules), executor, len(images))
         with graph.inserting_before(run[0]):
             call = graph.call_function(stage, (source, route))
         call.meta = dict(run[-1].meta)
         run[-1].replace_all_uses_with(call)
-        stages.append((stage, [modules[node.target] for node in run], inputs[run[0]]))
+        originals = [_with_constants(modules[node.target], node) for node in run]
+        stages.append((stage, originals, inputs[run[0]]))
         for node in reversed(run):
             graph.erase_node(node)
     module.recompile()
-    module.delete_all_unused_submodules()
-    return module.forward, stages
+    return module, stages
 
 
 def _runs(graph, modules):
-    """The block calls of the graph as lists of consecutive ones; a block with a shortcut of its own starts a new one."""
+    """The block calls of the graph as lists of consecutive ones; a shortcut that is not the identity starts a new one."""
     runs, last, columns = [], None, []
     for node in graph.nodes:
         block = modules.get(node.target) if node.op == "call_module" else None
         if not isinstance(block, DynamicBlock):
             continue
-        if len(node.args) != 1 or node.kwargs:
+        more = bool(node.args[1:] or node.kwargs)
+        if not node.args or node.all_input_nodes != [node.args[0]] or (more and block.shortcut_layers()):
             raise ValueError(f"model cannot be frozen: block {node.target} is called with more than its input")
         follows = last is not None and node.args[0] is last and len(last.users) == 1
         if follows and not block.shortcut_layers():
@@ -206,6 +209,11 @@ def _runs(graph, modules):
     if columns != list(range(len(columns))):
         raise ValueError(f"model cannot be frozen: it runs its blocks in the order of the columns {columns}")
     return runs
+
+
+def _with_constants(block, node):
+    """The block as a function of its input alone, called as in ``node``."""
+    return lambda x: block(x, *node.args[1:], **node.kwargs)
 
 
 def _is_fresh(node, modules):

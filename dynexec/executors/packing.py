@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 # Our name of an activation -> the plain function, oneDNN's name, oneDNN's scalars.
 ACTIVATIONS = {

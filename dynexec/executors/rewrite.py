@@ -123,8 +123,8 @@ def _replace(module, modules, node, conv, may_overwrite):
         and ends_graph
     )
     packed = PackedConv(
-        f"packed_{node.name}", weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation, overwrites,
-        tuple(x.meta["tensor_meta"].shape),
+        f"packed_{node.name}", weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+        activation, overwrites, tuple(x.meta["tensor_meta"].shape),
     )  # fmt: skip
     with module.graph.inserting_after(last):
         new = module.graph.call_function(packed, (x,) if other is None else (x, other))
