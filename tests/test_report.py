@@ -269,6 +269,9 @@ def test_times_are_per_forward_and_policies_run_where_charged(model, images, mon
         assert row["planning_share"] == pytest.approx(0.01)
         assert row["strongest_dense"] == "dense eager" and row["own_dense"] == pytest.approx(5.0)
         assert row["realised"] == pytest.approx(20.0) and row["draws"] == 8 and row["rounds"] == 3
+        total, *causes = row["losses"].values()
+        assert total == pytest.approx(50 - 200 * row["flops_needed"] / row["flops_dense"]) == pytest.approx(sum(causes))
+        assert row["losses"]["planning"] == pytest.approx(0.5)
 
 
 def test_error_is_relative_and_never_nan():
@@ -405,7 +408,7 @@ def some_rows(model, images):
 def test_markdown_has_a_line_per_row(some_rows):
     text = tables.markdown(some_rows)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 * (2 + len(some_rows)) and len({line.count("|") for line in lines}) == 2
+    assert len(lines) == 3 * (2 + len(some_rows)) and len({line.count("|") for line in lines}) == 2
     assert text.startswith("### tiny, 16x16, ") and "dense eager" in text
 
 

@@ -79,7 +79,7 @@ def run_experiment(
     name : str
         What rows call the network.
     baselines : sequence of Baseline classes
-    executor : Baseline class
+    executor : subclass of Dynexec
         What stands for dynexec.
     seconds : float
         Time for the timed rounds; at least five are made.
@@ -113,7 +113,11 @@ def run_experiment(
     flops = count_flops(model, images)
     common = {"net": name, "image_size": images.shape[-1], "batch": len(images), "unavailable": unavailable}
     dense = [candidate.name for candidate in candidates if candidate.dense and not candidate.own]
-    return [_row(common, setting, errors[setting.label], comparison, flops, dense) for setting in settings]
+    rows = [_row(common, setting, errors[setting.label], comparison, flops, dense) for setting in settings]
+    frozen = next(candidate.model for candidate in candidates if isinstance(candidate, executor))
+    for row, setting in zip(rows, settings, strict=True):
+        row["losses"] = _losses(row, setting, frozen)
+    return rows
 
 
 def _prepare(model, images, classes, progress):
@@ -221,6 +225,22 @@ def _row(common, setting, errors, comparison, flops, dense):
         "failed": failed,
         **speed_up(times, flops.dense, needed, dense),
     }
+
+
+def _losses(row, setting, frozen):
+    """Milliseconds per forward that dynexec takes above its own dense time for the same FLOPs: measured, and by cause.
+
+    The executors' causes are what their cost model predicts, planning is measured, the rest is what remains.
+    """
+    times = row["milliseconds"]
+    if "dynexec" not in times or "dense frozen" not in times:
+        return {}
+    own, dense = times["dynexec"]["median"], times["dense frozen"]["median"]
+    total = own - dense * row["flops_needed"] / row["flops_dense"]
+    predicted = [frozen.predict_losses(draw) for draw in setting.draws]
+    causes = {cause: 1e3 * sum(p[cause] for p in predicted) / len(predicted) for cause in predicted[0]}
+    causes["planning"] = row["planning_share"] * own
+    return {"total": total, **causes, "rest": total - sum(causes.values())}
 
 
 def _milliseconds(timing, draws):

@@ -51,6 +51,7 @@ SCHEMA = {
     "efficiency_own": (float, type(None)),  # the same against dynexec at keep 1
     "saved_share": (float, type(None)),  # of the FLOPs removed, how much of the time left
     "own_dense": (float, type(None)),  # time of the strongest dense / time of dynexec at keep 1
+    "losses": dict,  # milliseconds of dynexec above its own dense time x FLOPs needed / dense: "total", and by cause
 }
 
 

@@ -81,6 +81,8 @@ def markdown(rows):
         headings, table = candidate_table(members)
         parts.append("Milliseconds per batch, median (90th percentile):\n")
         parts.append(_markdown_table(headings, table))
+        parts.append("What dynexec loses against its own dense time for the same FLOPs, milliseconds per batch:\n")
+        parts.append(_markdown_table(*loss_table(members)))
     return "\n".join(parts)
 
 
@@ -91,6 +93,16 @@ def candidate_table(rows):
     for row in rows:
         table.append([COLUMNS["batch"](row), COLUMNS["keep"](row), *(_candidate(row, name) for name in names)])
     return ["batch", "keep", *names], table
+
+
+def loss_table(rows):
+    """Headings and texts of a table with the losses of dynexec by cause."""
+    causes = list(dict.fromkeys(cause for row in rows for cause in row["losses"]))
+    table = []
+    for row in rows:
+        values = [row["losses"].get(cause) for cause in causes]
+        table.append([COLUMNS["batch"](row), COLUMNS["keep"](row), *("-" if v is None else f"{v:.2f}" for v in values)])
+    return ["batch", "keep", *causes], table
 
 
 def replace_generated(text, name, content):
