@@ -190,7 +190,7 @@ def _pack_stages(backbone, images, executor):
 
 
 def _runs(graph, modules):
-    """The block calls of the graph as lists of consecutive ones; a shortcut that is not the identity starts a new one."""
+    """The block calls of the graph as lists of consecutive ones; one with a shortcut of its own starts a new list."""
     runs, last, columns = [], None, []
     for node in graph.nodes:
         block = modules.get(node.target) if node.op == "call_module" else None
