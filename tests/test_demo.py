@@ -142,6 +142,9 @@ def test_judge_compares_with_the_full_network(tiny):
     assert judged.rate == (logits.argmax(1) == labels).double().mean().item()
     assert judged.kept.tolist() == decisions.sum(1).tolist()
     assert 0.0 <= judged.random <= 1.0 and 0.0 <= judged.static <= 1.0 and judged.saving < 1.0
+    shifted = torch.cat([images[..., :1].expand(-1, -1, -1, 4), images[..., :-4]], dim=3)
+    with torch.inference_mode():
+        assert judged.shifted == (model.backbone(shifted).argmax(1) == labels).double().mean().item()
 
 
 def test_random_and_static_of_a_policy_that_keeps_all_are_the_full_network(tiny):

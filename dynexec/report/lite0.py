@@ -21,6 +21,7 @@ POLICY_WEIGHTS = Path(__file__).parent / "data" / "lite0_policy.pt"
 #: The policy was trained on scenes of the clip "bikes" before this frame; the scenes from here on it has not seen.
 FIRST_HELD_OUT_FRAME = 137
 _BATCH = 16
+_SHIFT = 4
 
 
 def missing_lite0():
@@ -70,6 +71,9 @@ class Agreement:
         Share that agrees if every image keeps as many blocks as the policy keeps for it, but random ones.
     static : float
         Share that agrees if every image keeps the blocks that the policy keeps most often, rounded to its mean number.
+    shifted : float
+        Share that agrees if the full network sees the image moved by four pixels: what agreement can be expected of
+        images that the network is unsure of.
     saving : float
         Theoretical share of FLOPs saved, the policy network charged.
     """
@@ -79,6 +83,7 @@ class Agreement:
     agrees: torch.Tensor
     random: float
     static: float
+    shifted: float
     saving: float
 
     @property
@@ -113,9 +118,9 @@ def judge(net, frozen, images, *, draws=5, seed=0, progress=None):
     -------
     Agreement
     """
-    passes, done = 3 + draws, 0
+    passes, done = 4 + draws, 0
 
-    def run(decisions):
+    def run(decisions, images=images):
         nonlocal done
         predicted, taken = [], []
         for start in range(0, len(images), _BATCH):
@@ -128,18 +133,23 @@ def judge(net, frozen, images, *, draws=5, seed=0, progress=None):
             progress(done / passes)
         return torch.cat(predicted), torch.cat(taken)
 
-    labels, everything = run(torch.ones(frozen.num_blocks, dtype=torch.bool))
+    everything = torch.ones(frozen.num_blocks, dtype=torch.bool)
+    labels, _ = run(everything)
     predicted, decisions = run(None)
+
+    def share(decisions, images=images):
+        return (run(decisions, images)[0] == labels).double().mean().item()
+
     generator = torch.Generator().manual_seed(seed)
-    random = 0.0
-    for _ in range(draws):
-        order = torch.rand(decisions.shape, generator=generator).argsort(1)
-        random += (run(decisions.gather(1, order))[0] == labels).double().mean().item() / draws
+    orders = [torch.rand(decisions.shape, generator=generator).argsort(1) for _ in range(draws)]
+    random = sum(share(decisions.gather(1, order)) for order in orders) / draws
     number = round(decisions.sum().item() / len(decisions))
-    favourites = torch.zeros_like(everything[0]).index_fill(0, decisions.float().mean(0).topk(number).indices, True)
-    static = (run(favourites)[0] == labels).double().mean().item()
-    flops = count_flops(net, as_float(images[:1]))
-    return Agreement(decisions, labels, predicted == labels, random, static, flops.saving(decisions))
+    favourites = torch.zeros_like(everything).index_fill(0, decisions.float().mean(0).topk(number).indices, True)
+    shifted = torch.cat([images[..., :1].expand(*images.shape[:-1], _SHIFT), images[..., :-_SHIFT]], dim=-1)
+    saving = count_flops(net, as_float(images[:1])).saving(decisions)
+    return Agreement(
+        decisions, labels, predicted == labels, random, share(favourites), share(everything, shifted), saving
+    )
 
 
 def as_float(images):
