@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from math import prod
 
 import torch
 from torch import fx, nn
@@ -157,10 +158,11 @@ def _find(model, rules):
     modules = dict(model.named_modules())
     for name, module in reversed(modules.items()):  # children before parents
         rule = next((rule for rule in rules if _fits(rule, name, module)), _NO_RULE)
-        inside = [other for other in found if _contains(name, other)]
-        if rule is _NO_RULE or (inside and not _outweighs(module, [modules[other] for other in inside], rule)):
+        asked = rule is not None and not isinstance(rule, str)  # for this kind of module, so say why it is none
+        if rule is _NO_RULE or not (asked or _may_be_block(module)):
             continue
-        if (rule is None or isinstance(rule, str)) and not _may_be_block(module):
+        inside = [other for other in found if _contains(name, other)]
+        if inside and not _outweighs(module, [modules[other] for other in inside], rule):
             continue
         try:
             adapter = None if isinstance(module, DynamicBlock) else _read(module, rule)
@@ -187,7 +189,7 @@ def _outweighs(module, inside, rule):
 
 def _weights(modules):
     layers = {layer for module in modules for layer in module.modules() if isinstance(layer, CONVOLUTIONS)}
-    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    return sum(layer.out_channels * layer.in_channels // layer.groups * prod(layer.kernel_size) for layer in layers)
 
 
 def _worth_saying(modules, found, reasons):

@@ -335,6 +335,24 @@ def test_autocast_into_a_wider_shortcut():
         torch.testing.assert_close(exact, capacity, rtol=0.05, atol=0.05)
 
 
+class Widens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = odd_blocks.conv()
+
+    def forward(self, x):
+        return x + self.conv(x).float()
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+def test_a_branch_wider_than_its_shortcut(mode):
+    block = Widens().bfloat16()
+    x, keep = torch.randn(2, 4, 5, 5).bfloat16(), torch.tensor([[True], [False]])
+    expected = torch.where(keep[:, :, None, None], block(x), x)
+    dynexec.convert(block)
+    torch.testing.assert_close(run(block, x, keep, mode), expected)
+
+
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_activation_checkpointing(backward_inside):
     model, twin, num_blocks = converted(dtype=torch.float64)

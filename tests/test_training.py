@@ -147,6 +147,7 @@ def test_one_value_per_channel_is_explained():
         inside(block, one)(x)
     assert torch.equal(inside(block, ~one)(x)[1], x[1])
     assert inside(block, one)(torch.randn(3, 4, 2, 1)).shape == (3, 4, 2, 1)
+    assert inside(block, one[:0])(x[:0]).shape == (0, 4, 1, 1)
     dynexec.revert(block)
     dynexec.convert(block)
     assert inside(block, one)(x).shape == x.shape
