@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from dynexec import native, ops
+from dynexec import dispatch, native
 from dynexec.measure.environment import processor_name
 
 # Used where installed, never required.
@@ -51,7 +51,7 @@ def facts():
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "onednn": torch.backends.mkldnn.is_available(),
         },
-        "native": {"rows": ops.native_missing, "plan": ops.native_missing},
+        "native": {"rows": dispatch.native_missing, "plan": dispatch.native_missing},
         "build": native.build_facts(),
         "optional": {name: _version(name) for name in OPTIONAL},
     }

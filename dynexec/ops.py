@@ -1,23 +1,15 @@
-"""The ops: schemas, implementations per device, fakes, gradients, FLOP formulas.
+"""The ops, for users: argument checks and gradients around what :mod:`dynexec.dispatch` registers.
 
-Meaning and portable implementation: :mod:`dynexec.reference`. Other implementations are registered with PyTorch's
-dispatcher under the same schema. Gradients are an ``autograd.Function`` around the op, entered only when one is needed.
+Meaning: :mod:`dynexec.reference`. Gradients are an ``autograd.Function`` outside the op, entered only when needed.
 """
 
 import torch
 from torch.autograd import Function
-from torch.utils.flop_counter import register_flop_formula
 
-from dynexec import native, reference
+from dynexec import dispatch, reference
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-_library = torch.library.Library("dynexec", "DEF")
-_library.define("gather_rows(Tensor x, Tensor index) -> Tensor")
-_library.define("gather_rows_out(Tensor x, Tensor index, Tensor(a!) out) -> ()")
-_library.define("scatter_rows_(Tensor(a!) destination, Tensor index, Tensor rows, bool add, bool relu) -> ()")
-_library.define("plan(Tensor decisions, int choices) -> (Tensor, Tensor)")
 
 
 def gather_rows(x, index, *, out=None):
@@ -55,9 +47,9 @@ def gather_rows(x, index, *, out=None):
             raise ValueError("out must be None where a gradient is needed: x requires grad and grad mode is on")
         return _GatherRows.apply(x, index)
     if out is None:
-        return _gather_rows(x, index)
+        return dispatch.gather_rows(x, index)
     _check_match(out, "out", x, "x", index)
-    _gather_rows_out(x, index, out)
+    dispatch.gather_rows_out(x, index, out)
     _count_write(out)
     return out
 
@@ -106,7 +98,8 @@ def scatter_rows_(destination, index, rows, *, add=False, relu=False):
 
     Notes
     -----
-    Equivalent to ``destination[index] = relu(rows + destination[index])``, less what is not asked for.
+    Equivalent to ``destination[index] = relu(rows + destination[index])``, less what is not asked for. Where a gradient
+    is needed go on with the tensor returned: ``torch.compile`` of torch 2.10 knows the write through that one only.
     """
     return _scatter(destination, index, rows, add, relu, in_place=True)
 
@@ -145,19 +138,12 @@ def plan(decisions, choices):
         raise ValueError(f"decisions must have shape [N, L], got {tuple(decisions.shape)}")
     if choices < 1 or (decisions.dtype == torch.bool and choices < 2):
         raise ValueError(f"choices must be at least 1, and at least 2 for bool decisions, got {choices}")
-    return _plan(decisions, choices)
-
-
-def first_outside(decisions, choices):
-    """Message that names the first of ``decisions`` outside ``0..choices - 1``, or None. Reads the device."""
-    outside = ((decisions < 0) | (decisions >= choices)).nonzero()
-    if len(outside) == 0:
-        return None
-    sample, block = outside[0].tolist()
-    return f"decisions must be in 0..{choices - 1}, got {decisions[sample, block].item()} at [{sample}, {block}]"
+    return dispatch.plan(decisions, choices)
 
 
 def _check_rows(x, name, index):
+    if not (isinstance(x, torch.Tensor) and isinstance(index, torch.Tensor)):
+        raise TypeError(f"{name} and index must be tensors, got {type(x).__name__} and {type(index).__name__}")
     if x.dim() == 0:
         raise ValueError(f"{name} must have rows: shape [N, ...], got a tensor of no dimensions")
     if index.dtype not in _INDEX_DTYPES:
@@ -169,6 +155,8 @@ def _check_rows(x, name, index):
 
 
 def _check_match(rows, name, x, x_name, index):
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
     if rows.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {rows.dtype}")
     if rows.shape[1:] != x.shape[1:] or rows.shape[:1] != index.shape:
@@ -191,7 +179,7 @@ def _scatter(destination, index, rows, add, relu, in_place):
         _count_write(destination)
     else:
         destination = destination.clone()
-    _scatter_rows_(destination, index, rows, add, relu)
+    dispatch.scatter_rows_(destination, index, rows, add, relu)
     return destination
 
 
@@ -206,7 +194,7 @@ class _GatherRows(Function):
     def forward(ctx, x, index):
         ctx.save_for_backward(index)
         ctx.num_samples = x.shape[0]
-        return _gather_rows(x, index)
+        return dispatch.gather_rows(x, index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -223,24 +211,24 @@ class _ScatterRows(Function):
             ctx.mark_dirty(destination)
         else:
             destination = destination.clone()
-        _scatter_rows_(destination, index, rows, add, relu)
+        dispatch.scatter_rows_(destination, index, rows, add, relu)
         ctx.add = add
         # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
-        ctx.save_for_backward(index, _gather_rows(destination, index) <= 0 if relu else None)
+        ctx.save_for_backward(index, dispatch.gather_rows(destination, index) <= 0 if relu else None)
         return destination
 
     @staticmethod
     def backward(ctx, grad):
         index, blocked = ctx.saved_tensors
         with torch.no_grad():
-            grad_rows = _gather_rows(grad, index)
+            grad_rows = dispatch.gather_rows(grad, index)
             if blocked is not None:
                 grad_rows.masked_fill_(blocked, 0)
             grad_destination = grad
             if ctx.needs_input_grad[0] and (blocked is not None or not ctx.add):
                 grad_destination = grad.clone()
                 through = grad_rows if ctx.add else torch.zeros_like(grad_rows)
-                _scatter_rows_(grad_destination, index, through, False, False)
+                dispatch.scatter_rows_(grad_destination, index, through, False, False)
         grad_destination = _once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
         grad_rows = _once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
         return grad_destination, None, grad_rows, None, None, None
@@ -261,73 +249,3 @@ class _FirstDerivative(Function):
 
 def _once(result, grad, name):
     return _FirstDerivative.apply(result, grad, name) if torch.is_grad_enabled() else result
-
-
-def _implement(name, kernel, fake):
-    """Register ``kernel`` for every device, ``fake`` for shape inference, and zero FLOPs; return the op."""
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dynexec::{name}", fake, lib=_library)
-    op = getattr(torch.ops.dynexec, name)
-    # torch's flop counter counts matrix products, convolutions and attention; copies and pointwise work are zero.
-    register_flop_formula(op)(_no_flops)
-    return op.default
-
-
-def _no_flops(*args, out_val=None, **kwargs):
-    return 0
-
-
-def _check_range(index, size):
-    # Only where looking costs no wait for a device.
-    if index.device.type == "cpu" and index.numel():
-        smallest, largest = (int(value) for value in index.aminmax())
-        if smallest < 0 or largest >= size:
-            raise IndexError(f"index must be in 0..{size - 1}, got {smallest if smallest < 0 else largest}")
-
-
-def _portable_gather_rows(x, index):
-    _check_range(index, x.shape[0])
-    return reference.gather_rows(x, index)
-
-
-def _portable_gather_rows_out(x, index, out):
-    _check_range(index, x.shape[0])
-    reference.gather_rows_out(x, index, out)
-
-
-def _portable_scatter_rows_(destination, index, rows, add, relu):
-    _check_range(index, destination.shape[0])
-    reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
-
-
-def _portable_plan(decisions, choices):
-    if decisions.device.type == "cpu" and (outside := first_outside(decisions, choices)):
-        raise ValueError(outside)
-    return reference.plan(decisions, choices)
-
-
-def _fake_gather_rows(x, index):
-    return reference.empty_rows(x, index.shape[0])
-
-
-def _fake_gather_rows_out(x, index, out):
-    return None
-
-
-def _fake_scatter_rows_(destination, index, rows, add, relu):
-    return None
-
-
-def _fake_plan(decisions, choices):
-    samples, blocks = decisions.shape
-    index = decisions.new_empty((blocks, samples), dtype=torch.int32)
-    return index, decisions.new_empty((blocks, choices + 1), dtype=torch.int32)
-
-
-_gather_rows = _implement("gather_rows", _portable_gather_rows, _fake_gather_rows)
-_gather_rows_out = _implement("gather_rows_out", _portable_gather_rows_out, _fake_gather_rows_out)
-_scatter_rows_ = _implement("scatter_rows_", _portable_scatter_rows_, _fake_scatter_rows_)
-_plan = _implement("plan", _portable_plan, _fake_plan)
-
-# Why the native CPU implementations are not in use, or None where they are.
-native_missing = native.load()

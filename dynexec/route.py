@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from dynexec import ops
+from dynexec import dispatch, ops
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Route:
         index, offset = ops.plan(decisions, choices)
         borders = offset.tolist() if exact else None
         if exact and decisions.device.type != "cpu" and any(row[-1] != decisions.shape[0] for row in borders):
-            raise ValueError(ops.first_outside(decisions, choices))
+            raise ValueError(dispatch.first_outside(decisions, choices))
         return cls(decisions, index, offset, choices, borders)
 
     @property

@@ -10,6 +10,7 @@ KERNELS = PACKAGE.parent / "kernels"
 # Imports go to an earlier line, or stay inside one name; a line's own names may not import each other in a circle.
 LAYERS = [
     {"kernels", "reference", "native"},
+    {"dispatch"},
     {"ops"},
     {"route", "measure"},
     {"nn", "policy"},

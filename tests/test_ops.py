@@ -1,3 +1,5 @@
+"""What the ops compute, on every shape, layout and dtype, and what they refuse."""
+
 import os
 import subprocess
 import sys
@@ -6,40 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
+from rows import CASES, FLOATS, INDEX, MODES, TWO, R, X, expected_scatter, make, numbers
 
-from dynexec import ops, reference
-
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-ROWS = [(), (1,), (5,), (0,), (3, 4), (8, 5, 7), (16, 1, 1), (1, 3, 3)]
-INDEX = {
-    "none": lambda n: [],
-    "one": lambda n: [n - 1],
-    "all": lambda n: range(n),
-    "reversed": lambda n: range(n - 1, -1, -1),
-    "runs": lambda n: [i for i in range(n) if i % 5 < 3],
-    "every other": lambda n: range(0, n, 2),
-}
-MODES = [(False, False), (True, False), (False, True), (True, True)]
-
-
-def make(samples, row, dtype=torch.float32, layout="contiguous"):
-    x = torch.randint(-8, 8, (2 * samples, *row)).to(dtype) / 4
-    if layout == "channels_last" and len(row) == 3:
-        x = x.to(memory_format=torch.channels_last)
-    if layout == "transposed rows" and len(row) == 2:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    # Every other row: gap-free rows, gaps between them.
-    return x[::2] if layout == "gaps" else x[:samples]
-
-
-LAYOUTS = ["contiguous", "channels_last", "transposed rows", "gaps"]
-CASES = [(row, layout) for row in ROWS for layout in ("contiguous", "gaps")]
-CASES += [(row, "channels_last") for row in ROWS if len(row) == 3] + [((3, 4), "transposed rows")]
-
-
-def numbers(which, samples, dtype=torch.int32):
-    return torch.tensor(list(INDEX[which](samples)), dtype=dtype)
+from dynexec import dispatch, ops, reference
 
 
 @pytest.mark.parametrize("row,layout", CASES, ids=str)
@@ -79,13 +50,6 @@ def test_gather_sizes(samples, rows):
     x = torch.randn(samples, 3)
     index = torch.randint(max(samples, 1), (rows,))
     assert torch.equal(ops.gather_rows(x, index), x[index])
-
-
-def expected_scatter(destination, index, rows, add, relu):
-    destination = destination.clone()
-    rows = rows + destination[index] if add else rows
-    destination[index] = rows.relu() if relu else rows
-    return destination
 
 
 @pytest.mark.parametrize("row,layout", CASES, ids=str)
@@ -171,8 +135,10 @@ def test_row_number_out_of_range_writes_nothing(wrong):
     assert torch.equal(out, torch.ones(2, 3))
 
 
-X, TWO, R = torch.zeros(6, 3), torch.tensor([0, 2]), torch.zeros(2, 3)
 WRONG = [
+    (lambda: ops.gather_rows([1.0], TWO), TypeError, "x and index must be tensors, got list and Tensor"),
+    (lambda: ops.scatter_rows(X, [0, 2], R), TypeError, "destination and index must be tensors, got Tensor and list"),
+    (lambda: ops.scatter_rows(X, TWO, 0.0), TypeError, "rows must be a tensor, got float"),
     (lambda: ops.gather_rows(torch.tensor(1.0), TWO), ValueError, "x must have rows"),
     (lambda: ops.gather_rows(X, TWO.float()), TypeError, "index must be int32 or int64, got torch.float32"),
     (lambda: ops.gather_rows(X, torch.ones(6, dtype=torch.bool)), TypeError, "index must be int32 or int64"),
@@ -199,7 +165,7 @@ def test_wrong_arguments(call, error, message):
         call()
 
 
-@pytest.mark.skipif(ops.native_missing is not None, reason="plain torch has its own messages")
+@pytest.mark.skipif(dispatch.native_missing is not None, reason="plain torch has its own messages")
 def test_memory_shared_within_one_call():
     x = torch.zeros(6, 3)
     with pytest.raises(ValueError, match="rows must not share memory with destination"):
@@ -208,94 +174,6 @@ def test_memory_shared_within_one_call():
         ops.gather_rows(x, TWO, out=x[1:3])
     with pytest.raises(ValueError, match="destination must not have rows that overlap"):
         ops.scatter_rows_(torch.zeros(1, 3).expand(6, 3), TWO, R)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gather_gradient(layout):
-    x = torch.randn(5, 2, 3, 2, dtype=torch.float64)
-    x = (x.to(memory_format=torch.channels_last) if layout == "channels_last" else x).requires_grad_()
-    for index in ([], [3], [0, 1, 2, 3, 4], [1, 4, 1, 1]):
-        index = torch.tensor(index, dtype=torch.int32)
-        assert torch.autograd.gradcheck(lambda x, index=index: ops.gather_rows(x, index), (x,))
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("add,relu", MODES)
-@pytest.mark.parametrize("which", ["none", "one", "all", "every other"])
-def test_scatter_gradients(which, add, relu, in_place):
-    destination = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
-    index = numbers(which, 5)
-    rows = torch.randn(len(index), 3, 2, dtype=torch.float64, requires_grad=True)
-
-    def scatter(destination, rows):
-        if in_place:
-            return ops.scatter_rows_(destination.clone(), index, rows, add=add, relu=relu)
-        return ops.scatter_rows(destination, index, rows, add=add, relu=relu)
-
-    assert torch.autograd.gradcheck(scatter, (destination, rows))
-    assert torch.autograd.gradcheck(lambda destination: scatter(destination, rows.detach()), (destination,))
-    assert torch.autograd.gradcheck(lambda rows: scatter(destination.detach(), rows), (rows,))
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_gradients_equal_those_of_torch(dtype):
-    destination = torch.randn(7, 4, 3, dtype=dtype, requires_grad=True)
-    rows = torch.randn(3, 4, 3, dtype=dtype, requires_grad=True)
-    index, weight = torch.tensor([6, 0, 3]), torch.randn(7, 4, 3, dtype=dtype)
-
-    def gradients(gather, scatter):
-        y = scatter(destination, index, rows * 2 - gather(destination, index), True, True)
-        return torch.autograd.grad((y * weight).sum(), (destination, rows))
-
-    ours = gradients(ops.gather_rows, lambda d, i, r, add, relu: ops.scatter_rows(d, i, r, add=add, relu=relu))
-    assert all(map(torch.equal, ours, gradients(lambda x, i: x[i], expected_scatter)))
-
-
-def test_no_kept_sample_gives_zero_gradients():
-    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)
-    none = torch.tensor([], dtype=torch.int32)
-    ops.scatter_rows(x, none, ops.gather_rows(x, none) * w, add=True, relu=True).sum().backward()
-    assert torch.equal(x.grad, torch.ones(4, 3))
-    assert torch.equal(w.grad, torch.zeros(3))
-
-
-def test_nan_in_dropped_rows_reaches_no_gradient():
-    x = torch.full((4, 3), torch.nan)
-    x[1] = 1
-    x.requires_grad_()
-    y = ops.gather_rows(x, torch.tensor([1]))
-    (y * y).sum().backward()
-    assert torch.equal(x.grad, torch.tensor([[0.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]))
-
-
-def test_second_derivative_is_refused():
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    for name, y in (
-        ("gather_rows", ops.gather_rows(x, TWO)),
-        ("scatter_rows", ops.scatter_rows(x, TWO, rows, relu=True)),
-    ):
-        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=f"dynexec.ops.{name} has no second derivative"):
-            gradient.sum().backward()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.gradgradcheck(lambda x: ops.gather_rows(x, TWO), (x,))
-
-
-def test_a_write_is_seen_by_autograd():
-    w, saved = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
-    for write in (lambda: ops.scatter_rows_(saved, TWO, R), lambda: ops.gather_rows(X, torch.arange(6), out=saved)):
-        loss = (w * saved).sum()
-        write()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-    leaf = torch.zeros(6, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf Variable"):
-        ops.scatter_rows_(leaf, TWO, R)
-    with pytest.raises(ValueError, match="out must be None where a gradient is needed"):
-        ops.gather_rows(leaf, TWO, out=torch.zeros(2, 3))
-    with torch.inference_mode():
-        ops.scatter_rows_(torch.zeros(6, 3), TWO, torch.ones(2, 3))
 
 
 def naive_plan(decisions, choices):
@@ -344,63 +222,11 @@ def test_plan_names_the_value_out_of_range(wrong):
         ops.plan(decisions, 3)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout):
-    x = make(6, (4, 3) if layout == "transposed rows" else (4, 3, 2), layout=layout)
-    index = torch.tensor([5, 0, 3], dtype=torch.int32)
-    rows = ops.gather_rows(x, index)
-    torch.library.opcheck(torch.ops.dynexec.gather_rows, (x, index))
-    torch.library.opcheck(torch.ops.dynexec.gather_rows_out, (x, index, rows))
-    torch.library.opcheck(torch.ops.dynexec.scatter_rows_, (x.clone(), index, rows, True, True))
-    torch.library.opcheck(torch.ops.dynexec.plan, (torch.randint(3, (6, 4)), 3))
-
-
-def test_ops_compile_without_a_break():
-    def step(x, index):
-        rows = ops.gather_rows(x, index)
-        y = ops.scatter_rows(x, index, rows * 2, add=True, relu=True)
-        ops.scatter_rows_(y, index, rows)
-        return y, ops.plan(y > 0, 2)
-
-    x, index = torch.randn(6, 4, requires_grad=True), torch.tensor([4, 1])
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    (y, planned), (expected, expected_plan) = compiled(x, index), step(x, index)
-    assert torch.equal(y, expected)
-    assert all(map(torch.equal, planned, expected_plan))
-    gradients = [torch.autograd.grad(result.pow(2).sum(), x)[0] for result in (y, expected)]
-    assert torch.equal(*gradients)
-
-
-def test_moving_rows_and_planning_count_as_no_flops():
-    x = torch.randn(6, 4)
-    with FlopCounterMode(display=False) as counter:
-        ops.scatter_rows_(x, TWO, ops.gather_rows(x, TWO), add=True, relu=True)
-        ops.gather_rows(x, TWO, out=torch.empty(2, 4))
-        ops.plan(x > 0, 2)
-    assert counter.get_total_flops() == 0
-    # Registered as zero, rather than unknown to the counter.
-    counted = counter.get_flop_counts()["Global"]
-    names = {"gather_rows", "gather_rows_out", "scatter_rows_", "plan"}
-    assert {getattr(torch.ops.dynexec, name) for name in names} <= counted.keys()
-
-
-def test_no_op_reads_the_device():
-    # A tensor on "meta" has no values: reading one raises.
-    x = torch.randn(6, 4, 3, 2, device="meta", requires_grad=True)
-    index = torch.zeros(3, dtype=torch.int32, device="meta")
-    rows = ops.gather_rows(x, index)
-    ops.scatter_rows(x, index, rows, add=True, relu=True).sum().backward()
-    for function in (reference.gather_rows, lambda x, index: reference.scatter_rows(x, index, x[:3], add=True)):
-        function(x.detach(), index)
-    reference.plan(torch.zeros(6, 4, dtype=torch.bool, device="meta"), 2)
-
-
-@pytest.mark.skipif(ops.native_missing is not None, reason="this is the portable run")
+@pytest.mark.skipif(dispatch.native_missing is not None, reason="this is the portable run")
 def test_portable_implementation():
     """These tests, and those of Route, once more without the native part."""
     here = os.path.dirname(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{here}/test_ops.py"]
-    result = subprocess.run(
-        [*command, f"{here}/test_route.py"], env=os.environ | {"DYNEXEC_NATIVE": "0"}, capture_output=True, text=True
-    )
+    tests = [f"{here}/{name}.py" for name in ("test_ops", "test_ops_torch", "test_route")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, env=os.environ | {"DYNEXEC_NATIVE": "0"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -1,0 +1,95 @@
+"""What PyTorch's dispatcher knows of the ops: schemas, implementations per device, fakes, FLOP formulas.
+
+The portable implementation is :mod:`dynexec.reference`, behind checks of the values where they can be read without
+waiting for a device. Native ones are registered under the same schemas when their library is loaded.
+"""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from dynexec import native, reference
+
+_library = torch.library.Library("dynexec", "DEF")
+_library.define("gather_rows(Tensor x, Tensor index) -> Tensor")
+_library.define("gather_rows_out(Tensor x, Tensor index, Tensor(a!) out) -> ()")
+_library.define("scatter_rows_(Tensor(a!) destination, Tensor index, Tensor rows, bool add, bool relu) -> ()")
+_library.define("plan(Tensor decisions, int choices) -> (Tensor, Tensor)")
+
+
+def first_outside(decisions, choices):
+    """Message that names the first of ``decisions`` outside ``0..choices - 1``, or None. Reads the device."""
+    outside = ((decisions < 0) | (decisions >= choices)).nonzero()
+    if len(outside) == 0:
+        return None
+    sample, block = outside[0].tolist()
+    return f"decisions must be in 0..{choices - 1}, got {decisions[sample, block].item()} at [{sample}, {block}]"
+
+
+def _implement(name, kernel, fake):
+    """Register ``kernel`` for every device, ``fake`` for shape inference, and zero FLOPs; return the op."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dynexec::{name}", fake, lib=_library)
+    op = getattr(torch.ops.dynexec, name)
+    # torch's flop counter counts matrix products, convolutions and attention; copies and pointwise work are zero.
+    register_flop_formula(op)(_no_flops)
+    return op.default
+
+
+def _no_flops(*args, out_val=None, **kwargs):
+    return 0
+
+
+def _check_range(index, size):
+    # Only where looking costs no wait for a device.
+    if index.device.type == "cpu" and index.numel():
+        smallest, largest = (int(value) for value in index.aminmax())
+        if smallest < 0 or largest >= size:
+            raise IndexError(f"index must be in 0..{size - 1}, got {smallest if smallest < 0 else largest}")
+
+
+def _portable_gather_rows(x, index):
+    _check_range(index, x.shape[0])
+    return reference.gather_rows(x, index)
+
+
+def _portable_gather_rows_out(x, index, out):
+    _check_range(index, x.shape[0])
+    reference.gather_rows_out(x, index, out)
+
+
+def _portable_scatter_rows_(destination, index, rows, add, relu):
+    _check_range(index, destination.shape[0])
+    reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
+
+
+def _portable_plan(decisions, choices):
+    if decisions.device.type == "cpu" and (outside := first_outside(decisions, choices)):
+        raise ValueError(outside)
+    return reference.plan(decisions, choices)
+
+
+def _fake_gather_rows(x, index):
+    return reference.empty_rows(x, index.shape[0])
+
+
+def _fake_gather_rows_out(x, index, out):
+    return None
+
+
+def _fake_scatter_rows_(destination, index, rows, add, relu):
+    return None
+
+
+def _fake_plan(decisions, choices):
+    samples, blocks = decisions.shape
+    index = decisions.new_empty((blocks, samples), dtype=torch.int32)
+    return index, decisions.new_empty((blocks, choices + 1), dtype=torch.int32)
+
+
+gather_rows = _implement("gather_rows", _portable_gather_rows, _fake_gather_rows)
+gather_rows_out = _implement("gather_rows_out", _portable_gather_rows_out, _fake_gather_rows_out)
+scatter_rows_ = _implement("scatter_rows_", _portable_scatter_rows_, _fake_scatter_rows_)
+plan = _implement("plan", _portable_plan, _fake_plan)
+
+# Why the native CPU implementations are not in use, or None where they are.
+native_missing = native.load()

@@ -1,0 +1,147 @@
+"""The ops inside PyTorch: gradients, fakes, compilation, FLOP counts, and what they never do."""
+
+import pytest
+import torch
+from rows import FLOATS, LAYOUTS, MODES, TWO, R, X, expected_scatter, make, numbers
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynexec import ops, reference
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gather_gradient(layout):
+    x = torch.randn(5, 2, 3, 2, dtype=torch.float64)
+    x = (x.to(memory_format=torch.channels_last) if layout == "channels_last" else x).requires_grad_()
+    for index in ([], [3], [0, 1, 2, 3, 4], [1, 4, 1, 1]):
+        index = torch.tensor(index, dtype=torch.int32)
+        assert torch.autograd.gradcheck(lambda x, index=index: ops.gather_rows(x, index), (x,))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("add,relu", MODES)
+@pytest.mark.parametrize("which", ["none", "one", "all", "every other"])
+def test_scatter_gradients(which, add, relu, in_place):
+    destination = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    index = numbers(which, 5)
+    rows = torch.randn(len(index), 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def scatter(destination, rows):
+        if in_place:
+            return ops.scatter_rows_(destination.clone(), index, rows, add=add, relu=relu)
+        return ops.scatter_rows(destination, index, rows, add=add, relu=relu)
+
+    assert torch.autograd.gradcheck(scatter, (destination, rows))
+    assert torch.autograd.gradcheck(lambda destination: scatter(destination, rows.detach()), (destination,))
+    assert torch.autograd.gradcheck(lambda rows: scatter(destination.detach(), rows), (rows,))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_equal_those_of_torch(dtype):
+    destination = torch.randn(7, 4, 3, dtype=dtype, requires_grad=True)
+    rows = torch.randn(3, 4, 3, dtype=dtype, requires_grad=True)
+    index, weight = torch.tensor([6, 0, 3]), torch.randn(7, 4, 3, dtype=dtype)
+
+    def gradients(gather, scatter):
+        y = scatter(destination, index, rows * 2 - gather(destination, index), True, True)
+        return torch.autograd.grad((y * weight).sum(), (destination, rows))
+
+    ours = gradients(ops.gather_rows, lambda d, i, r, add, relu: ops.scatter_rows(d, i, r, add=add, relu=relu))
+    assert all(map(torch.equal, ours, gradients(lambda x, i: x[i], expected_scatter)))
+
+
+def test_no_kept_sample_gives_zero_gradients():
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    none = torch.tensor([], dtype=torch.int32)
+    ops.scatter_rows(x, none, ops.gather_rows(x, none) * w, add=True, relu=True).sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 3))
+    assert torch.equal(w.grad, torch.zeros(3))
+
+
+def test_nan_in_dropped_rows_reaches_no_gradient():
+    x = torch.full((4, 3), torch.nan)
+    x[1] = 1
+    x.requires_grad_()
+    y = ops.gather_rows(x, torch.tensor([1]))
+    (y * y).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[0.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]))
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    for name, y in (
+        ("gather_rows", ops.gather_rows(x, TWO)),
+        ("scatter_rows", ops.scatter_rows(x, TWO, rows, relu=True)),
+    ):
+        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"dynexec.ops.{name} has no second derivative"):
+            gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.gradgradcheck(lambda x: ops.gather_rows(x, TWO), (x,))
+
+
+def test_a_write_is_seen_by_autograd():
+    w, saved = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+    for write in (lambda: ops.scatter_rows_(saved, TWO, R), lambda: ops.gather_rows(X, torch.arange(6), out=saved)):
+        loss = (w * saved).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    leaf = torch.zeros(6, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        ops.scatter_rows_(leaf, TWO, R)
+    with pytest.raises(ValueError, match="out must be None where a gradient is needed"):
+        ops.gather_rows(leaf, TWO, out=torch.zeros(2, 3))
+    with torch.inference_mode():
+        ops.scatter_rows_(torch.zeros(6, 3), TWO, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    x = make(6, (4, 3) if layout == "transposed rows" else (4, 3, 2), layout=layout)
+    index = torch.tensor([5, 0, 3], dtype=torch.int32)
+    rows = ops.gather_rows(x, index)
+    torch.library.opcheck(torch.ops.dynexec.gather_rows, (x, index))
+    torch.library.opcheck(torch.ops.dynexec.gather_rows_out, (x, index, rows))
+    torch.library.opcheck(torch.ops.dynexec.scatter_rows_, (x.clone(), index, rows, True, True))
+    torch.library.opcheck(torch.ops.dynexec.plan, (torch.randint(3, (6, 4)), 3))
+
+
+def test_ops_compile_without_a_break():
+    def step(x, index):
+        rows = ops.gather_rows(x, index)
+        y = ops.scatter_rows(x, index, rows * 2, add=True, relu=True)
+        y = ops.scatter_rows_(y, index, rows)
+        return y, ops.plan(y > 0, 2)
+
+    x, index = torch.randn(6, 4, requires_grad=True), torch.tensor([4, 1])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (y, planned), (expected, expected_plan) = compiled(x, index), step(x, index)
+    assert torch.equal(y, expected)
+    assert all(map(torch.equal, planned, expected_plan))
+    gradients = [torch.autograd.grad(result.pow(2).sum(), x)[0] for result in (y, expected)]
+    assert torch.equal(*gradients)
+
+
+def test_moving_rows_and_planning_count_as_no_flops():
+    x = torch.randn(6, 4)
+    with FlopCounterMode(display=False) as counter:
+        ops.scatter_rows_(x, TWO, ops.gather_rows(x, TWO), add=True, relu=True)
+        ops.gather_rows(x, TWO, out=torch.empty(2, 4))
+        ops.plan(x > 0, 2)
+    assert counter.get_total_flops() == 0
+    # Registered as zero, rather than unknown to the counter.
+    counted = counter.get_flop_counts()["Global"]
+    names = {"gather_rows", "gather_rows_out", "scatter_rows_", "plan"}
+    assert {getattr(torch.ops.dynexec, name) for name in names} <= counted.keys()
+
+
+def test_no_op_reads_the_device():
+    # A tensor on "meta" has no values: reading one raises.
+    x = torch.randn(6, 4, 3, 2, device="meta", requires_grad=True)
+    index = torch.zeros(3, dtype=torch.int32, device="meta")
+    rows = ops.gather_rows(x, index)
+    ops.scatter_rows(x, index, rows, add=True, relu=True).sum().backward()
+    for function in (reference.gather_rows, lambda x, index: reference.scatter_rows(x, index, x[:3], add=True)):
+        function(x.detach(), index)
+    reference.plan(torch.zeros(6, 4, dtype=torch.bool, device="meta"), 2)
