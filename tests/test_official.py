@@ -92,18 +92,12 @@ def test_base_network(net, backbone, nested, change):
     assert holds(net.backbone, without_counters(backbone))
 
 
-def test_base_network_with_convolutional_shortcuts():
+def test_imagenet_network_one_part_after_the_other():
     net = models.create_model("blockdrop_resnet101_imagenet")
-    state = official_state("resnet101_imagenet backbone")
-    assert load_official(net, base_names(state)).loaded == ("backbone",)
-    assert holds(net.backbone, state)
-
-
-def test_imagenet_policy():
-    net = models.create_model("blockdrop_resnet101_imagenet")
-    state = official_state("resnet101_imagenet policy")
-    assert load_official(net, {"agent": state}).loaded == ("policy",)
-    assert holds(net.policy, state)
+    backbone, policy = (official_state(f"resnet101_imagenet {part}") for part in ("backbone", "policy"))
+    assert load_official(net, base_names(backbone)).loaded == ("backbone",)
+    assert load_official(net, {"agent": policy}).loaded == ("policy",)
+    assert holds(net.backbone, backbone) and holds(net.policy, policy)
 
 
 def test_unused_classifier_of_old_policies_is_dropped(net, policy):

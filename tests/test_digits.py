@@ -1,0 +1,164 @@
+"""The training loop, on problems small enough to know the answer, and the digits recipe around it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dynexec.models import digits, training
+from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
+
+
+class Flip(ResidualBlock):
+    """Block that adds ``-2 x``: a kept one turns the sign of what follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(-2.0))
+
+    def residual_layers(self):
+        return [lambda x: self.scale * x]
+
+    def activation_layer(self):
+        return None
+
+    def forward_dense(self, x):
+        return x + self.scale * x
+
+
+class SignNetwork(nn.Module):
+    """Predicts class 1 where the first feature, its sign turned by each kept block, is positive."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(Flip() for _ in range(blocks))
+        assign_columns(self)
+
+    def forward(self, x):
+        x = x[:, :1]
+        for block in self.blocks:
+            x = block(x)
+        return torch.cat([-x, x], 1)
+
+
+@pytest.fixture
+def problem():
+    """Labels call for turning the sign where the second feature is positive: decisions must follow the image."""
+    torch.manual_seed(0)
+    images = torch.randn(256, 2)
+    labels = ((images[:, 0] > 0) ^ (images[:, 1] > 0)).long()
+    policy = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2), nn.Sigmoid())
+    return DynamicNetwork(SignNetwork(2), policy), images, labels
+
+
+def test_the_policy_learns_to_decide_by_the_image(problem):
+    net, images, labels = problem
+    before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+    records = []
+    history = training.train_policy(
+        net, images, labels, epochs=40, batch_size=64, learning_rate=2e-2,
+        generator=torch.Generator().manual_seed(0), on_epoch=records.append,
+    )  # fmt: skip
+    assert history == records and [record["epoch"] for record in history] == list(range(40))
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
+    result = training.evaluate(net, images, labels, batch_size=100)
+    assert result.accuracy > 0.9
+    turned = result.decisions.sum(1)
+    assert (turned == (images[:, 1] > 0)).double().mean() > 0.9  # one block where needed, none elsewhere
+    assert result.kept == pytest.approx(turned.double().mean().item())
+    assert history[-1]["reward"] > history[0]["reward"]
+
+
+def test_the_curriculum_keeps_earlier_blocks_on(problem):
+    net, images, labels = problem
+    nn.init.constant_(net.policy[2].bias, -5.0)  # drops all it may
+    net.policy[2].weight.data.zero_()
+    history = training.train_policy(net, images, labels, epochs=1, learning_rate=0.0)
+    assert history[0]["kept"] == 1.0
+
+
+def test_fine_tuning_moves_policy_and_backbone(problem):
+    net, images, labels = problem
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    training.fine_tune(net, images, labels, epochs=1, generator=torch.Generator().manual_seed(0))
+    assert all(not torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_dense_training_leaves_the_policy(problem, keep):
+    net, images, labels = problem
+    before = {name: value.clone() for name, value in net.policy.state_dict().items()}
+    scale = net.backbone.blocks[0].scale.item()
+    history = training.train_dense(net, images, labels, epochs=2, keep=keep, learning_rate=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in net.policy.state_dict().items())
+    assert net.backbone.blocks[0].scale.item() != scale
+    assert len(history) == 2 and 0 <= history[1]["accuracy"] <= 1
+
+
+def test_training_repeats_with_its_generator(problem):
+    net, images, labels = problem
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    results = []
+    for _ in range(2):
+        net.load_state_dict(start)
+        options = dict(generator=torch.Generator().manual_seed(5), augment=lambda x, g: x + torch.rand(1, generator=g))
+        results.append(training.train_policy(net, images, labels, epochs=2, **options))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("training_mode", [True, False])
+def test_evaluation_restores_modes_and_takes_decisions(problem, training_mode):
+    net, images, labels = problem
+    net.train(training_mode)
+    result = training.evaluate(net, images, labels, torch.tensor([True, False]), batch_size=60)
+    assert result.accuracy == pytest.approx(((images[:, 0] < 0).long() == labels).double().mean().item())
+    assert result.decisions.shape == (256, 2) and result.kept == 1.0
+    assert net.training == training_mode
+
+
+def test_digits_split():
+    pytest.importorskip("sklearn")
+    data, again, other = digits.load_digits(0), digits.load_digits(0), digits.load_digits(1)
+    assert [len(part[1]) for part in (data.train, data.validation, data.test)] == [1077, 360, 360]
+    assert torch.equal(data.test[0], again.test[0]) and not torch.equal(data.test[0], other.test[0])
+    assert data.train[0].mean().abs() < 1e-5 and data.train[0].std() == pytest.approx(1.0)
+    everything = torch.cat([part[0] for part in (data.train, data.validation, data.test)])
+    assert len(everything.flatten(1).unique(dim=0)) == len(everything)  # no image is in two parts
+
+
+def test_shift_moves_by_at_most_a_pixel():
+    empty = torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)
+    data = digits.Digits(empty, empty, empty, background=-1.0)
+    images = torch.full((500, 1, 8, 8), -1.0)
+    images[:, :, 3, 4] = 2.0
+    shifted = data.shift(images, torch.Generator().manual_seed(0))
+    assert shifted.shape == images.shape and (shifted == 2).sum() == 500
+    places = {tuple(place) for place in (shifted[:, 0] == 2).nonzero()[:, 1:].tolist()}
+    assert places == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
+    assert digits.Digits(empty, empty, empty, 0.0).shift(images[:0], None).shape == (0, 1, 8, 8)
+
+
+def test_the_recipe_runs_and_compares(monkeypatch):
+    """A network of two blocks, one epoch each, so that every row is made; figures come from the example."""
+    pytest.importorskip("sklearn")
+    for name, value in dict(BLOCKS=(1, 1), WIDTHS=(4, 4), POLICY_WIDTHS=(2, 2), FINE_TUNING_EPOCHS=1).items():
+        monkeypatch.setattr(digits, name, value)
+    for name in ("train_dense", "train_policy", "fine_tune"):
+        train = getattr(training, name)
+        once = SimpleNamespace(train=train)
+        monkeypatch.setattr(digits, name, lambda *args, once=once, **kw: once.train(*args, **{**kw, "epochs": 1}))
+    whole, seen = digits.load_digits(0), []
+    few = [(images[:100], labels[:100]) for images, labels in (whole.train, whole.validation, whole.test)]
+    data = digits.Digits(*few, whole.background)
+    trained = digits.train_digits(data, on_epoch=lambda stage, record: seen.append(stage))
+    assert seen == ["network", "policy", "fine-tuning"] == list(trained.seconds)
+    rows = {row["name"]: row for row in digits.compare_digits(trained, data, draws=2)}
+    assert len(rows) == 8
+    assert rows["all blocks on"]["kept"] == 2 and rows["all blocks on"]["saving"] == 0
+    policy = rows["policy"]
+    assert policy["accuracy"] == training.evaluate(trained.net, *data.test).accuracy
+    assert rows["random, same number"]["kept"] == policy["kept"] == rows["policy of another image"]["kept"]
+    assert policy["saving"] < rows["policy of another image"]["saving"]  # the policy is charged
+    dense = trained.dense.backbone.state_dict()
+    assert not torch.equal(trained.net.backbone.state_dict()["conv1.weight"], dense["conv1.weight"])
