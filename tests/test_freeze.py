@@ -119,6 +119,33 @@ def test_a_stage_input_that_others_read_is_not_overwritten():
     assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3, 7])
+def test_samples_at_once_change_nothing(samples):
+    model, num_blocks = converted("torchvision")
+    frozen = dynexec.freeze(model, toys.images(4))
+    frozen.samples_at_once = samples
+    for n in (0, 1, 6, 7):
+        x, decisions = toys.images(n), torch.rand(n, num_blocks) < 0.5
+        output, replay = frozen(x, decisions, return_decisions=True)
+        assert torch.equal(replay, decisions)
+        assert relative_error(output, eager(model, x, decisions)) < TOLERANCE
+
+
+def test_a_network_that_mixes_samples_is_never_split():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = toys.torchvision_style()
+
+        def forward(self, x):
+            y = self.body(x)
+            return y - y.mean(0)
+
+    model = toys.finish(Centred())
+    dynexec.convert(model)
+    assert dynexec.freeze(model, toys.images(8)).samples_at_once is None
+
+
 def test_blocks_called_with_constants():
     class Calls(nn.Module):
         def __init__(self):
@@ -185,7 +212,7 @@ def test_costs_are_measured_once_and_a_broken_cache_is_replaced(tmp_path):
     path.write_text("{broken")
     dynexec.freeze(model, toys.images(2), cost_cache=path)
     first = json.loads(path.read_text())
-    assert first["version"] == 1 and len(first["entries"]) == 3  # identity, projection, identity of the second stage
+    assert first["version"] == 1 and len(first["entries"]) == 4  # three kinds of block, and samples at once
     dynexec.freeze(model, toys.images(2), cost_cache=path)
     assert json.loads(path.read_text()) == first
     path.write_text(json.dumps({**first, "version": 0}))

@@ -3,7 +3,7 @@
 import torch
 from torch import fx, nn
 
-from dynexec import ops
+from dynexec import dispatch
 from dynexec.executors.rewrite import pack
 from dynexec.nn.residual import DynamicBlock, apply_layers
 
@@ -68,9 +68,9 @@ class FrozenBlock:
         if last - first + 1 == len(index):
             return self.run_slice(x, s, first, last + 1, chunk)
         for part in index.split(chunk):
-            rows = ops.gather_rows(x, part)
-            shortcuts = rows if x is s else ops.gather_rows(s, part)
-            ops.scatter_rows_(s, part, self.body(rows, shortcuts))
+            rows = dispatch.gather_rows(x, part)
+            shortcuts = rows if x is s else dispatch.gather_rows(s, part)
+            dispatch.scatter_rows_(s, part, self.body(rows, shortcuts), False, False)
         return s
 
 

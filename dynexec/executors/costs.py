@@ -105,7 +105,7 @@ def _measure(block, batch):
     s = _shortcut(block, x)
     # The largest chunk that holds the batch stands for all larger ones.
     sizes_of_chunk = [size for size in _CHUNKS if size < 2 * batch] or [_CHUNKS[-1]]
-    chunks = {size: _seconds(lambda size=size: block.run_all(x, s, size)) for size in sizes_of_chunk}
+    chunks = {size: seconds(lambda size=size: block.run_all(x, s, size)) for size in sizes_of_chunk}
     fastest = min(chunks.values())
     chunk = next(size for size in chunks if chunks[size] <= 1.03 * fastest)
     entry = {"chunk": chunk, "body": {}, "move": {}, "select": {}, "shortcut": {}}
@@ -113,13 +113,13 @@ def _measure(block, batch):
         rows = x[:n]
         s = _shortcut(block, rows)
         index = torch.arange(n, dtype=torch.int32).flip(0)  # descending: nothing contiguous to profit from
-        entry["body"][n] = _seconds(lambda rows=rows, s=s, n=n: block.run_all(rows, s, chunk))
-        entry["move"][n] = _seconds(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
+        entry["body"][n] = seconds(lambda rows=rows, s=s, n=n: block.run_all(rows, s, chunk))
+        entry["move"][n] = seconds(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
         if block.shortcut is not None:
-            entry["move"][n] += _seconds(lambda rows=rows, index=index: ops.gather_rows(rows, index))
-            entry["shortcut"][n] = _seconds(lambda rows=rows: block.shortcut(rows))
+            entry["move"][n] += seconds(lambda rows=rows, index=index: ops.gather_rows(rows, index))
+            entry["shortcut"][n] = seconds(lambda rows=rows: block.shortcut(rows))
         keep = (torch.arange(n) % 2 == 0).reshape(-1, *[1] * (s.dim() - 1))
-        entry["select"][n] = _seconds(lambda s=s, keep=keep: torch.where(keep, s.clone(), s))
+        entry["select"][n] = seconds(lambda s=s, keep=keep: torch.where(keep, s.clone(), s))
     if block.shortcut is None:
         entry["shortcut"] = {1: 0.0}
     return entry
@@ -129,8 +129,8 @@ def _shortcut(block, x):
     return x if block.shortcut is None else block.shortcut(x)
 
 
-def _seconds(function, repeats=5, budget=0.2):
-    """The shortest of a few runs: noise only ever adds."""
+def seconds(function, repeats=5, budget=0.2):
+    """Seconds that ``function()`` takes, the least of a few runs: noise only ever adds."""
     function()
     best, start = float("inf"), time.perf_counter()
     for _ in range(repeats):

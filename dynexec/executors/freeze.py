@@ -1,12 +1,13 @@
 """``freeze``: a model of dynamic blocks as a fast inference network."""
 
 import copy
+from hashlib import sha256
 
 import torch
 from torch import fx, nn
 
 from dynexec.executors.block import FrozenBlock, pack_module, trace
-from dynexec.executors.costs import CostCache
+from dynexec.executors.costs import CostCache, seconds
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.rewrite import pack
 from dynexec.executors.stage import EXECUTORS, Stage
@@ -65,9 +66,13 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
             policy = pack_module(policy, images)
         network, stages = _pack_stages(backbone, images, executor)
-        _prove_and_measure(stages, CostCache(cost_cache))
+        cache = CostCache(cost_cache)
+        _prove_and_measure(stages, cache)
         network.delete_all_unused_submodules()  # the original blocks, needed until now
-    return FrozenNetwork(network.forward, [stage for stage, _, _ in stages], policy, dtype)
+        frozen = FrozenNetwork(network.forward, [stage for stage, _, _ in stages], policy, dtype)
+        frozen.samples_at_once = _measure_samples_at_once(frozen, images, cache)
+    cache.save()
+    return frozen
 
 
 class FrozenNetwork(nn.Module):
@@ -81,6 +86,7 @@ class FrozenNetwork(nn.Module):
         self.network, self.policy, self.dtype = network, policy, dtype
         self.stages = tuple(stages)
         self.num_blocks = sum(len(stage.blocks) for stage in stages)
+        self.samples_at_once = None
 
     @torch.no_grad()
     def forward(self, x, decisions=None, *, return_decisions=False):
@@ -99,11 +105,20 @@ class FrozenNetwork(nn.Module):
             if self.policy is None:
                 raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
             decisions = threshold(self.policy(x))
-        route = self._route(decisions, x)
-        y = self.network(x, route)
-        return (y, route.decisions) if return_decisions else y
+        decisions = self._check_decisions(decisions, x)
+        parts = list(zip(*self._split(x, decisions), strict=True))
+        y = self.run(*parts[0]) if len(parts) == 1 else torch.cat([self.run(*part) for part in parts])
+        return (y, decisions) if return_decisions else y
 
-    def _route(self, decisions, x):
+    def run(self, x, decisions):
+        """The whole batch at once: ``x`` channels_last in the network's dtype, ``decisions`` bool ``[N, L]``."""
+        return self.network(x, Route.from_decisions(decisions))
+
+    def _split(self, *tensors):
+        size = self.samples_at_once or max(len(tensors[0]), 1)
+        return [tensor.split(size) for tensor in tensors]
+
+    def _check_decisions(self, decisions, x):
         decisions = check_decisions(decisions)
         expected = (len(x), self.num_blocks)
         if tuple(decisions.shape) not in (expected, expected[1:]):
@@ -113,20 +128,23 @@ class FrozenNetwork(nn.Module):
             )
         if decisions.device != x.device:
             raise ValueError(f"decisions is on {decisions.device}, but x is on {x.device}: move it there")
-        return Route.from_decisions(decisions.expand(expected))
+        return decisions.expand(expected)
 
     def predict_losses(self, decisions):
         """Where time is expected to be lost against dense speed on the kept rows: seconds by cause.
 
         The causes are those of the executors that would be chosen for ``decisions``, bool ``[N, L]``.
         """
-        route = Route.from_decisions(decisions)
-        found = [stage.predict_losses(route) for stage in self.stages]
+        routes = [Route.from_decisions(part) for part in self._split(decisions)[0]]
+        found = [stage.predict_losses(route) for route in routes for stage in self.stages]
         return {cause: sum(losses[cause] for losses in found) for cause in found[0]}
 
     def explain(self):
         """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
-        lines = [f"{self.num_blocks} blocks in {len(self.stages)} stages, {self.dtype}, policy: {self._policy_name()}"]
+        lines = [
+            f"{self.num_blocks} blocks in {len(self.stages)} stages, {self.dtype}, "
+            f"{self.samples_at_once or 'all'} samples at once, policy: {self._policy_name()}"
+        ]
         for stage in self.stages:
             lines += stage.explain()
         return "\n".join(lines)
@@ -255,4 +273,34 @@ def _prove_and_measure(stages, cache):
                 reference = apply_layers(originals, x)
             stage.prove(x, Route.from_decisions(decisions), reference)
         stage.measure(cache)
-    cache.save()
+
+
+def _measure_samples_at_once(frozen, images, cache):
+    """The number of samples that go through the network fastest, per sample; None: as many as there are.
+
+    Large activations are slow: they leave the caches, and the system hands out and takes back their memory every time.
+    """
+    n = len(images)
+    decisions = torch.rand(n, frozen.num_blocks, generator=torch.Generator().manual_seed(0)) < 0.5
+    sizes = [2**i for i in range(n.bit_length()) if 2**i < n]
+    if not sizes or not _splits(frozen, images, decisions, sizes[-1]):
+        return None
+    signature = " ".join(block.signature for stage in frozen.stages for block in stage.blocks)
+    key = cache.key("samples at once", sha256(signature.encode()).hexdigest(), tuple(images.shape), frozen.dtype)
+    if key not in cache.entries:
+        per_sample = {
+            size: seconds(lambda size=size: frozen.run(images[:size], decisions[:size])) / size for size in (*sizes, n)
+        }
+        fastest = min(per_sample.values())
+        cache.entries[key] = max(size for size in per_sample if per_sample[size] <= 1.03 * fastest)
+    best = cache.entries[key]
+    return best if best < n else None
+
+
+def _splits(frozen, images, decisions, size):
+    """Whether the network gives for a batch what it gives for its parts, in one tensor."""
+    whole = frozen.run(images, decisions)
+    if not isinstance(whole, torch.Tensor) or whole.dim() == 0 or len(whole) != len(images):
+        return False
+    parts = [frozen.run(*part) for part in zip(images.split(size), decisions.split(size), strict=True)]
+    return float((torch.cat(parts) - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
