@@ -82,8 +82,9 @@ def convert(model, match=None, *, batch_norm="all"):
         None: every block that is found. In a list or tuple, the first that fits a module counts.
     batch_norm : {"all", "kept"}
         Which samples train-mode BatchNorm takes its statistics over. "all", as the published implementations do,
-        needs every sample computed and so saves nothing while BatchNorm trains. "kept" computes the kept samples only
-        and is a different function. Evaluation-mode BatchNorm needs neither.
+        needs every sample computed and so saves nothing while BatchNorm trains. "kept" computes the residual branch of
+        the kept samples only and is a different function; it needs exact mode, and more than one value per channel
+        (one kept sample with 1x1 maps is an error). Evaluation-mode BatchNorm needs neither.
 
     Returns
     -------

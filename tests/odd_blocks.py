@@ -171,6 +171,12 @@ class TrainsDifferently(ScaledAddition):
         return x + y
 
 
+class ProjectsWithDropout(OptionalScaleProjection):
+    def forward(self, x):
+        y = F.dropout(self.body(x), 0.5, self.training)
+        return y + self.project(x)
+
+
 class TakenName(ScaledAddition):
     """Has an attribute that the mixin needs."""
 

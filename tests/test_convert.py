@@ -276,6 +276,7 @@ def test_functional_projection(mode):
         (odd_blocks.KeywordAddition, "no skip connection"),
         (odd_blocks.Squares, "a branch is not a plain sequence of layers"),
         (odd_blocks.ReluInPlaceProjection, "an in-place layer overwrites its input"),
+        (odd_blocks.ProjectsWithDropout, "its forward differs between training and evaluation"),
         (odd_blocks.TakenName, "it has an attribute 'placement', a name that dynexec needs"),
         (odd_blocks.TakenMethod, "it has an attribute 'residual_layers', a name that dynexec needs"),
     ],
