@@ -210,6 +210,18 @@ def test_a_copy_has_its_own_shortcuts(clone):
     assert net.double()(images.double(), decisions).dtype == torch.float64
 
 
+def test_shortcuts():
+    """CIFAR-type: nothing in the first segment, then pooling and zeros; ImageNet-type: 1x1 convolutions everywhere."""
+    x = torch.randn(2, 4, 8, 6)
+    first, second, _ = cifar_type()[0].backbone.ds
+    assert len(first) == 0
+    torch.testing.assert_close(second(x), torch.cat([F.avg_pool2d(x, 2), torch.zeros(2, 4, 4, 3)], 1))
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    assert second(channels_last).is_contiguous(memory_format=torch.channels_last)
+    convolutions = [shortcut[0] for shortcut in imagenet_type()[0].backbone.ds]
+    assert [(layer.kernel_size, layer.stride) for layer in convolutions] == [((1, 1), (s, s)) for s in (1, 2, 2)]
+
+
 def test_wrong_sizes_are_errors():
     with pytest.raises(ValueError, match=r"one positive entry per segment, got \(2, 2\) and \(4,\)"):
         models.blockdrop_resnet((2, 2), (4,))
