@@ -9,6 +9,11 @@ def conv(inputs=4, outputs=4, stride=1):
     return nn.Conv2d(inputs, outputs, 3, stride, 1)
 
 
+def shallow(block):
+    """A model around one block."""
+    return nn.Sequential(nn.Conv2d(3, 4, 1), block).eval()
+
+
 class LayerScale(nn.Module):
     """A parameter in the branch: not a plain sequence of layers. As ConvNeXt."""
 

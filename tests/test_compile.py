@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import toys
-from test_decide import Policy, converted, patterns, run
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from toys import Policy, converted, decision_patterns, run
 
 import dynexec
 from dynexec.nn import DynamicNetwork
@@ -37,7 +37,7 @@ def test_compiled_model_inside_decide(make, mode):
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = toys.images(3)
-    for _, decisions in patterns(3, num_blocks):
+    for _, decisions in decision_patterns(3, num_blocks):
         with torch.no_grad(), dynexec.decide(decisions, mode=mode):
             close(compiled(x), toys.naive_forward(twin, x, decisions))
     assert counter.frame_count == 1  # new decisions are new values, not a new program
@@ -53,7 +53,7 @@ def test_decide_inside_a_compiled_function(mode):
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     x = toys.images(3)
     with torch.no_grad():
-        for _, decisions in patterns(3, num_blocks):
+        for _, decisions in decision_patterns(3, num_blocks):
             close(compiled(x, decisions, mode=mode), toys.naive_forward(twin, x, decisions))
         assert counter.frame_count == 1
         decided = net.policy(x) >= 0.5
@@ -115,7 +115,7 @@ def test_jit_trace_follows_other_decisions_than_it_saw():
     model, twin, num_blocks = small()
     x = toys.images(3)
     traced = torch.jit.trace(WithDecisions(model), (x, torch.zeros(3, num_blocks, dtype=torch.bool)), check_trace=False)
-    for _, decisions in patterns(3, num_blocks):
+    for _, decisions in decision_patterns(3, num_blocks):
         with torch.no_grad():
             close(traced(x, decisions), toys.naive_forward(twin, x, decisions))
 

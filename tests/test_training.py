@@ -8,8 +8,8 @@ import odd_blocks
 import pytest
 import torch
 import toys
-from test_decide import converted, patterns
 from torch import nn
+from toys import converted, decision_patterns
 
 import dynexec
 from dynexec.nn import ResidualBlock
@@ -44,7 +44,7 @@ def assert_same(actual, expected):
 def test_gradients_equal_the_naive_loop(style, mode):
     model, twin, num_blocks = converted(style, torch.float64)
     x = toys.images(4, size=9).double()
-    for _, decisions in patterns(4, num_blocks):
+    for _, decisions in decision_patterns(4, num_blocks):
         actual = gradients(model, x, inside(model, decisions, mode))
         assert_same(actual, gradients(twin, x, lambda x: toys.naive_forward(twin, x, decisions)))  # noqa: B023
 
@@ -83,7 +83,7 @@ def test_batch_norm_over_all_samples_as_published(style, mode):
     model, twin, num_blocks = converted(style, torch.float64)
     model.train(), twin.train()
     x = toys.images(4, size=9).double()
-    for _, decisions in patterns(4, num_blocks):
+    for _, decisions in decision_patterns(4, num_blocks):
         actual = gradients(model, x, inside(model, decisions, mode))
         assert_same(actual, gradients(twin, x, lambda x: published_forward(twin, x, decisions)))  # noqa: B023
         expected = dict(twin.named_buffers())
@@ -210,7 +210,7 @@ def test_frozen_layers_get_no_gradient():
         net.layers[0][0].requires_grad_(False)
         net.layers[1][0].conv1.requires_grad_(False)
     x = toys.images(3, size=9).double()
-    for _, decisions in patterns(3, num_blocks):
+    for _, decisions in decision_patterns(3, num_blocks):
         model.zero_grad(), twin.zero_grad()
         inside(model, decisions)(x).square().sum().backward()
         toys.naive_forward(twin, x, decisions).square().sum().backward()

@@ -1,8 +1,12 @@
 """Small networks in the styles that people use, and random BatchNorm statistics for them."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import dynexec
 
 
 class BasicBlock(nn.Module):
@@ -175,3 +179,40 @@ def finish(model, seed=0):
 def images(n, size=13, layout=torch.contiguous_format):
     """Fresh random images, of an odd size."""
     return torch.randn(n, 3, size, size).contiguous(memory_format=layout)
+
+
+def converted(style="torchvision", dtype=torch.float32):
+    """(converted model, unconverted twin, L)"""
+    model = STYLES[style]().to(dtype)
+    twin = copy.deepcopy(model)
+    return model, twin, dynexec.convert(model).num_blocks
+
+
+def run(model, x, decisions, mode="exact"):
+    """``model(x)`` under the decisions, without gradients."""
+    with torch.no_grad(), dynexec.decide(decisions, mode=mode):
+        return model(x)
+
+
+def decision_patterns(n, num_blocks):
+    """(name, bool ``[n, num_blocks]``) from keeping nothing to keeping all."""
+    one = torch.zeros(n, num_blocks, dtype=torch.bool)
+    one[n // 2] = True
+    yield "none", torch.zeros(n, num_blocks, dtype=torch.bool)
+    yield "all", torch.ones(n, num_blocks, dtype=torch.bool)
+    yield "one sample", one
+    yield "all but one", ~one
+    yield "one block", torch.eye(num_blocks, dtype=torch.bool)[:1].repeat(n, 1)
+    for keep in (0.25, 0.5, 0.9):
+        yield f"keep {keep}", torch.rand(n, num_blocks) < keep
+
+
+class Policy(nn.Module):
+    """Keep probabilities from the mean colour."""
+
+    def __init__(self, num_blocks):
+        super().__init__()
+        self.logit = nn.Linear(3, num_blocks)
+
+    def forward(self, images):
+        return torch.sigmoid(self.logit(images.mean((2, 3))))
