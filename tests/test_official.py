@@ -156,12 +156,16 @@ class Effect:
 
 def test_a_python2_file(net, backbone, policy, tmp_path):
     path = tmp_path / "old.t7"
-    source = {"agent": without_counters(policy), "resnet": without_counters(backbone), "note": "caf\xe9", "acc": 0.9}
+    source = {"agent": without_counters(policy), "resnet": without_counters(backbone), "acc": 0.9}
     write_as_python2(source, path)
     assert b"X\x05\x00\x00\x00agent" not in path.read_bytes()  # no unicode string: really Python 2's
-    report = load_official(net, path, weights_only=False)
-    assert report.info == {"note": "caf\xe9", "acc": 0.9}
+    for weights_only in (True, False):
+        assert load_official(net, path, weights_only=weights_only).info == {"acc": 0.9}
     assert holds(net.backbone, without_counters(backbone))
+    write_as_python2(source | {"note": "caf\xe9"}, path)
+    with pytest.raises(ValueError, match="weights_only=False"):
+        load_official(net, path)
+    assert load_official(net, path, weights_only=False).info["note"] == "caf\xe9"
 
 
 @pytest.mark.parametrize("python2", [True, False])

@@ -96,7 +96,7 @@ def _read(path, weights_only):
     try:
         encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, UnicodeDecodeError) as error:
         if not weights_only:
             raise ValueError(f"source {str(path)!r} is not a checkpoint that torch.load can read: {error}") from error
         reason = str(error).strip().splitlines()[-1]
