@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from dynexec.executors.block import FrozenBlock, pack_module, trace
 from dynexec.executors.costs import CostCache, seconds
+from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.rewrite import pack
 from dynexec.executors.stage import EXECUTORS, Stage
@@ -20,7 +21,7 @@ from dynexec.route import Route
 _PROOF_SAMPLES = 3
 
 
-def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost_cache=None):
+def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost_cache=None, keep_memory=True):
     """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
 
     BatchNorm is folded, activations and residual additions run inside the convolutions, activations are channels_last
@@ -42,6 +43,9 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
+    keep_memory : bool
+        Let the process keep the memory of freed tensors for the next call, instead of giving large blocks back to the
+        system and having them zeroed anew each time. A setting of glibc, for the whole process; elsewhere ignored.
 
     Returns
     -------
@@ -55,6 +59,8 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
         If the frozen blocks' output is not the original's.
     """
     _check(model, example_input, executor)
+    if keep_memory:
+        keep_freed_memory()
     backbone = model
     if isinstance(model, DynamicNetwork):
         backbone, policy = model.backbone, policy if policy is not None else model.policy
