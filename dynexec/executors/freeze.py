@@ -6,15 +6,14 @@ from hashlib import sha256
 import torch
 from torch import fx, nn
 
-from dynexec.executors.block import FrozenBlock, pack_module, trace
+from dynexec.executors.block import pack_module
 from dynexec.executors.costs import CostCache, seconds
 from dynexec.executors.memory import keep_freed_memory
-from dynexec.executors.packing import PackedConv
-from dynexec.executors.rewrite import pack
-from dynexec.executors.stage import EXECUTORS, Stage
+from dynexec.executors.partition import pack_stages
+from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.context import check_decisions, decide
 from dynexec.nn.network import DynamicNetwork
-from dynexec.nn.residual import DynamicBlock, apply_layers, dynamic_blocks
+from dynexec.nn.residual import apply_layers, dynamic_blocks
 from dynexec.policy import threshold
 from dynexec.route import Route
 
@@ -71,7 +70,7 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
             policy = pack_module(policy, images)
-        network, stages = _pack_stages(backbone, images, executor)
+        network, stages = pack_stages(backbone, images, executor, _PROOF_SAMPLES)
         cache = CostCache(cost_cache)
         _prove_and_measure(stages, cache)
         network.delete_all_unused_submodules()  # the original blocks, needed until now
@@ -178,90 +177,6 @@ def _check(model, example_input, executor):
         raise ValueError(f"freeze runs on the CPU so far, not on {found}, where model and example_input are")
     if executor is not None and executor not in EXECUTORS:
         raise ValueError(f"executor must be None or one of {sorted(EXECUTORS)}, got {executor!r}")
-
-
-def _pack_stages(backbone, images, executor):
-    """The backbone as a graph in which runs of blocks are :class:`Stage` calls and the rest is packed."""
-    try:
-        graph = trace(backbone)
-    except Exception as error:
-        raise ValueError(f"model cannot be frozen: its forward cannot be traced ({error})") from error
-    module = pack(backbone, graph, images)
-    modules = dict(module.named_modules())
-    runs = _runs(graph, modules)
-    inputs = _Recorder(module, {run[0] for run in runs}).record(images[:_PROOF_SAMPLES])
-    with graph.inserting_after(next(node for node in graph.nodes if node.op == "placeholder")):
-        route = graph.placeholder("route")
-    stages = []
-    for number, run in enumerate(runs):
-        source = run[0].args[0]
-        blocks = []
-        for node in run:
-            meta = node.args[0].meta["tensor_meta"]
-            block = modules[node.target]
-            blocks.append(FrozenBlock(node.target, block, meta.shape[1:], meta.dtype, node.args[1:], node.kwargs))
-        stage = Stage(number, blocks, _is_fresh(source, modules), executor, len(images))
-        with graph.inserting_before(run[0]):
-            call = graph.call_function(stage, (source, route))
-        call.meta = dict(run[-1].meta)
-        run[-1].replace_all_uses_with(call)
-        originals = [_with_constants(modules[node.target], node) for node in run]
-        stages.append((stage, originals, inputs[run[0]]))
-        for node in reversed(run):
-            graph.erase_node(node)
-    module.recompile()
-    return module, stages
-
-
-def _runs(graph, modules):
-    """The block calls of the graph as lists of consecutive ones; one with a shortcut of its own starts a new list."""
-    runs, last, columns = [], None, []
-    for node in graph.nodes:
-        block = modules.get(node.target) if node.op == "call_module" else None
-        if not isinstance(block, DynamicBlock):
-            continue
-        more = bool(node.args[1:] or node.kwargs)
-        if not node.args or node.all_input_nodes != [node.args[0]] or (more and block.shortcut_layers()):
-            raise ValueError(f"model cannot be frozen: block {node.target} is called with more than its input")
-        follows = last is not None and node.args[0] is last and len(last.users) == 1
-        if follows and not block.shortcut_layers():
-            runs[-1].append(node)
-        else:
-            runs.append([node])
-        last = node
-        columns.append(block.placement.column)
-    if columns != list(range(len(columns))):
-        raise ValueError(f"model cannot be frozen: it runs its blocks in the order of the columns {columns}")
-    return runs
-
-
-def _with_constants(block, node):
-    """The block as a function of its input alone, called as in ``node``."""
-    return lambda x: block(x, *node.args[1:], **node.kwargs)
-
-
-def _is_fresh(node, modules):
-    """Whether the value of ``node`` is new memory that only its one user reads."""
-    maker = modules.get(node.target) if node.op == "call_module" else node.target
-    fresh = isinstance(maker, (PackedConv, Stage, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))
-    return fresh and len(node.users) == 1
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the first input of some nodes."""
-
-    def __init__(self, module, nodes):
-        super().__init__(module)
-        self.nodes, self.inputs = nodes, {}
-
-    def record(self, *args):
-        self.run(*args)
-        return self.inputs
-
-    def run_node(self, node):
-        if node in self.nodes:
-            self.inputs[node] = self.env[node.args[0]].clone()
-        return super().run_node(node)
 
 
 def _prove_and_measure(stages, cache):
