@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynexec.models import digits, training
+from dynexec.models import blockdrop_resnet, digits, training
 from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
 
 
@@ -68,6 +68,16 @@ def test_the_policy_learns_to_decide_by_the_image(problem):
     assert (turned == (images[:, 1] > 0)).double().mean() > 0.9  # one block where needed, none elsewhere
     assert result.kept == pytest.approx(turned.double().mean().item())
     assert history[-1]["reward"] > history[0]["reward"]
+
+
+def test_policy_training_leaves_the_backbone_s_batch_statistics_alone():
+    net = blockdrop_resnet((1, 1), (4, 8), num_classes=3)
+    before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+    labels = torch.randint(0, 3, (8,))
+    training.train_policy(net, torch.randn(8, 3, 8, 8), labels, epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
+    training.fine_tune(net, torch.randn(8, 3, 8, 8), labels, epochs=1)
+    assert net.backbone.bn1.num_batches_tracked == 2  # the thresholded and the drawn path
 
 
 def test_the_curriculum_keeps_earlier_blocks_on(problem):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynexec import policy
@@ -44,6 +44,7 @@ def test_sample_follows_probabilities_and_generator():
     assert bounded.double().mean(0).tolist() == pytest.approx([0.2, 0.38, 0.8], abs=0.02)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_exploration_bounds_probabilities(probability, exploration):
     bounded = policy.explore(torch.tensor(probability, dtype=torch.float64), exploration).item()
