@@ -76,7 +76,9 @@ def count_flops(model, example_input):
         raise TypeError(f"example_input must be a tensor, got {type(example_input).__name__}")
     if example_input.dim() == 0 or len(example_input) == 0:
         raise ValueError(f"example_input must hold at least one image, got shape {tuple(example_input.shape)}")
-    backbone, policy = getattr(model, "backbone", model), getattr(model, "policy", None)
+    # A DynamicNetwork by its two parts, not its class, which lives in a layer above this one.
+    split = hasattr(model, "backbone") and hasattr(model, "policy")
+    backbone, policy = (model.backbone, model.policy) if split else (model, None)
     with evaluation_mode(model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         image = fake.from_tensor(example_input[:1].detach())
         fixed, block = _count(backbone, image)
@@ -97,7 +99,7 @@ def evaluation_mode(model):
 def _count(model, image):
     """FLOPs outside the residual branches of the model's dynamic blocks, and inside of each."""
     # By its attribute, not its class: blocks live in a layer above this one.
-    blocks = [module for module in model.modules() if getattr(module, "placement", None) is not None]
+    blocks = [m for m in model.modules() if hasattr(m, "shortcut_layers") and getattr(m, "placement", None) is not None]
     per_block = [0] * len(blocks)
     counter = FlopCounterMode(display=False)
     repeated = 0
