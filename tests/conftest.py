@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# One thread: threads of tiny tensors gain nothing, and on a busy machine they spin against each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def nan_in_uninitialised_memory():

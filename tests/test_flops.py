@@ -115,15 +115,15 @@ def test_what_cannot_be_counted_is_an_error():
 
 
 def test_names_that_other_models_use_mean_nothing():
-    class Segmenter(torch.nn.Module):
+    class Segmenter(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = torch.nn.Conv2d(3, 4, 1, bias=False)
-            self.head = torch.nn.Conv2d(4, 2, 1, bias=False)
+            self.backbone = nn.Conv2d(3, 4, 1, bias=False)
+            self.head = nn.Conv2d(4, 2, 1, bias=False)
             self.head.placement = "last"
 
         def forward(self, x):
             return self.head(self.backbone(x))
 
-    flops = count_flops(Segmenter(), torch.zeros(2, 3, 5, 5))
+    flops = measure.count_flops(Segmenter(), torch.zeros(2, 3, 5, 5))
     assert flops.fixed == flops.dense == 2 * 25 * (3 * 4 + 4 * 2) and flops.block == ()
