@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import fx, nn
 
+from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
 from dynexec.nn.structure import CONVOLUTIONS, Adapter, NoSkip, NotABlock, is_candidate, read_structure
 
@@ -103,11 +104,11 @@ def convert(model, match=None, *, batch_norm="all"):
     identity. ``torch.jit.script`` needs the reverted model. To change a block's class by other means (parametrizations
     of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _check_model(model)
     check_batch_norm(batch_norm)
     if any(block.placement for block in dynamic_blocks(model)):
-        raise ValueError("model obeys decisions already: call dynexec.revert(model) before converting it anew")
+        remedy = "call dynexec.revert(model) before converting it anew" if _reversible(model) else "as it was built to"
+        raise ValueError(f"model obeys decisions already: {remedy}")
     rules = list(match) if isinstance(match, (list, tuple)) else [match]
     for rule in rules:
         _check_rule(rule)
@@ -120,7 +121,7 @@ def convert(model, match=None, *, batch_norm="all"):
         if adapter is not None:
             _make_dynamic(modules[name], adapter)
     columns = [name for name in modules if name in found]
-    place([modules[name] for name in columns], batch_norm)
+    place([modules[name] for name in columns], batch_norm, by_convert=True)
     rows = []
     for column, name in enumerate(columns):
         shortcut = "projection" if modules[name].shortcut_layers() else "identity"
@@ -129,7 +130,9 @@ def convert(model, match=None, *, batch_norm="all"):
 
 
 def revert(model):
-    """Undo :func:`convert`, in place: blocks of ``model`` get their own class back, and no block obeys decisions.
+    """Undo :func:`convert`, in place: the blocks that it changed get their own class back and obey no decisions.
+
+    Blocks that had their columns without it, such as those of :class:`dynexec.models.BlockDrop`, keep them.
 
     Returns
     -------
@@ -138,10 +141,13 @@ def revert(model):
 
     Raises
     ------
+    TypeError
+        If ``model`` is not an nn.Module.
     ValueError
         If the class of a block was changed after :func:`convert`. Nothing is reverted then.
     """
-    blocks = [block for block in dynamic_blocks(model) if block.placement]
+    _check_model(model)
+    blocks = _reversible(model)
     for block in blocks:
         if isinstance(block, _Converted) and type(block) is not _dynamic_class(block._dynexec_original):
             raise ValueError(f"a block is a {type(block).__name__} since it was converted: undo that change first")
@@ -153,14 +159,26 @@ def revert(model):
     return len(blocks)
 
 
+def _check_model(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _reversible(model):
+    """The blocks that :func:`convert` changed: those of other classes, and our own that had no column before."""
+    placed = [block for block in dynamic_blocks(model) if block.placement]
+    return [block for block in placed if isinstance(block, _Converted) or block.placement.by_convert]
+
+
 def _find(model, rules):
     """Adapters of the modules to convert, by name (None for blocks of our own), and why others are not."""
     found, reasons = {}, {}
     modules = dict(model.named_modules())
+    deciding = {inner for module in modules.values() for inner in _policy_modules(module)}
     for name, module in reversed(modules.items()):  # children before parents
         rule = next((rule for rule in rules if _fits(rule, name, module)), _NO_RULE)
         asked = rule is not None and not isinstance(rule, str)  # for this kind of module, so say why it is none
-        if rule is _NO_RULE or not (asked or _may_be_block(module)):
+        if rule is _NO_RULE or module in deciding or not (asked or _may_be_block(module)):
             continue
         inside = [other for other in found if _contains(name, other)]
         if inside and not _outweighs(module, [modules[other] for other in inside], rule):
@@ -175,6 +193,13 @@ def _find(model, rules):
         found[name] = adapter
     skipped = [(n, type(modules[n]).__name__, str(reason)) for n, reason in _worth_saying(modules, found, reasons)]
     return found, skipped
+
+
+def _policy_modules(module):
+    """The modules of a network that run before there are decisions."""
+    if not isinstance(module, DynamicNetwork) or module.policy is None:
+        return set()
+    return set(module.policy.modules()) - set(module.backbone.modules())
 
 
 def _may_be_block(module):

@@ -174,6 +174,19 @@ def test_policy_blocks_have_no_column_and_ignore_decide():
         assert torch.equal(net.policy(images), expected)
 
 
+def test_revert_leaves_a_network_that_was_never_converted():
+    net, shape = cifar_type()
+    images, decisions = torch.randn(3, *shape), torch.rand(3, 5) < 0.5
+    expected = net(images, decisions)
+    placements = [block.placement for block in dynamic_blocks(net)]
+    assert dynexec.revert(net) == 0
+    assert [block.placement for block in dynamic_blocks(net)] == placements
+    assert torch.equal(net(images, decisions), expected)
+    for model in (net, net.backbone):
+        with pytest.raises(ValueError, match="model obeys decisions already: as it was built to"):
+            dynexec.convert(model)
+
+
 def test_imagenet_policy_sees_half_the_size():
     net, _ = imagenet_type()
     images = torch.randn(2, 3, 64, 64)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from toys import run
 
 import dynexec
-from dynexec.nn import dynamic_blocks
+from dynexec.nn import DynamicNetwork, assign_columns, dynamic_blocks
 
 KEEP = torch.tensor([[True], [False], [True], [False]])
 
@@ -97,6 +97,36 @@ def test_blocks_that_copy_themselves(kind, way):
     assert dynexec.revert(copied) == 1
     assert type(copied[1]) is kind
     assert torch.equal(copied(x), model(x))
+
+
+def test_the_policy_of_a_network_is_not_converted():
+    model, images = toys.torchvision_style(), toys.images(3)
+    dynexec.convert(model)
+    net = DynamicNetwork(model, nn.Sequential(toys.torchvision_style(), nn.Sigmoid())).eval()
+    expected = net(images)
+    assert dynexec.revert(net) == 5
+    conversion = dynexec.convert(net)
+    assert [row[1].split(".")[0] for row in conversion.converted] == ["backbone"] * 5
+    assert torch.equal(net(images), expected)
+    dynexec.revert(net)
+    assert dynexec.convert(net.policy).num_blocks == 5
+    dynexec.revert(net)
+    dynexec.convert(model)
+    shared = DynamicNetwork(model, model)
+    dynexec.revert(shared)
+    assert dynexec.convert(shared).num_blocks == 5  # blocks of the backbone too
+
+
+def test_columns_assigned_anew_are_still_undone():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    assign_columns(model)
+    assert dynexec.revert(model) == 5 and not dynamic_blocks(model)
+
+
+def test_only_a_module_can_be_reverted():
+    with pytest.raises(TypeError, match="model must be an nn.Module, got NoneType"):
+        dynexec.revert(None)
 
 
 def test_state_dict_moves_between_converted_and_not(tmp_path):

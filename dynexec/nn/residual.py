@@ -19,11 +19,15 @@ from dynexec.nn.context import active_execution
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a block stands in its model: its column of the decisions, and how it treats batch statistics."""
+    """Where a block stands in its model: its column of the decisions, and how it treats batch statistics.
+
+    ``by_convert``: ``dynexec.convert`` gave it, and ``dynexec.revert`` takes it away.
+    """
 
     column: int
     num_columns: int
     batch_norm: str = "all"
+    by_convert: bool = False
 
 
 class DynamicBlock:
@@ -181,11 +185,11 @@ def assign_columns(module, *, batch_norm="all"):
     return len(blocks)
 
 
-def place(blocks, batch_norm="all"):
+def place(blocks, batch_norm="all", *, by_convert=False):
     """Give ``blocks`` their columns, in this order."""
     check_batch_norm(batch_norm)
     for column, block in enumerate(blocks):
-        block.placement = Placement(column, len(blocks), batch_norm)
+        block.placement = Placement(column, len(blocks), batch_norm, by_convert)
 
 
 def check_batch_norm(batch_norm):
