@@ -8,6 +8,7 @@ import platform
 import torch
 
 from dynexec import dispatch, native
+from dynexec.executors.program import instruction_set
 from dynexec.measure.environment import processor_name
 
 # Used where installed, never required.
@@ -37,7 +38,8 @@ def facts():
     dict
         Plain values only: ``versions`` and ``optional`` (package -> version, None where not installed), ``system``,
         ``devices`` (names), ``cpu`` (name, cores, threads, instruction set that torch uses, oneDNN), ``native``
-        (part -> None where native, else why not) and ``build`` (how the native part was built, or None).
+        (part -> None where native, else why not), ``engine`` (the instruction set its convolutions use, or None) and
+        ``build`` (how the native part was built, or None).
     """
     return {
         "versions": {"python": platform.python_version()}
@@ -51,7 +53,8 @@ def facts():
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "onednn": torch.backends.mkldnn.is_available(),
         },
-        "native": {"rows": dispatch.native_missing, "plan": dispatch.native_missing},
+        "native": dict.fromkeys(("rows", "plan", "engine"), dispatch.native_missing),
+        "engine": instruction_set(),
         "build": native.build_facts(),
         "optional": {name: _version(name) for name in OPTIONAL},
     }
@@ -71,19 +74,22 @@ def main(args):
 
 def _lines(found):
     for name, version in found["versions"].items():
-        yield f"{name:<12}{version}"
+        yield f"{name:<14}{version}"
     cpu = found["cpu"]
-    yield f"{'system':<12}{found['system']}"
-    yield f"{'devices':<12}{', '.join(found['devices'])}"
-    yield f"{'cpu':<12}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instruction_set']}"
-    yield f"{'oneDNN':<12}{'yes' if cpu['onednn'] else 'no: frozen networks use plain convolutions'}"
+    yield f"{'system':<14}{found['system']}"
+    yield f"{'devices':<14}{', '.join(found['devices'])}"
+    yield f"{'cpu':<14}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instruction_set']}"
+    yield f"{'oneDNN':<14}{'yes' if cpu['onednn'] else 'no: frozen networks use plain convolutions'}"
     for part, missing in found["native"].items():
-        yield f"{part + ' (cpu)':<12}{'native' if missing is None else f'portable: {missing}'}"
+        how = (
+            f"native{', ' + found['engine'] if part == 'engine' else ''}" if missing is None else f"portable: {missing}"
+        )
+        yield f"{part + ' (cpu)':<14}{how}"
     if (build := found["build"]) is not None:
-        yield f"{'built with':<12}{build['compiler']}, {build['flags']}, torch {build['torch']}"
+        yield f"{'built with':<14}{build['compiler']}, {build['flags']}, torch {build['torch']}"
     present = {name: version for name, version in found["optional"].items() if version is not None}
-    yield f"{'optional':<12}{', '.join(f'{name} {version}' for name, version in present.items()) or 'none'}"
-    yield f"{'absent':<12}{', '.join(name for name in found['optional'] if name not in present) or 'none'}"
+    yield f"{'optional':<14}{', '.join(f'{name} {version}' for name, version in present.items()) or 'none'}"
+    yield f"{'absent':<14}{', '.join(name for name in found['optional'] if name not in present) or 'none'}"
 
 
 def _version(package):

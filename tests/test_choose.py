@@ -62,8 +62,8 @@ def test_predictions_are_sums_over_blocks(stage, n, keep):
 def test_cache_keeps_what_others_wrote(tmp_path):
     path = tmp_path / "deep" / "costs.json"
     first, second = CostCache(path), CostCache(path)
-    first.entries["a"] = {"chunk": 1}
-    second.entries["b"] = {"chunk": 2}
+    first.get("a", bool, lambda: {"chunk": 1})
+    second.get("b", bool, lambda: {"chunk": 2})
     first.save()
     second.save()
     assert set(CostCache(path).entries) == {"a", "b"}

@@ -1,8 +1,10 @@
 """freeze: every executor gives the eager network's output, whatever the decisions, batch, layout and batch history."""
 
 import copy
+import itertools
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -10,15 +12,24 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.executors.program import engine_missing
 from dynexec.executors.stage import EXECUTORS
 from dynexec.models import create_model
 
 TOLERANCE = 1e-5
+ALL_EXECUTORS = [*EXECUTORS, *(() if engine_missing() else ("fused", "resident"))]
+freezing = sys.modules["dynexec.executors.freeze"]  # the module: the package has the function under this name
 
 
 @pytest.fixture(autouse=True)
 def cost_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Networks run by layer, as where the native part is missing."""
+    monkeypatch.setattr(freezing, "engine_missing", lambda: "switched off by a test")
 
 
 def converted(style):
@@ -46,7 +57,7 @@ def decision_patterns(n, num_blocks):
         yield f"keep {keep}", torch.rand(n, num_blocks) < keep
 
 
-@pytest.mark.parametrize("executor", [None, *EXECUTORS])
+@pytest.mark.parametrize("executor", [None, *ALL_EXECUTORS])
 @pytest.mark.parametrize("style", toys.STYLES)
 def test_frozen_network_equals_eager(style, executor):
     model, num_blocks = converted(style)
@@ -61,7 +72,7 @@ def test_frozen_network_equals_eager(style, executor):
                 assert torch.equal(x, untouched)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ALL_EXECUTORS)
 def test_other_image_sizes_and_an_empty_batch(executor):
     model, num_blocks = converted("timm")
     frozen = dynexec.freeze(model, toys.images(2), executor=executor)
@@ -80,7 +91,7 @@ def test_float64_runs_without_onednn():
 
 def test_nan_of_one_sample_does_not_reach_others():
     model, num_blocks = converted("torchvision")
-    for executor in EXECUTORS:
+    for executor in ALL_EXECUTORS:
         frozen = dynexec.freeze(model, toys.images(2), executor=executor)
         x = toys.images(4)
         x[1] = float("nan")
@@ -101,7 +112,8 @@ def test_model_and_example_are_not_changed():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_stage_input_that_others_read_is_not_overwritten():
+@pytest.mark.parametrize("executor", ALL_EXECUTORS)
+def test_a_stage_input_that_others_read_is_not_overwritten(executor):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -114,15 +126,16 @@ def test_a_stage_input_that_others_read_is_not_overwritten():
 
     model = toys.finish(Twice())
     dynexec.convert(model)
-    frozen = dynexec.freeze(model, toys.images(2))
+    frozen = dynexec.freeze(model, toys.images(2), executor=executor)
     x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
     assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 7])
-def test_samples_at_once_change_nothing(samples):
+@pytest.mark.parametrize("executor", ALL_EXECUTORS)
+def test_samples_at_once_change_nothing(samples, executor):
     model, num_blocks = converted("torchvision")
-    frozen = dynexec.freeze(model, toys.images(4))
+    frozen = dynexec.freeze(model, toys.images(4), executor=executor)
     frozen.samples_at_once = samples
     for n in (0, 1, 6, 7):
         x, decisions = toys.images(n), torch.rand(n, num_blocks) < 0.5
@@ -131,7 +144,10 @@ def test_samples_at_once_change_nothing(samples):
         assert relative_error(output, eager(model, x, decisions)) < TOLERANCE
 
 
-def test_a_network_that_mixes_samples_is_never_split():
+def test_a_network_that_mixes_samples_is_never_split(no_engine, monkeypatch):
+    times = itertools.count(1)
+    monkeypatch.setattr(freezing, "seconds", lambda function: 1000 ** next(times))  # the smallest size is the fastest
+
     class Centred(nn.Module):
         def __init__(self):
             super().__init__()
@@ -144,6 +160,9 @@ def test_a_network_that_mixes_samples_is_never_split():
     model = toys.finish(Centred())
     dynexec.convert(model)
     assert dynexec.freeze(model, toys.images(8)).samples_at_once is None
+    separate = toys.torchvision_style()
+    dynexec.convert(separate)
+    assert dynexec.freeze(separate, toys.images(8)).samples_at_once is not None
 
 
 def test_blocks_called_with_constants():
@@ -184,7 +203,7 @@ def test_hooked_layers_still_run():
     assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
 
 
-def test_executor_with_wrong_output_is_refused(monkeypatch):
+def test_executor_with_wrong_output_is_refused(monkeypatch, no_engine):
     model, num_blocks = converted("torchvision")
     run = EXECUTORS["grouped"].run
     monkeypatch.setattr(EXECUTORS["grouped"], "run", lambda stage, x, parts: run(stage, x, parts) * 1.01)
@@ -195,7 +214,7 @@ def test_executor_with_wrong_output_is_refused(monkeypatch):
         dynexec.freeze(model, toys.images(2), executor="grouped")
 
 
-def test_cheapest_executor_is_chosen_per_stage_and_route():
+def test_cheapest_executor_is_chosen_per_stage_and_route(no_engine):
     model, num_blocks = converted("torchvision")
     frozen = dynexec.freeze(model, toys.images(4))
     for _, decisions in decision_patterns(4, num_blocks):
@@ -206,7 +225,7 @@ def test_cheapest_executor_is_chosen_per_stage_and_route():
     assert all(word in frozen.explain() for word in ("stage 0", "compact", "masked", "grouped", "keep 0.5"))
 
 
-def test_costs_are_measured_once_and_a_broken_cache_is_replaced(tmp_path):
+def test_costs_are_measured_once_and_a_broken_cache_is_replaced(tmp_path, no_engine):
     model, _ = converted("torchvision")
     path = tmp_path / "costs.json"
     path.write_text("{broken")

@@ -110,7 +110,7 @@ def test_native_wheel(tmp_path):
     assert required
     assert not [line for line in required if "torchvision" in line or "timm" in line]
     facts = probe(wheel, tmp_path)
-    assert facts["native"] == {"rows": None, "plan": None}
+    assert facts["native"] == {"rows": None, "plan": None, "engine": None}
     assert facts["build"]["cuda"] is False
 
 

@@ -78,6 +78,8 @@ class _Shortcut(nn.Module):
     def __init__(self, block):
         super().__init__()
         self.block = block
+        # A block need not own its shortcut, but tracing wants to.
+        self.shortcut = nn.ModuleList(layer for layer in block.shortcut_layers() if isinstance(layer, nn.Module))
 
     def forward(self, x):
         return apply_layers(self.block.shortcut_layers(), x)

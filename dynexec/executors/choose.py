@@ -2,6 +2,12 @@
 
 from operator import getitem
 
+#: What time is lost to, see :meth:`StageCosts.losses`.
+CAUSES = ("small batches", "row moves", "dropped rows computed")
+
+
+_TABLES = 4  # batch sizes whose sums are kept: they take memory proportional to batch size and blocks
+
 
 class StageCosts:
     """Predicted seconds of a stage under each executor.
@@ -46,8 +52,7 @@ class StageCosts:
     def losses(self, executor, kept, parts, num_samples):
         """Predicted seconds above the dense time of the kept rows, by cause; arguments as in ``predict``.
 
-        Causes are "small batches" (a convolution of few rows takes longer per row), "row moves" (gather and scatter)
-        and "dropped rows computed".
+        A convolution of few rows takes longer per row; moves are gathering and scattering.
         """
         small = moves = computed = 0.0
         dense = [block.body(num_samples) / num_samples for block in self.blocks]
@@ -67,7 +72,7 @@ class StageCosts:
                 moves += block.move(count)
             else:
                 computed += row * (num_samples - count) + block.select(num_samples)
-        return {"small batches": small, "row moves": moves, "dropped rows computed": computed}
+        return dict(zip(CAUSES, (small, moves, computed), strict=True))
 
     def _table(self, n):
         """Sums for a batch of ``n``, made once.
@@ -76,6 +81,8 @@ class StageCosts:
         the shortcuts' by number of rows.
         """
         if n not in self._tables:
+            if len(self._tables) == _TABLES:
+                del self._tables[next(iter(self._tables))]  # the oldest
             compact = [[b.shortcut(n) + b.body(k) + b.move(k) for k in range(n)] for b in self.blocks]
             full = [b.shortcut(n) + b.body(n) for b in self.blocks]
             for row, seconds in zip(compact, full, strict=True):

@@ -32,15 +32,22 @@ class CostCache:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = Path(path) if path is not None else home / "dynexec" / "costs.json"
         self.entries = self._read()
-        self._before = len(self.entries)
+        self._changed = False
 
     def key(self, *signature):
         machine = (VERSION, torch.__version__, processor_name(), torch.get_num_threads())
         return " | ".join(map(str, (*machine, *signature)))
 
+    def get(self, key, valid, make):
+        """The entry ``key``, or ``make()`` where there is none for which ``valid(entry)``."""
+        if key not in self.entries or not valid(self.entries[key]):
+            self.entries[key] = make()
+            self._changed = True
+        return self.entries[key]
+
     def save(self):
         """Write new entries, keeping those that others wrote meanwhile; a read-only place is no error."""
-        if len(self.entries) == self._before:
+        if not self._changed:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +60,10 @@ class CostCache:
     def _read(self):
         try:
             stored = json.loads(self.path.read_text())
-            return stored["entries"] if stored["version"] == VERSION else {}
+            entries = stored["entries"] if stored["version"] == VERSION else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
+        return entries if isinstance(entries, dict) else {}
 
 
 class Curve:
@@ -87,15 +95,22 @@ class BlockCost:
 
     def __init__(self, chunk, body, move, select, shortcut):
         self.chunk = chunk
-        self.body, self.move, self.select, self.shortcut = map(Curve, (body, move, select, shortcut))
+        self.curves = tuple(map(Curve, (body, move, select, shortcut)))
+        self.body, self.move, self.select, self.shortcut = self.curves
 
 
 def measure_block(block, batch, cache):
     """The :class:`BlockCost` of ``block`` up to about ``batch`` rows: from ``cache``, or measured now."""
     key = cache.key(block.signature, block.dtype, batch)
-    if key not in cache.entries:
-        cache.entries[key] = _measure(block, batch)
-    return BlockCost(**cache.entries[key])
+    return BlockCost(**cache.get(key, _is_cost, lambda: _measure(block, batch)))
+
+
+def _is_cost(entry):
+    try:
+        cost = BlockCost(**entry)
+        return isinstance(cost.chunk, int) and cost.chunk > 0 and all(curve(1) >= 0 for curve in cost.curves)
+    except (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError):
+        return False
 
 
 def _measure(block, batch):

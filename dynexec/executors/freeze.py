@@ -7,9 +7,13 @@ import torch
 from torch import fx, nn
 
 from dynexec.executors.block import pack_module
+from dynexec.executors.choose import CAUSES
 from dynexec.executors.costs import CostCache, seconds
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
+from dynexec.executors.program import engine_missing, instruction_set
+from dynexec.executors.proof import TOLERANCE, relative_error
+from dynexec.executors.segment import make_segments
 from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.context import check_decisions, decide
 from dynexec.nn.network import DynamicNetwork
@@ -18,15 +22,24 @@ from dynexec.policy import threshold
 from dynexec.route import Route
 
 _PROOF_SAMPLES = 3
+_ENGINE_EXECUTORS = ("fused", "resident")
 
 
 def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost_cache=None, keep_memory=True):
     """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
 
     BatchNorm is folded, activations and residual additions run inside the convolutions, activations are channels_last
-    and the residual stream is updated in place. Consecutive blocks of one shape form a stage; how a stage runs is
-    chosen per call by a cost model measured here (and cached on disk), among the executors whose output was compared
-    with the original blocks' on ``example_input``. Layers that dynexec does not know run as they are.
+    and the residual stream is updated in place. Two ways to run are built, compared with the original model on
+    ``example_input`` and timed; the faster one stays (times are cached on disk):
+
+    * The engine, native code: everything that it knows, usually the network up to its classifier, is one call.
+      ``resident``: each thread takes a few samples at a time through all layers, while their activations stay in its
+      cache. ``fused``: all threads share one layer after the other. Dropped blocks are jumped over; nothing is moved.
+    * Layers: oneDNN's fused convolutions. Consecutive blocks of one shape form a stage, and a cost model chooses per
+      stage and call among ``masked`` (compute all, put dropped ones back), ``compact`` (gather, compute, scatter) and
+      ``grouped`` (samples with equal decisions share a static sub-network).
+
+    Layers that neither knows run as they are.
 
     Parameters
     ----------
@@ -36,7 +49,7 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
         Of the size and about the batch size that will be used; other batch sizes work as well.
     dtype : torch.dtype, optional
         Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``.
-    executor : {"masked", "compact", "grouped"}, optional
+    executor : {"fused", "resident", "masked", "compact", "grouped"}, optional
         Use this one everywhere instead of choosing.
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
@@ -57,7 +70,7 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
     RuntimeError
         If the frozen blocks' output is not the original's.
     """
-    _check(model, example_input, executor)
+    _check(model, example_input, dtype, executor, policy)
     if keep_memory:
         keep_freed_memory()
     backbone = model
@@ -66,18 +79,127 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
     dtype = dtype or next((p.dtype for p in backbone.parameters()), torch.float32)
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     images = example_input.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    cache = CostCache(cost_cache)
     with torch.no_grad():
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-            policy = pack_module(policy, images)
-        network, stages = pack_stages(backbone, images, executor, _PROOF_SAMPLES)
-        cache = CostCache(cost_cache)
-        _prove_and_measure(stages, cache)
-        network.delete_all_unused_submodules()  # the original blocks, needed until now
-        frozen = FrozenNetwork(network.forward, [stage for stage, _, _ in stages], policy, dtype)
-        frozen.samples_at_once = _measure_samples_at_once(frozen, images, cache)
+            policy = _freeze_policy(policy, images, executor, cache)
+        frozen = _freeze_backbone(backbone, images, executor, cache)
+    frozen.policy = policy
     cache.save()
     return frozen
+
+
+def _freeze_backbone(backbone, images, executor, cache):
+    by_layer = executor if executor in EXECUTORS else None
+    network, stages = pack_stages(backbone, images, by_layer, _PROOF_SAMPLES)
+    columns = sum(len(stage.blocks) for stage, _, _ in stages)
+    layers = FrozenNetwork(network.forward, [stage for stage, _, _ in stages], [], columns, images.dtype)
+    if executor not in _ENGINE_EXECUTORS:
+        _prove_and_measure(stages, cache)
+        if (reason := _difference(layers, backbone, images)) is not None:
+            raise RuntimeError(f"model cannot be frozen: {reason}; does it have hooks, or change tensors in place?")
+        layers.samples_at_once = _measure_samples_at_once(layers, images, cache)
+    engine, reason = None, f"executor is {executor!r}"
+    if by_layer is None:
+        engine, reason = _try_engine(backbone, network, layers, images, executor)
+    if executor in _ENGINE_EXECUTORS:
+        if reason is None and engine.stages:
+            reason = f"it does not know {engine.stages[0].blocks[0].name}"
+        if reason is not None:
+            raise RuntimeError(f"executor {executor!r} cannot run this network: {reason}")
+        return engine.keep_only()
+    if engine is None:
+        layers.notes.append(f"engine not used: {reason}")
+        return layers.keep_only()
+    times = _race({"engine": engine, "layers": layers}, images, cache)
+    fastest = min(times, key=times.get)
+    chosen = {"engine": engine, "layers": layers}[fastest]
+    compared = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
+    chosen.notes.append(f"batch {len(images)}, keep 0.5 and 1 together: {compared} (measured) -> {fastest}")
+    return chosen.keep_only()
+
+
+def _try_engine(backbone, network, layers, images, executor):
+    """The network with the engine's segments, or why there is none."""
+    if (reason := engine_missing()) is not None:
+        return None, f"no native code, {reason}"
+    module, segments = make_segments(network, layers.num_blocks)
+    if not segments:
+        return None, "it knows none of the layers"
+    for segment in segments:
+        segment.together = executor == "fused"
+    taken = {stage for segment in segments for stage in segment.stages}
+    left = [stage for stage in layers.stages if stage not in taken]
+    engine = FrozenNetwork(module.forward, left, segments, layers.num_blocks, images.dtype)
+    reason = _difference(engine, backbone, images)
+    return (None, reason) if reason is not None else (engine, None)
+
+
+def _difference(frozen, backbone, images):
+    """How the frozen network's output differs from the original's, or None where it does not."""
+    generator = torch.Generator().manual_seed(0)
+    x = images.repeat(-(-_PROOF_SAMPLES // len(images)), 1, 1, 1)[:_PROOF_SAMPLES]
+    x = x.contiguous(memory_format=torch.channels_last)
+    for keep in (0.5, 1.0):
+        decisions = torch.rand(len(x), frozen.num_blocks, generator=generator) < keep
+        with decide(decisions):
+            expected = backbone(x.clone())
+        error = relative_error(frozen.run(x, decisions), expected)
+        if not error <= TOLERANCE[frozen.dtype]:
+            return f"its output differs by {error:.1e} of the largest value"
+    return None
+
+
+def _freeze_policy(policy, images, executor, cache):
+    """The policy as a function: by the engine where that is faster, or asked for, and possible."""
+    layers = pack_module(policy, images)
+    module = getattr(layers, "__self__", None)
+    if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or engine_missing():
+        return layers
+    engine, segments = make_segments(module, 0)
+    if not segments or not relative_error(engine.forward(images), layers(images)) <= TOLERANCE[images.dtype]:
+        return layers
+    if executor is None:
+        key = cache.key("policy", _digest(policy), tuple(images.shape))
+        runs = {"engine": lambda: engine.forward(images), "layers": lambda: layers(images)}
+        times = cache.get(key, _are_times(runs), lambda: {name: seconds(run) for name, run in runs.items()})
+        if times["engine"] > times["layers"]:
+            return layers
+    for segment in segments:
+        segment.release()
+    return engine.forward
+
+
+def _race(networks, images, cache):
+    """Seconds by name: each network on the images, once with half of the blocks and once with all."""
+    first = next(iter(networks.values()))
+    generator = torch.Generator().manual_seed(0)
+    keeps = [torch.rand(len(images), first.num_blocks, generator=generator) < keep for keep in (0.5, 1.0)]
+    parts = [part for network in networks.values() for part in (*network.segments, *network.stages)]
+    signature = " ".join(part.signature for part in parts)
+    key = cache.key("race", _digest(signature), tuple(images.shape), first.dtype)
+
+    def measure():
+        return {
+            name: sum(seconds(lambda d=d, network=network: network.run_in_parts(images, d)) for d in keeps)
+            for name, network in networks.items()
+        }
+
+    return cache.get(key, _are_times(networks), measure)
+
+
+def _are_times(names):
+    """A check of an entry of the cost cache: positive seconds for these names."""
+    return lambda entry: (
+        isinstance(entry, dict)
+        and entry.keys() == set(names)
+        and all(isinstance(time, float) and time > 0 for time in entry.values())
+    )
+
+
+def _digest(value):
+    return sha256(str(value).encode()).hexdigest()
 
 
 class FrozenNetwork(nn.Module):
@@ -86,12 +208,11 @@ class FrozenNetwork(nn.Module):
     It belongs to the processor and thread count it was made on: save the original model and freeze it again.
     """
 
-    def __init__(self, network, stages, policy, dtype):
+    def __init__(self, network, stages, segments, num_blocks, dtype):
         super().__init__()
-        self.network, self.policy, self.dtype = network, policy, dtype
-        self.stages = tuple(stages)
-        self.num_blocks = sum(len(stage.blocks) for stage in stages)
-        self.samples_at_once = None
+        self.network, self.dtype, self.num_blocks = network, dtype, num_blocks
+        self.stages, self.segments = tuple(stages), tuple(segments)
+        self.policy, self.samples_at_once, self.notes = None, None, []
 
     @torch.no_grad()
     def forward(self, x, decisions=None, *, return_decisions=False):
@@ -105,19 +226,35 @@ class FrozenNetwork(nn.Module):
         return_decisions : bool
             Also return the decisions, bool ``[N, L]``.
         """
+        if not isinstance(x, torch.Tensor) or x.dim() != 4:
+            found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor [N, C, H, W], got {found}")
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if decisions is None:
             if self.policy is None:
                 raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
             decisions = threshold(self.policy(x))
         decisions = self._check_decisions(decisions, x)
-        parts = list(zip(*self._split(x, decisions), strict=True))
-        y = self.run(*parts[0]) if len(parts) == 1 else torch.cat([self.run(*part) for part in parts])
+        y = self.run_in_parts(x, decisions)
         return (y, decisions) if return_decisions else y
 
+    def run_in_parts(self, x, decisions):
+        """``x`` channels_last in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""
+        parts = list(zip(*self._split(x, decisions), strict=True))
+        return self.run(*parts[0]) if len(parts) == 1 else torch.cat([self.run(*part) for part in parts])
+
     def run(self, x, decisions):
-        """The whole batch at once: ``x`` channels_last in the network's dtype, ``decisions`` bool ``[N, L]``."""
-        return self.network(x, Route.from_decisions(decisions))
+        """The whole batch at once."""
+        return self.network(x, Route.from_decisions(decisions) if self.stages else decisions)
+
+    def keep_only(self):
+        """Give up the weights that this way to run does not need; return the network."""
+        for segment in self.segments:
+            segment.release()
+        for stage in self.stages:
+            stage.used = dict.fromkeys(stage.used, 0)  # so far it was tried, not used
+        self.network.__self__.delete_all_unused_submodules()
+        return self
 
     def _split(self, *tensors):
         size = self.samples_at_once or max(len(tensors[0]), 1)
@@ -142,16 +279,18 @@ class FrozenNetwork(nn.Module):
         """
         routes = [Route.from_decisions(part) for part in self._split(decisions)[0]]
         found = [stage.predict_losses(route) for route in routes for stage in self.stages]
-        return {cause: sum(losses[cause] for losses in found) for cause in found[0]}
+        return {cause: sum(losses[cause] for losses in found) for cause in CAUSES}  # the engine has none of them
 
     def explain(self):
         """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
         lines = [
-            f"{self.num_blocks} blocks in {len(self.stages)} stages, {self.dtype}, "
-            f"{self.samples_at_once or 'all'} samples at once, policy: {self._policy_name()}"
+            f"{self.num_blocks} blocks, {len(self.segments)} segments of the engine ({instruction_set()}), "
+            f"{len(self.stages)} stages by layer, {self.dtype}, {self.samples_at_once or 'all'} samples at once, "
+            f"policy: {self._policy_name()}",
+            *self.notes,
         ]
-        for stage in self.stages:
-            lines += stage.explain()
+        for part in (*self.segments, *self.stages):
+            lines += part.explain()
         return "\n".join(lines)
 
     def _policy_name(self):
@@ -163,20 +302,27 @@ class FrozenNetwork(nn.Module):
         raise TypeError("a FrozenNetwork cannot be pickled or copied: save the original model and freeze it again")
 
 
-def _check(model, example_input, executor):
+def _check(model, example_input, dtype, executor, policy):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(f"model must be the network itself, got {type(model).__name__}: pass model.module")
     if not any(block.placement for block in dynamic_blocks(model)):
         raise ValueError("model has no dynamic blocks: call dynexec.convert(model) first")
     if not isinstance(example_input, torch.Tensor) or example_input.dim() != 4 or len(example_input) == 0:
         shape = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
         raise ValueError(f"example_input must be a tensor [N, C, H, W] with N >= 1, got {shape}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    if policy is not None and not isinstance(policy, nn.Module):
+        raise TypeError(f"policy must be an nn.Module, got {type(policy).__name__}")
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example_input)}
     if devices != {torch.device("cpu")}:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"freeze runs on the CPU so far, not on {found}, where model and example_input are")
-    if executor is not None and executor not in EXECUTORS:
-        raise ValueError(f"executor must be None or one of {sorted(EXECUTORS)}, got {executor!r}")
+    known = sorted((*EXECUTORS, *_ENGINE_EXECUTORS))
+    if executor is not None and executor not in known:
+        raise ValueError(f"executor must be None or one of {known}, got {executor!r}")
 
 
 def _prove_and_measure(stages, cache):
@@ -206,15 +352,17 @@ def _measure_samples_at_once(frozen, images, cache):
     sizes = [2**i for i in range(n.bit_length()) if 2**i < n]
     if not sizes or not _splits(frozen, images, decisions, sizes[-1]):
         return None
-    signature = " ".join(block.signature for stage in frozen.stages for block in stage.blocks)
-    key = cache.key("samples at once", sha256(signature.encode()).hexdigest(), tuple(images.shape), frozen.dtype)
-    if key not in cache.entries:
+    signature = " ".join(stage.signature for stage in frozen.stages)
+    key = cache.key("samples at once", _digest(signature), tuple(images.shape), frozen.dtype)
+
+    def measure():
         per_sample = {
             size: seconds(lambda size=size: frozen.run(images[:size], decisions[:size])) / size for size in (*sizes, n)
         }
         fastest = min(per_sample.values())
-        cache.entries[key] = max(size for size in per_sample if per_sample[size] <= 1.03 * fastest)
-    best = cache.entries[key]
+        return max(size for size in per_sample if per_sample[size] <= 1.03 * fastest)
+
+    best = cache.get(key, (*sizes, n).__contains__, measure)
     return best if best < n else None
 
 
@@ -224,4 +372,4 @@ def _splits(frozen, images, decisions, size):
     if not isinstance(whole, torch.Tensor) or whole.dim() == 0 or len(whole) != len(images):
         return False
     parts = [frozen.run(*part) for part in zip(images.split(size), decisions.split(size), strict=True)]
-    return float((torch.cat(parts) - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
+    return relative_error(torch.cat(parts), whole) <= TOLERANCE[frozen.dtype]

@@ -44,6 +44,7 @@ class PackedConv:
         self.__name__ = name
         self.geometry = list(padding), list(stride), list(dilation), groups  # in oneDNN's order
         self.shape, self.activation, self.overwrites_other = tuple(weight.shape), activation, overwrites_other
+        self.weight, self.bias, self.dtype = weight, bias, weight.dtype
         function, onednn_name, scalars = ACTIVATIONS[activation]
         self.onednn = weight.dtype == torch.float32 and weight.device.type == "cpu" and onednn_available()
         if not self.onednn:
@@ -61,6 +62,12 @@ class PackedConv:
     def __repr__(self):
         kind = "oneDNN" if self.onednn else "aten"
         return f"{kind} {self.shape} {self.geometry} {self.activation} overwrites_other={self.overwrites_other}"
+
+    def release(self, packed=True):
+        """Give up the plain weights, and with ``packed`` those that calls need."""
+        self.weight = self.bias = None
+        if packed:
+            self._constants = None
 
     def __call__(self, x, other=None):
         if not self.onednn:

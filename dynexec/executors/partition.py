@@ -68,7 +68,9 @@ def _runs(graph, modules):
             continue
         more = bool(node.args[1:] or node.kwargs)
         if not node.args or node.all_input_nodes != [node.args[0]] or (more and block.shortcut_layers()):
-            raise ValueError(f"model cannot be frozen: block {node.target} is called with more than its input")
+            raise ValueError(
+                f"model cannot be frozen: block {node.target} must be called with its input alone, by position"
+            )
         follows = last is not None and node.args[0] is last and len(last.users) == 1
         if follows and not block.shortcut_layers():
             runs[-1].append(node)

@@ -11,8 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dynexec.executors.packing import PackedConv
 
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
-_ACTIVATION_CALLS = {
+ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+ACTIVATION_CALLS = {
     torch.relu: "relu",
     torch.relu_: "relu",
     F.relu: "relu",
@@ -22,7 +22,7 @@ _ACTIVATION_CALLS = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass
@@ -58,8 +58,10 @@ def pack(root, graph, *example, may_overwrite=()):
     with torch.no_grad():
         ShapeProp(module).propagate(*example)
     modules = dict(module.named_modules())
+    # Fusing moves a computation behind nodes that follow it, so nothing in between may change what it reads.
+    fuse = not any(_changes_in_place(modules, node) for node in graph.nodes)
     for node in list(graph.nodes):
-        conv = _read_conv(module, modules, node)
+        conv = _read_conv(module, modules, node) if fuse else None
         if conv is not None and "tensor_meta" in node.meta and len(node.meta["tensor_meta"].shape) == 4:
             _replace(module, modules, node, conv, may_overwrite)
     for node in list(graph.nodes):
@@ -101,7 +103,7 @@ def _replace(module, modules, node, conv, may_overwrite):
     weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
     user = _only_user(last)
     if user is not None and (norm := _read_batch_norm(module, modules, user)) is not None:
-        weight, bias = (p.detach() for p in fuse_conv_bn_weights(weight, bias, *norm))
+        weight, bias = _fold(weight, bias, norm)
         last, user = user, _only_user(user)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
@@ -132,6 +134,15 @@ def _replace(module, modules, node, conv, may_overwrite):
     last.replace_all_uses_with(new)
 
 
+def _fold(weight, bias, norm):
+    """Weights and bias of convolution and BatchNorm in one; half precision is rounded once, at the end."""
+    mean, variance, eps, *affine = norm
+    wide = [p if p is None else p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (bias, *affine)]
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    folded = fuse_conv_bn_weights(exact, wide[0], mean.to(exact.dtype), variance.to(exact.dtype), eps, *wide[1:])
+    return tuple(p.detach().to(weight.dtype) for p in folded)
+
+
 def _only_user(node):
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -141,7 +152,21 @@ def _input_of(node):
 
 
 def _hooked(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a call does something else than the type's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _changes_in_place(modules, node):
+    """Whether the node changes a value that other nodes read, too."""
+    target = modules.get(node.target) if node.op == "call_module" else node.target
+    in_place = (
+        getattr(target, "inplace", False) is True
+        or node.kwargs.get("inplace", False) is True
+        or (target is F.relu and len(node.args) > 1 and node.args[1] is True)
+        or target in (torch.relu_, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+        or (node.op == "call_method" and target.endswith("_") and not target.endswith("__"))
+    )
+    return in_place and len(node.args[0].users) > 1
 
 
 def _constant(module, node):
@@ -182,7 +207,7 @@ def _read_batch_norm(module, modules, node):
 
 
 def _adds_same_shape(node, operand):
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS or node.kwargs:
+    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:
         return False
     others = [other for other in node.args if other is not operand]
     if len(node.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
@@ -192,7 +217,7 @@ def _adds_same_shape(node, operand):
 
 def _read_activation(modules, node):
     if node.op == "call_module":
-        return None if _hooked(modules[node.target]) else _ACTIVATION_MODULES.get(type(modules[node.target]))
+        return None if _hooked(modules[node.target]) else ACTIVATION_MODULES.get(type(modules[node.target]))
     if node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1 and len(node.args) == 1:
-        return _ACTIVATION_CALLS.get(node.target)
+        return ACTIVATION_CALLS.get(node.target)
     return None

@@ -5,6 +5,7 @@ import torch
 from dynexec.executors import compact, grouped, masked
 from dynexec.executors.choose import StageCosts
 from dynexec.executors.costs import measure_block
+from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.route import Route
 
 EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
@@ -43,6 +44,11 @@ class Stage:
         self.used[name] += 1
         return EXECUTORS[name].run(self, x, prepared)
 
+    @property
+    def signature(self):
+        """What it computes, as text: equal for equal work."""
+        return " ".join(block.signature for block in self.blocks)
+
     def choose(self, route):
         """The name of the executor for ``route``, and what it prepared."""
         if self.executor is not None or len(self.proven) == 1 or route.num_samples <= 1:
@@ -72,13 +78,12 @@ class Stage:
         chunks = [cost.chunk for cost in costs]
         self.chunk = max(set(chunks), key=chunks.count)
 
-    def prove(self, x, route, reference, tolerance=1e-4):
+    def prove(self, x, route, reference):
         """Let every executor run ``x`` and refuse those whose output is not ``reference``."""
-        scale = float(reference.abs().max()) or 1.0
         for name in list(self.proven):
             y = EXECUTORS[name].run(self, x.clone(), EXECUTORS[name].prepare(self, route))
-            error = float((y - reference).abs().max()) / scale if y.shape == reference.shape else float("inf")
-            if not error <= tolerance:  # also where it is NaN
+            error = relative_error(y, reference)
+            if not error <= TOLERANCE[reference.dtype]:
                 self.proven.remove(name)
                 self.refused[name] = f"its output differs by {error:.1e} of the largest value"
         wanted = self.executor or "compact"

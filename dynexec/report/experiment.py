@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from dynexec.executors.proof import TOLERANCE
 from dynexec.measure.flops import count_flops
 from dynexec.measure.timing import compare
 from dynexec.nn.residual import dynamic_blocks
@@ -14,8 +15,6 @@ from dynexec.report.rows import environment, now, speed_up
 from dynexec.route import Route
 
 BERNOULLI, PUBLISHED = "bernoulli", "published"
-#: Largest difference from the reference, relative to the reference's largest value, that counts as equal.
-TOLERANCE = {torch.float32: 1e-4}
 # At least this many samples are decided for: at small batches a timed call goes through several draws.
 _MIN_DECIDED_SAMPLES = 8
 

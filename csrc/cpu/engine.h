@@ -1,0 +1,119 @@
+// Runs a frozen network, or a part of one, as a program of convolutions on buffers that stay in the caches. No torch
+// here: threads and memory come from the caller, so that the engine can be tested, and sanitized, alone.
+//
+// A program is made by dynexec/executors/program.py; its layout as integers is described there and read by the
+// constructor, which checks everything: a program that was constructed stays within its memory.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dynexec {
+
+// An image batch outside the engine: x[n][c][h][w] is at data[n * strides[0] + c * strides[1] + ...].
+struct Images {
+  float* data;
+  int64_t strides[4];
+};
+
+// [height][width][channels] per sample, with borders of zeros around height and width for convolutions to read.
+struct Buffer {
+  int64_t slot;      // buffers of one slot share memory, at different times
+  int64_t phase;     // that uses it, or -1: several do
+  int64_t channels;
+  int64_t pitch;     // floats from pixel to pixel
+  int64_t height, width;
+  int64_t top, left, bottom, right;
+
+  int64_t row() const { return (left + width + right) * pitch; }
+  int64_t sample() const { return ((top + height + bottom) * row() + 15) / 16 * 16; }
+  int64_t origin() const { return top * row() + left * pitch; }
+  int64_t pixels() const { return height * width; }
+  bool has_border() const { return top + left + bottom + right > 0; }
+};
+
+enum class Op : int64_t { kLoad, kStore, kConv, kDepthwise, kPoolMax, kPoolSum, kAdd, kMultiply, kGate, kCount };
+
+struct Instruction {
+  Op op;
+  int64_t in, out, other;  // buffers, -1: none. kGate: the column, and the first instruction behind the gated ones
+  int64_t weights, bias;   // positions in the weights
+  Activation activation;
+  int64_t kernel[2], stride[2], dilation[2], padding[2];  // height, width; padding at the top and on the left
+  int64_t divisor;  // kPoolSum: by what sums are divided; 0: by the number of inputs that are no padding
+};
+constexpr int64_t kInstructionFields = 16;
+
+// Instructions that run for `samples` samples together, before they run for the next ones of the group.
+struct Phase {
+  int64_t first, end, samples;
+};
+
+// Calls work() on up to `threads` threads; returns when all of them are done. Fewer threads only make it slower.
+using Parallel = std::function<void(int64_t threads, const std::function<void()>& work)>;
+
+class Program {
+ public:
+  // The kernels that suit this processor best, and all that it can run.
+  static const Kernels& best_kernels();
+  static std::vector<const Kernels*> all_kernels();
+
+  // Throws std::invalid_argument for anything that would not run. The weights must outlive the program.
+  Program(const int64_t* code, int64_t size, const float* weights, int64_t num_weights, const Kernels& kernels);
+  ~Program();
+
+  // What is read and what is written, as channels, height and width.
+  const Buffer& input() const { return buffers_[input_]; }
+  const Buffer& output() const { return buffers_[output_]; }
+  int64_t columns() const { return columns_; }
+
+  struct Batch {
+    int64_t samples;
+    Images x, y;
+    const uint8_t* decisions;  // [samples][columns]
+  };
+
+  // Safe to call from several threads at once. `group`: samples that go through the program together; with
+  // `together` all threads work on one group, otherwise each on its own. 0 and false: what suits the batch.
+  void run(const Batch& batch, int64_t threads, int64_t group, bool together, const Parallel& parallel) const;
+
+ private:
+  struct Step : Instruction {
+    // Of a convolution, from the geometry of its buffers.
+    std::vector<Run> runs;         // of the reduction
+    std::vector<int64_t> parts;    // first run of each part of it that is done at once, and their number
+    std::vector<int64_t> offsets;  // of a depthwise convolution's taps
+    int64_t reduction = 0;         // floats
+  };
+  struct Memory;  // of one call
+  struct Frame;   // where a thread is
+
+  void check(const Step& step, int64_t number, int64_t num_weights) const;
+  void prepare(Step& step) const;
+  std::vector<int64_t> place_slots(int64_t group) const;
+  int64_t steps(int64_t group) const;
+  void run_group(Frame& frame) const;
+  int64_t items(const Step& step, const Frame& frame) const;
+  void run_item(const Step& step, const Frame& frame, int64_t item) const;
+  void run_conv(const Step& step, const Frame& frame, int64_t item) const;
+  void run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
+  void run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
+
+  const Kernels& kernels_;
+  const float* weights_;
+  int64_t columns_ = 0, input_ = -1, output_ = -1, num_slots_ = 0, longest_phase_ = 1;
+  std::vector<Phase> phases_;
+  std::vector<Buffer> buffers_;
+  std::vector<Step> steps_;
+
+  std::unique_ptr<Memory> take_memory(int64_t floats, int64_t counters) const;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Memory>> unused_;  // kept for the next call
+};
+
+}  // namespace dynexec

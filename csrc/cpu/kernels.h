@@ -1,0 +1,69 @@
+// The inner loops of the CPU engine, one table of functions per instruction set. Nothing of torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace dynexec {
+
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kCount };
+
+// A stretch of a reduction: `length` input floats, the first one `offset` floats behind a pixel's first input.
+struct Run {
+  int64_t offset;
+  int64_t length;
+};
+
+// Output pixels x one panel of output channels, over a part of the reduction. Pixels are read and written through
+// pointers, so that they may lie anywhere: gathered samples cost nothing.
+struct ConvTask {
+  const float* const* in;        // [pixels]: the first input of each
+  float* const* out;             // [pixels]: its channel 0
+  const float* const* residual;  // [pixels]: channel 0 of what is added, or null
+  int64_t pixels;
+  int64_t channel;  // the panel's first
+  int64_t vectors;  // of the panel, 1 to 3
+  const Run* runs;
+  int64_t num_runs;
+  const float* weights;  // [sum of the runs' lengths][vectors * width]
+  const float* bias;     // of the panel; null: go on with the sums in `out`
+  Activation activation;
+};
+
+// One row of output pixels of a depthwise convolution, all channels.
+struct DepthwiseTask {
+  const float* in;         // the first tap of the first pixel
+  int64_t in_step;         // floats from one pixel's first tap to the next one's
+  const int64_t* offsets;  // [taps] from a pixel's first tap
+  int64_t taps;
+  float* out;
+  int64_t out_step;
+  int64_t pixels;
+  int64_t channels;      // a multiple of the width
+  const float* weights;  // [taps][channels]
+  const float* bias;
+  Activation activation;
+};
+
+// Convolutions want the floats of `channels` in whole vectors: memory behind the last one is written, as zeros.
+struct Kernels {
+  int64_t width;  // floats per vector
+  // Panels are `panel` vectors wide, but for the last one.
+  int64_t panel;
+  void (*conv)(const ConvTask&);
+  void (*depthwise)(const DepthwiseTask&);
+  // out[c] = the largest of in[i][c] (NaN wins), or their sum times `scale`.
+  void (*pool_max)(const float* const* in, int64_t count, float* out, int64_t channels);
+  void (*pool_sum)(const float* const* in, int64_t count, float scale, float* out, int64_t channels);
+  // out = activation(a + b); b may be null.
+  void (*add)(const float* a, const float* b, float* out, int64_t count, Activation activation);
+  // out = a * b
+  void (*multiply)(const float* a, const float* b, float* out, int64_t count);
+};
+
+extern const Kernels kGenericKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace dynexec

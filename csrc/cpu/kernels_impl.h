@@ -1,0 +1,196 @@
+// The inner loops, for vectors of DYNEXEC_WIDTH floats; each source file that includes this is compiled for one
+// instruction set and names its table DYNEXEC_TABLE. Everything is in an unnamed namespace and no standard header with
+// code is included: a function compiled for a new processor must never be linked into what runs on an old one.
+
+#include "kernels.h"
+
+namespace dynexec {
+namespace {
+
+constexpr int kWidth = DYNEXEC_WIDTH;
+using Vector = float __attribute__((vector_size(4 * kWidth)));
+using VectorAnywhere = float __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+using Integers = int32_t __attribute__((vector_size(4 * kWidth)));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const VectorAnywhere*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<VectorAnywhere*>(p) = v; }
+inline Vector broadcast(float value) { return Vector{} + value; }
+
+// e^x to two units in the last place; 0 and infinity where float32 has nothing better. NaN stays NaN.
+inline Vector exponential(Vector x) {
+  const Vector low = broadcast(-87.3f), high = broadcast(88.7f);
+  const Vector bounded = x < low ? low : (x > high ? high : x);
+  const Vector shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector n = (bounded * 1.44269504f + shifter) - shifter;
+  const Vector r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Vector finite = n == n ? n : Vector{};
+  // In two steps, as 2^128 alone is no float32.
+  const Integers exponent = __builtin_convertvector(finite, Integers);
+  const Integers half = exponent >> 1;
+  const Vector first = reinterpret_cast<Vector>((half + 127) << 23);
+  const Vector second = reinterpret_cast<Vector>((exponent - half + 127) << 23);
+  const Vector result = p * first * second;
+  return x < low ? Vector{} : (x > high ? broadcast(__builtin_inff()) : result);
+}
+
+inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// NaN passes every activation, as in torch.
+inline Vector activate(Vector x, Activation activation) {
+  const Vector zero = {};
+  switch (activation) {
+    case Activation::kRelu:
+      return x < zero ? zero : x;
+    case Activation::kRelu6:
+      return x < zero ? zero : (x > broadcast(6.0f) ? broadcast(6.0f) : x);
+    case Activation::kSilu:
+      return x < broadcast(-87.3f) ? x * 0.0f : x * sigmoid(x);  // -infinity * 0 would be NaN, as it is in torch
+    case Activation::kHardswish: {
+      const Vector gate = x + 3.0f;
+      return x * ((gate < zero ? zero : (gate > broadcast(6.0f) ? broadcast(6.0f) : gate)) * (1.0f / 6.0f));
+    }
+    case Activation::kSigmoid:
+      return sigmoid(x);
+    default:
+      return x;
+  }
+}
+
+// `rows` pixels x `vectors` vectors of channels, all in registers.
+template <int rows, int vectors>
+void conv_tile(const ConvTask& task, int64_t pixel) {
+  const float* const* in = task.in + pixel;
+  float* const* out = task.out + pixel;
+  Vector sums[rows][vectors];
+  for (int p = 0; p < rows; ++p) {
+    const float* start = task.bias ? task.bias : out[p] + task.channel;
+    for (int v = 0; v < vectors; ++v) sums[p][v] = load(start + v * kWidth);
+  }
+  if (task.bias && task.residual) {
+    for (int p = 0; p < rows; ++p) {
+      const float* added = task.residual[pixel + p] + task.channel;
+      for (int v = 0; v < vectors; ++v) sums[p][v] += load(added + v * kWidth);
+    }
+  }
+  const float* weights = task.weights;
+  for (int64_t run = 0; run < task.num_runs; ++run) {
+    const float* x[rows];
+    for (int p = 0; p < rows; ++p) x[p] = in[p] + task.runs[run].offset;
+    const int64_t length = task.runs[run].length;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < length; ++k) {
+      Vector w[vectors];
+      for (int v = 0; v < vectors; ++v) w[v] = load(weights + v * kWidth);
+      weights += vectors * kWidth;
+#pragma GCC unroll 8
+      for (int p = 0; p < rows; ++p) {
+        const float value = x[p][k];
+        for (int v = 0; v < vectors; ++v) sums[p][v] += value * w[v];
+      }
+    }
+  }
+  if (task.activation != Activation::kNone) {
+    for (int p = 0; p < rows; ++p) {
+      for (int v = 0; v < vectors; ++v) sums[p][v] = activate(sums[p][v], task.activation);
+    }
+  }
+  for (int p = 0; p < rows; ++p) {
+    for (int v = 0; v < vectors; ++v) store(out[p] + task.channel + v * kWidth, sums[p][v]);
+  }
+}
+
+// What is left of the pixels, fewer than a tile has; a sum is made in the same order in every tile.
+template <int rows, int vectors>
+void conv_rest(const ConvTask& task, int64_t pixel, int64_t count) {
+  if constexpr (rows > 0) {
+    if (count == rows) return conv_tile<rows, vectors>(task, pixel);
+    conv_rest<rows - 1, vectors>(task, pixel, count);
+  }
+}
+
+template <int rows, int vectors>
+void conv_panel(const ConvTask& task) {
+  int64_t pixel = 0;
+  for (; pixel + rows <= task.pixels; pixel += rows) conv_tile<rows, vectors>(task, pixel);
+  conv_rest<rows - 1, vectors>(task, pixel, task.pixels - pixel);
+}
+
+// Tiles fill the registers: with 16 of them, 12 sums, up to 3 weights and an input; with 32, 24 sums.
+#if DYNEXEC_REGISTERS >= 32
+constexpr int kPanel = 3, kRows2 = 8, kRows3 = 8;
+#else
+constexpr int kPanel = 2, kRows2 = 6, kRows3 = 4;
+#endif
+
+void conv(const ConvTask& task) {
+  if (task.vectors == 1) return conv_panel<8, 1>(task);
+  if (task.vectors == 2) return conv_panel<kRows2, 2>(task);
+  conv_panel<kRows3, 3>(task);
+}
+
+template <int rows>
+void depthwise_tile(const DepthwiseTask& task, int64_t pixel) {
+  const float* in = task.in + pixel * task.in_step;
+  float* out = task.out + pixel * task.out_step;
+  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
+    Vector sums[rows];
+    for (int p = 0; p < rows; ++p) sums[p] = load(task.bias + channel);
+    const float* weights = task.weights + channel;
+    for (int64_t tap = 0; tap < task.taps; ++tap) {
+      const Vector w = load(weights + tap * task.channels);
+      const float* x = in + task.offsets[tap] + channel;
+      for (int p = 0; p < rows; ++p) sums[p] += load(x + p * task.in_step) * w;
+    }
+    for (int p = 0; p < rows; ++p) store(out + p * task.out_step + channel, activate(sums[p], task.activation));
+  }
+}
+
+void depthwise(const DepthwiseTask& task) {
+  constexpr int rows = 6;
+  int64_t pixel = 0;
+  for (; pixel + rows <= task.pixels; pixel += rows) depthwise_tile<rows>(task, pixel);
+  for (; pixel < task.pixels; ++pixel) depthwise_tile<1>(task, pixel);
+}
+
+void pool_max(const float* const* in, int64_t count, float* out, int64_t channels) {
+  for (int64_t channel = 0; channel < channels; channel += kWidth) {
+    Vector best = load(in[0] + channel);
+    for (int64_t i = 1; i < count; ++i) {
+      const Vector x = load(in[i] + channel);
+      best = (x <= best) | (best != best) ? best : x;
+    }
+    store(out + channel, best);
+  }
+}
+
+void pool_sum(const float* const* in, int64_t count, float scale, float* out, int64_t channels) {
+  for (int64_t channel = 0; channel < channels; channel += kWidth) {
+    Vector sum = {};
+    for (int64_t i = 0; i < count; ++i) sum += load(in[i] + channel);
+    store(out + channel, sum * scale);
+  }
+}
+
+void add(const float* a, const float* b, float* out, int64_t count, Activation activation) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Vector x = load(a + i);
+    store(out + i, activate(b ? x + load(b + i) : x, activation));
+  }
+}
+
+void multiply(const float* a, const float* b, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kWidth) store(out + i, load(a + i) * load(b + i));
+}
+
+}  // namespace
+
+const Kernels DYNEXEC_TABLE = {kWidth, kPanel, conv, depthwise, pool_max, pool_sum, add, multiply};
+
+}  // namespace dynexec

@@ -1,0 +1,109 @@
+// The CPU engine as ops: make_program, run_program, free_program, engine_facts. Meaning: dynexec/executors/program.py.
+
+#include "common.h"
+#include "engine.h"
+
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+namespace dynexec {
+namespace {
+
+// DYNEXEC_KERNELS=0, 1, ... takes a narrower instruction set than the best one, for tests.
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    const auto all = Program::all_kernels();
+    const char* wanted = std::getenv("DYNEXEC_KERNELS");
+    if (!wanted) return *all.back();
+    return *all[std::min<size_t>(std::strtoul(wanted, nullptr, 10), all.size() - 1)];
+  }();
+  return chosen;
+}
+
+struct Held {
+  Tensor weights;
+  Program program;
+
+  Held(const Tensor& code, const Tensor& weights)
+      : weights(weights),
+        program(static_cast<const int64_t*>(code.const_data_ptr()), code.numel(),
+                static_cast<const float*>(weights.const_data_ptr()), weights.numel(), kernels()) {}
+};
+
+std::mutex mutex;
+std::unordered_map<int64_t, std::shared_ptr<const Held>> programs;
+int64_t next_handle = 1;
+
+// Vectors of how many floats, panels of how many vectors.
+Tensor engine_facts(const Tensor& like) {
+  const Tensor facts = empty_strided({2}, {1}, like.scalar_type());
+  int64_t* values = static_cast<int64_t*>(facts.mutable_data_ptr());
+  values[0] = kernels().width;
+  values[1] = kernels().panel;
+  return facts;
+}
+
+int64_t make_program(const Tensor& code, const Tensor& weights) {
+  if (code.scalar_type() != ScalarType::Long || !code.is_contiguous()) throw std::invalid_argument("code must be int64");
+  if (weights.scalar_type() != ScalarType::Float || !weights.is_contiguous()) {
+    throw std::invalid_argument("weights must be contiguous float32");
+  }
+  auto held = std::make_shared<const Held>(code, weights);
+  const std::lock_guard lock(mutex);
+  programs.emplace(next_handle, std::move(held));
+  return next_handle++;
+}
+
+void free_program(int64_t handle, const Tensor&) {
+  const std::lock_guard lock(mutex);
+  programs.erase(handle);
+}
+
+Images view(const Tensor& x) {
+  return {static_cast<float*>(x.mutable_data_ptr()), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+}
+
+Tensor run_program(const Tensor& x, const Tensor& decisions, int64_t handle, int64_t group, bool together) {
+  std::shared_ptr<const Held> held;
+  {
+    const std::lock_guard lock(mutex);
+    const auto found = programs.find(handle);
+    if (found == programs.end()) throw std::invalid_argument("there is no program " + std::to_string(handle));
+    held = found->second;
+  }
+  const Program& program = held->program;
+  const Buffer &in = program.input(), &out = program.output();
+  if (x.scalar_type() != ScalarType::Float || x.dim() != 4 || x.size(1) != in.channels || x.size(2) != in.height ||
+      x.size(3) != in.width) {
+    throw std::invalid_argument("x must be float32 [N, " + std::to_string(in.channels) + ", " +
+                                std::to_string(in.height) + ", " + std::to_string(in.width) + "]");
+  }
+  const int64_t samples = x.size(0);
+  if (decisions.scalar_type() != ScalarType::Bool || decisions.dim() != 2 || decisions.size(0) != samples ||
+      decisions.size(1) != program.columns()) {
+    throw std::invalid_argument("decisions must be bool [" + std::to_string(samples) + ", " +
+                                std::to_string(program.columns()) + "]");
+  }
+  const Tensor rows = torch::stable::contiguous(decisions);
+  const int64_t plane = out.height * out.width;
+  const Tensor y = empty_strided({samples, out.channels, out.height, out.width},
+                                 {plane * out.channels, 1, out.width * out.channels, out.channels}, ScalarType::Float);
+  program.run({samples, view(x), view(y), static_cast<const uint8_t*>(rows.const_data_ptr())},
+              torch::stable::get_num_threads(), group, together,
+              [](int64_t threads, const std::function<void()>& work) {
+                torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+              });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynexec, CPU, library) {
+  library.impl("engine_facts", TORCH_BOX(&engine_facts));
+  library.impl("make_program", TORCH_BOX(&make_program));
+  library.impl("free_program", TORCH_BOX(&free_program));
+  library.impl("run_program", TORCH_BOX(&run_program));
+}
+
+}  // namespace
+}  // namespace dynexec

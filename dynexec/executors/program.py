@@ -1,0 +1,339 @@
+"""Programs for the CPU engine: a part of a network as convolutions on buffers that stay in the caches.
+
+The engine (``csrc/cpu``) runs a program for a group of samples at a time: every instruction for some samples, with
+blocks skipped by decision, nothing gathered and nothing scattered, since its convolutions read and write pixels through
+pointers (the indirect convolution of Dukhan, 2019). A program is a list of integers and one tensor of packed weights:
+
+* version, floats per vector, columns of the decisions, number of slots, of phases, of buffers, of instructions;
+* per phase: first instruction, end, samples that run through it together;
+* per buffer: slot, phase or -1, channels, pitch, height, width, border at the top, left, bottom, right;
+* per instruction: operation, input, output, other input, position of weights and of bias, activation, kernel (2),
+  stride (2), dilation (2), padding at the top and on the left, divisor. A gate has its column as input, and as output
+  the first instruction behind those that only the samples run which keep that column's block.
+
+Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
+of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
+"""
+
+import platform
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from dynexec import dispatch
+
+_VERSION = 1
+_OPS = ("load", "store", "conv", "depthwise", "max", "sum", "add", "multiply", "gate")  # their places are the codes
+_ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
+_PIXELS = 192  # of a phase's samples, so that weights are read often enough for each time they are fetched
+_LARGEST_GROUP = 8
+_LARGEST_WINDOW = 4096  # inputs of a pooling
+
+
+def engine_missing():
+    """Why there is no engine here, or None."""
+    return dispatch.native_missing
+
+
+def instruction_set():
+    """Name of what the engine's inner loops were compiled for, or None without an engine."""
+    if engine_missing():
+        return None
+    baseline = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "SSE2"
+    return {4: baseline, 8: "AVX2", 16: "AVX-512"}[_facts()[0]]
+
+
+def _facts():
+    return torch.ops.dynexec.engine_facts(torch.zeros(1, dtype=torch.int64)).tolist()
+
+
+class Weights:
+    """Packed weights of a program, shared by the programs for all image sizes."""
+
+    def __init__(self):
+        self.width, self.panel = _facts()
+        self._parts, self._size, self._tensor = [], 0, None
+        self._positions = {}  # of convolutions, which their programs keep alive, by identity
+
+    def conv(self, conv, depthwise):
+        """Positions of the weights and the bias of a :class:`PackedConv`."""
+        if id(conv) not in self._positions:
+            weight = self._pad(conv.weight.permute(1, 2, 3, 0)) if depthwise else self._pack(conv.weight)
+            self._positions[id(conv)] = self._add(weight), self._add(self._pad(conv.bias))
+        return self._positions[id(conv)]
+
+    def tensor(self):
+        """All of them, float32; nothing can be added any more."""
+        if self._tensor is None:
+            self._tensor = torch.cat([torch.zeros(0), *self._parts])
+            self._parts = None
+        return self._tensor
+
+    def _add(self, values):
+        self._parts.append(values.reshape(-1))
+        self._size += values.numel()
+        return self._size - values.numel()
+
+    def _pad(self, values):
+        return F.pad(values, (0, -values.shape[-1] % self.width))
+
+    def _pack(self, weight):
+        rows = self._pad(weight.permute(2, 3, 1, 0)).flatten(0, 2)  # [reduction, channels]
+        vectors = rows.shape[1] // self.width
+        count = max(1, vectors // 2) if self.panel == 2 else -(-vectors // self.panel)
+        widths = [self.panel * self.width] * (count - 1)
+        widths.append(rows.shape[1] - sum(widths))
+        return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
+
+
+@dataclass(eq=False)
+class Value:
+    """A buffer: ``[channels, height, width]`` per sample, and what the instructions that read it need around it."""
+
+    channels: int
+    height: int
+    width: int
+    packed: bool = False  # pixels follow each other without padding to whole vectors, as in an image of 3 channels
+    border: list = field(default_factory=lambda: [0, 0, 0, 0])  # top, left, bottom, right
+
+    @property
+    def shape(self):
+        return self.channels, self.height, self.width
+
+    @property
+    def pixels(self):
+        return self.height * self.width
+
+
+@dataclass
+class _Instruction:
+    op: str
+    input: Value | None
+    output: Value | None
+    other: Value | None = None
+    weights: int = 0
+    bias: int = 0
+    activation: str | None = None
+    kernel: tuple = (1, 1)
+    stride: tuple = (1, 1)
+    dilation: tuple = (1, 1)
+    padding: tuple = (0, 0)
+    divisor: int = 0
+    column: int = 0  # gate
+    gated: int = 0  # gate: how many instructions
+
+    @property
+    def values(self):
+        return [value for value in (self.input, self.output, self.other) if value is not None]
+
+
+class Builder:
+    """Collects the instructions of a program; every method returns the value that it makes, or None if it cannot.
+
+    Parameters
+    ----------
+    weights : Weights
+    columns : int
+        Of the decisions.
+    """
+
+    def __init__(self, weights, columns):
+        self.weights, self.columns = weights, columns
+        self.instructions, self.units = [], []  # units: first instruction and pixels of what one phase must hold
+
+    def load(self, channels, height, width):
+        """The samples from outside."""
+        return self._emit(_Instruction("load", None, Value(channels, height, width, packed=True)))
+
+    def store(self, value):
+        """The samples to the outside."""
+        self.instructions.append(_Instruction("store", value, None))
+
+    def conv(self, conv, x, other=None, out=None, zeros=(0, 0, 0, 0)):
+        """A :class:`PackedConv` of ``x`` with ``zeros`` around (top, left, bottom, right) before its own padding, plus
+        ``other``, into ``out`` (which may be ``other``) or something new."""
+        padding, stride, dilation, groups = conv.geometry
+        channels, depth, *kernel = conv.shape
+        depthwise = groups == x.channels == channels and depth == 1 and groups > 1
+        if conv.dtype != torch.float32 or (groups != 1 and not (depthwise and other is None)):
+            return None
+        before = [padding[d] + zeros[d] for d in (0, 1)]
+        after = [padding[d] + zeros[d + 2] for d in (0, 1)]
+        size = _output_size(x, kernel, stride, dilation, before, after)
+        if min(size) < 1 or (other is not None and other.shape != (channels, *size)):
+            return None
+        for d in (0, 1):
+            reach = (size[d] - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
+            x.border[d] = max(x.border[d], before[d])
+            x.border[d + 2] = max(x.border[d + 2], reach - before[d] - x.shape[d + 1])
+        x.packed &= not depthwise
+        value = out if out is not None else Value(channels, *size)
+        positions = self.weights.conv(conv, depthwise)
+        return self._emit(
+            _Instruction(
+                "depthwise" if depthwise else "conv", x, value, other, *positions, conv.activation,
+                kernel, stride, dilation, before,
+            )
+        )  # fmt: skip
+
+    def pool(self, x, kind, kernel, stride, padding=(0, 0), divisor=0, ceil=False):
+        """Pooling: ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by how many inputs they have."""
+        after = padding
+        if ceil:  # one more window where it begins within the input or the padding before it
+            reach = [x.shape[d + 1] + 2 * padding[d] - kernel[d] for d in (0, 1)]
+            more = [-reach[d] % stride[d] for d in (0, 1)]
+            fits = [reach[d] + more[d] - padding[d] < x.shape[d + 1] for d in (0, 1)]
+            after = [padding[d] + more[d] * fits[d] for d in (0, 1)]
+        size = _output_size(x, kernel, stride, (1, 1), padding, after)
+        if min(size) < 1 or kernel[0] * kernel[1] > _LARGEST_WINDOW:
+            return None
+        x.packed = False
+        return self._emit(
+            _Instruction(kind, x, Value(x.channels, *size), None, 0, 0, None, kernel, stride, (1, 1), padding, divisor)
+        )
+
+    def add(self, x, other=None, activation=None, channels=None, out=None):
+        """``activation(x + other)``, with zeros for further ``channels``."""
+        if other is not None and other.shape != x.shape:
+            return None
+        for value in (x, other):
+            if value is not None:
+                value.packed = False
+        value = out if out is not None else Value(channels or x.channels, x.height, x.width)
+        return self._emit(_Instruction("add", x, value, other, activation=activation))
+
+    def multiply(self, x, factors):
+        """``x`` times one factor per sample and channel."""
+        if factors.shape != (x.channels, 1, 1):
+            return None
+        x.packed = factors.packed = False
+        return self._emit(_Instruction("multiply", x, Value(*x.shape), factors))
+
+    def gate(self, column):
+        """What follows, up to :meth:`end_gate`, runs for the samples that keep the block of ``column``."""
+        self.instructions.append(_Instruction("gate", None, None, column=column))
+        return len(self.instructions) - 1
+
+    def end_gate(self, gate):
+        self.instructions[gate].gated = len(self.instructions) - gate - 1
+
+    def begin_unit(self):
+        """What follows stays in one phase."""
+        self.units.append(len(self.instructions))
+
+    def mark(self):
+        """Where the builder is, for :meth:`back`."""
+        borders = {id(value): list(value.border) for step in self.instructions for value in step.values}
+        return len(self.instructions), len(self.units), borders
+
+    def back(self, mark):
+        """Forget what was emitted since ``mark``."""
+        instructions, units, borders = mark
+        del self.instructions[instructions:], self.units[units:]
+        for step in self.instructions:
+            for value in step.values:
+                value.border = list(borders.get(id(value), value.border))
+
+    def finish(self):
+        """The program as int64 tensor."""
+        phases = self._phases()
+        phase_of = [number for number, (first, end, _) in enumerate(phases) for _ in range(first, end)]
+        buffers = _place(self.instructions, phases, phase_of, self.weights.width)
+        code = [_VERSION, self.weights.width, self.columns, 1 + max(slot for _, slot, _ in buffers.values())]
+        code += [len(phases), len(buffers), len(self.instructions)]
+        for phase in phases:
+            code += phase
+        numbers = {key: number for number, key in enumerate(buffers)}
+        for value, slot, phase in buffers.values():
+            pitch = value.channels if value.packed else value.channels + -value.channels % self.weights.width
+            code += [slot, phase, value.channels, pitch, value.height, value.width, *value.border]
+        for number, step in enumerate(self.instructions):
+            of = [-1 if value is None else numbers[id(value)] for value in (step.input, step.output, step.other)]
+            if step.op == "gate":
+                of = [step.column, number + 1 + step.gated, -1]
+            code += [_OPS.index(step.op), *of, step.weights, step.bias, _ACTIVATIONS.index(step.activation)]
+            code += [*step.kernel, *step.stride, *step.dilation, *step.padding, step.divisor]
+        return torch.tensor(code, dtype=torch.int64)
+
+    def _emit(self, instruction):
+        self.instructions.append(instruction)
+        return instruction.output
+
+    def _phases(self):
+        """[first, end, samples] of runs of units that want the same number of samples together."""
+        borders = [*self.units, len(self.instructions)]
+        phases = []
+        for first, end in zip([0, *borders], borders, strict=False):
+            if first == end:
+                continue
+            pixels = max((value.pixels for step in self.instructions[first:end] for value in step.values), default=1)
+            samples = min(_LARGEST_GROUP, -(-_PIXELS // pixels))
+            if phases and phases[-1][2] == samples:
+                phases[-1][1] = end
+            else:
+                phases.append([first, end, samples])
+        return phases
+
+
+def _output_size(x, kernel, stride, dilation, before, after):
+    sizes = zip(x.shape[1:], kernel, stride, dilation, before, after, strict=True)
+    return tuple((size + first + last - (k - 1) * step - 1) // s + 1 for size, k, s, step, first, last in sizes)
+
+
+def _place(instructions, phases, phase_of, width):
+    """``{id: (value, slot, phase or -1)}``: values whose lives do not overlap may share a slot."""
+    lives = {}
+    for number, step in enumerate(instructions):
+        for value in step.values:
+            _, first, _ = lives.get(id(value), (value, number, number))
+            lives[id(value)] = value, first, number
+    placed, slots = {}, []  # slots: [end of life, floats]
+    for key, (value, first, last) in sorted(lives.items(), key=lambda item: item[1][1]):
+        phase = phase_of[first] if phase_of[first] == phase_of[last] else -1
+        if phase < 0:  # a phase runs several times before the next one
+            first, last = phases[phase_of[first]][0], phases[phase_of[last]][1]
+        top, left, bottom, right = value.border
+        pixels = (top + value.height + bottom) * (left + value.width + right)
+        floats = pixels * (value.channels + width) * (phases[phase][2] if phase >= 0 else _LARGEST_GROUP)
+        free = [slot for slot, (end, _) in enumerate(slots) if end < first]
+        fitting = [slot for slot in free if slots[slot][1] >= floats]
+        if fitting:
+            slot = min(fitting, key=lambda slot: slots[slot][1])
+        elif free:
+            slot = max(free, key=lambda slot: slots[slot][1])
+        else:
+            slot = len(slots)
+            slots.append([0, 0])
+        slots[slot] = [last, max(slots[slot][1], floats)]
+        placed[key] = value, slot, phase
+    return placed
+
+
+class Program:
+    """A program that the engine has checked and holds: ``program(x, decisions)``."""
+
+    def __init__(self, code, weights):
+        self.code, self.num_weights = code, weights.numel()
+        self.handle = torch.ops.dynexec.make_program(code, weights)
+        weakref.finalize(self, torch.ops.dynexec.free_program, self.handle, code)
+
+    def __call__(self, x, decisions, group=0, together=False):
+        """Run it.
+
+        Parameters
+        ----------
+        x : float32 tensor ``[N, C, H, W]``
+            In any memory format.
+        decisions : bool tensor ``[N, columns]``
+        group : int
+            Samples that go through the program together; 0: what suits the batch.
+        together : bool
+            Whether all threads work on one group, instead of each on its own.
+
+        Returns
+        -------
+        float32 tensor ``[N, C, H, W]``, channels_last
+        """
+        return torch.ops.dynexec.run_program(x, decisions, self.handle, group, together)

@@ -1,0 +1,264 @@
+"""The CPU engine against float64 PyTorch: geometries, values that are no numbers, batches, threads, broken programs."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynexec.executors.packing import ACTIVATIONS, PackedConv
+from dynexec.executors.program import Builder, Program, Weights, engine_missing
+
+pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+
+NOTHING = torch.zeros(0, 0, dtype=torch.bool)
+
+
+def packed(weight, bias, stride=1, padding=0, dilation=1, groups=1, activation=None):
+    pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)]
+    return PackedConv("conv", weight, bias, *pairs, groups, activation, False, (1, weight.shape[1] * groups, 32, 32))
+
+
+def program(emit, shape, columns=0):
+    """The program that ``emit(builder, x)`` makes of a batch of ``shape`` [C, H, W]."""
+    weights = Weights()
+    builder = Builder(weights, columns)
+    builder.begin_unit()
+    builder.store(emit(builder, builder.load(*shape)))
+    return Program(builder.finish(), weights.tensor())
+
+
+def run(made, x, **schedule):
+    return made(x, NOTHING.new_empty(len(x), 0), **schedule)
+
+
+def close(actual, expected, tolerance=1e-5):
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    assert actual.shape == expected.shape
+    assert float((actual.double() - expected).abs().max() if expected.numel() else 0.0) <= tolerance * max(scale, 1e-3)
+
+
+def smooth(activation, x):
+    return ACTIVATIONS[activation][0](x)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    channels=st.integers(1, 130),
+    outputs=st.integers(1, 130),
+    height=st.integers(1, 12),
+    width=st.integers(1, 70),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    samples=st.integers(0, 5),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    residual=st.booleans(),
+    depthwise=st.booleans(),
+    group=st.integers(0, 5),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_convolutions(
+    channels, outputs, height, width, kernel, stride, dilation, padding, samples, activation, residual, depthwise,
+    group, channels_last, seed,
+):  # fmt: skip
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
+    if height + 2 * padding[0] < reach[0] or width + 2 * padding[1] < reach[1]:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    groups = channels if depthwise else 1
+    outputs = channels if depthwise else outputs
+    weight = draw(outputs, channels // groups, *kernel) / (channels // groups * kernel[0] * kernel[1]) ** 0.5
+    bias, x = draw(outputs), draw(samples, channels, height, width)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    conv = packed(weight, bias, stride, padding, dilation, groups, activation)
+    other = packed(draw(outputs, channels, 1, 1), draw(outputs))
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation, groups)
+    size = tuple(expected.shape[2:])
+    residual = residual and size == (height, width) and not (depthwise and channels > 1)
+    if residual:
+        expected = expected + F.conv2d(x.double(), other.weight.double(), other.bias.double())
+    expected = smooth(activation, expected)
+
+    def emit(builder, value):
+        if not residual:
+            return builder.conv(conv, value)
+        stream = builder.conv(other, value)
+        return builder.conv(conv, value, stream, out=stream if seed % 2 else None)
+
+    close(run(program(emit, (channels, height, width)), x, group=group), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["max", "sum"]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    ceil=st.booleans(),
+    channels=st.integers(1, 20),
+)
+def test_pooling(kind, size, kernel, stride, padding, ceil, channels):
+    if 2 * padding > kernel or min(size) + 2 * padding < kernel:
+        return
+    x = torch.randn(2, channels, *size)
+    pool = F.max_pool2d if kind == "max" else F.avg_pool2d
+    options = {} if kind == "max" else {"count_include_pad": False}
+    expected = pool(x.double(), kernel, stride, padding, ceil_mode=ceil, **options)
+    geometry = (kernel, kernel), (stride, stride), (padding, padding)
+    close(run(program(lambda b, v: b.pool(v, kind, *geometry, ceil=ceil), x.shape[1:]), x), expected)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "sigmoid"])
+def test_activations_at_their_ends(activation):
+    special = [0.0, -0.0, 1e-42, -1e-42, 88.0, -88.0, 104.0, -104.0, 3e38, -3e38, float("inf"), float("-inf")]
+    x = torch.cat([torch.tensor([*special, float("nan")]), torch.linspace(-20, 20, 4083)]).reshape(1, 1, 64, 64)
+    output = run(program(lambda b, v: b.add(v, activation=activation), (1, 64, 64)), x)
+    expected = torch.sigmoid(x.double()) if activation == "sigmoid" else smooth(activation, x.double())
+    assert torch.equal(output.isnan(), expected.float().isnan())
+    good = ~output.isnan()
+    assert torch.allclose(output[good], expected[good].float(), rtol=2e-6, atol=1e-6)
+
+
+def block_program(channels, size, columns=3):
+    """Stem, three gated blocks, global pooling; and the weights."""
+    draw = lambda out, inputs, k: packed(  # noqa: E731
+        torch.randn(out, inputs, k, k) * (1.5 / (inputs * k * k)) ** 0.5, torch.randn(out) * 0.1, padding=k // 2,
+        activation="relu",
+    )  # fmt: skip
+    stem, *convs = draw(channels, 3, 3), *(draw(channels, channels, 3) for _ in range(2 * columns))
+
+    def emit(builder, x):
+        x = builder.conv(stem, x)
+        for column in range(columns):
+            builder.begin_unit()
+            gate = builder.gate(column)
+            builder.conv(convs[2 * column + 1], builder.conv(convs[2 * column], x), x, out=x)
+            builder.end_gate(gate)
+        builder.begin_unit()
+        return x
+
+    def expected(x, decisions):
+        stem_out = F.relu(F.conv2d(x, stem.weight.double(), stem.bias.double(), padding=1))
+        for column in range(columns):
+            first, second = convs[2 * column : 2 * column + 2]
+            y = F.relu(F.conv2d(stem_out, first.weight.double(), first.bias.double(), padding=1))
+            y = F.relu(F.conv2d(y, second.weight.double(), second.bias.double(), padding=1) + stem_out)
+            stem_out = torch.where(decisions[:, column].reshape(-1, 1, 1, 1), y, stem_out)
+        return stem_out
+
+    return program(emit, (3, *size), columns), expected
+
+
+@pytest.mark.parametrize(("channels", "size"), [(16, (9, 11)), (40, (7, 7)), (5, (16, 3))])
+@pytest.mark.parametrize("samples", [1, 2, 7, 33])
+def test_gates(channels, size, samples):
+    made, expected = block_program(channels, size)
+    x = torch.randn(samples, 3, *size)
+    for keep in (0.0, 0.3, 0.7, 1.0):
+        decisions = torch.rand(samples, 3) < keep
+        close(made(x, decisions), expected(x.double(), decisions))
+
+
+def test_same_sample_same_bits():
+    made, _ = block_program(24, (8, 8))
+    x, decisions = torch.randn(20, 3, 8, 8), torch.rand(20, 3) < 0.6
+    whole = made(x, decisions)
+    order = torch.randperm(20)
+    assert torch.equal(made(x[order], decisions[order]), whole[order])
+    for part in (slice(0, 1), slice(3, 5), slice(7, 20)):
+        assert torch.equal(made(x[part], decisions[part]), whole[part])
+    for group in (1, 2, 5, 20, 64):
+        for together in (False, True):
+            assert torch.equal(made(x, decisions, group, together), whole)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            for n in (1, 2, 20):
+                for together in (False, True):
+                    assert torch.equal(made(x[:n], decisions[:n], 0, together), whole[:n])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_dropped_samples_keep_their_bits_and_others_never_see_them():
+    made, _ = block_program(16, (6, 6))
+    x = torch.randn(6, 3, 6, 6)
+    none = torch.zeros(6, 3, dtype=torch.bool)
+    stream = made(x, none)
+    decisions = none.clone()
+    decisions[::2] = True
+    assert torch.equal(made(x, decisions)[1::2], stream[1::2])
+    poisoned = x.clone()
+    poisoned[1], poisoned[3] = float("nan"), float("inf")
+    output = made(poisoned, decisions)
+    assert torch.equal(output[[0, 2, 4, 5]], made(x, decisions)[[0, 2, 4, 5]])
+    assert not output[1].isfinite().any() and not output[3].isfinite().all()
+    decisions[:] = True
+    assert made(poisoned, decisions)[1].isnan().all()  # NaN passes convolutions and ReLU
+
+
+def test_several_python_threads_share_a_program():
+    made, _ = block_program(16, (12, 12))
+    x, decisions = torch.randn(40, 3, 12, 12), torch.rand(40, 3) < 0.5
+    whole = made(x, decisions)
+    with ThreadPoolExecutor(4) as pool:
+        parts = [slice(i, i + 1 + i % 3) for i in range(37)] * 3
+        results = list(pool.map(lambda part: made(x[part], decisions[part]), parts))
+    assert all(torch.equal(result, whole[part]) for result, part in zip(results, parts, strict=True))
+
+
+def test_bad_inputs_are_named():
+    made, _ = block_program(16, (6, 6))
+    x, decisions = torch.randn(2, 3, 6, 6), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"x must be float32 \[N, 3, 6, 6\]"):
+        made(x.double(), decisions)
+    with pytest.raises(ValueError, match=r"x must be float32 \[N, 3, 6, 6\]"):
+        made(x[:, :, 1:], decisions)
+    with pytest.raises(ValueError, match=r"decisions must be bool \[2, 3\]"):
+        made(x, decisions[:1])
+    with pytest.raises(ValueError, match="there is no program"):
+        torch.ops.dynexec.run_program(x, decisions, 10**9, 0, False)
+
+
+def test_broken_programs_are_refused_or_run():
+    """Whatever the integers, the engine stays within its memory: it refuses them, or runs what they happen to say."""
+    made, _ = block_program(16, (6, 6))
+    weights = torch.randn(made.num_weights)
+    x, decisions = torch.randn(2, 3, 6, 6), torch.ones(2, 3, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(2000):
+        code = made.code.clone()
+        for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+            place = int(torch.randint(len(code), (), generator=generator))
+            code[place] = int(torch.randint(-2, 40, (), generator=generator))
+        try:
+            broken = Program(code, weights)
+            broken(x, decisions)
+        except ValueError:
+            refused += 1
+    assert refused > 1000
+    for end in range(0, len(made.code), 7):
+        with pytest.raises(ValueError):
+            Program(made.code[:end].clone(), weights)
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_every_instruction_set_that_runs_here(kernels):
+    """The same tests with narrower vectors, in a process of their own: the choice is made once."""
+    names = "test_gates or test_activations or test_convolutions or test_pooling"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names, "-p", "no:cacheprovider"]
+    result = subprocess.run(command, env={**os.environ, "DYNEXEC_KERNELS": kernels}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]

@@ -1,0 +1,126 @@
+"""freeze gives what the model gives, or says that it cannot: odd code around blocks, hooks, NaN, half precision."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toys
+from torch import nn
+
+import dynexec
+
+
+@pytest.fixture(autouse=True)
+def cost_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+class Around(nn.Module):
+    """A block, and behind it a residual connection that ``change`` treats in its own way."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = toys.BasicBlock(8, 8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.change = change
+
+    def forward(self, x):
+        x = self.block(self.stem(x))
+        y = self.conv(x)
+        return y + self.change(x)
+
+
+def in_place(x):
+    return x.sub_(0.5)
+
+
+@pytest.mark.parametrize(
+    "change", [F.relu_, torch.relu_, in_place, nn.ReLU(inplace=True), lambda x: F.relu(x, inplace=True)]
+)
+def test_in_place_changes_of_a_value_that_was_read_before(change):
+    model = toys.finish(Around(change))
+    dynexec.convert(model)
+    frozen = dynexec.freeze(model, toys.images(2))
+    x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
+    with torch.no_grad(), dynexec.decide(decisions):
+        expected = model(x)
+    assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_the_whole_model_are_refused():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    with pytest.raises(RuntimeError, match="hooks"):
+        dynexec.freeze(model, toys.images(2))
+
+
+def test_a_forward_of_one_instance_is_run():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    conv = model.layers[0][0].conv1
+    conv.forward = lambda x: -nn.Conv2d.forward(conv, x)
+    frozen = dynexec.freeze(model, toys.images(2))
+    x, decisions = toys.images(3), torch.ones(5, dtype=torch.bool)
+    with torch.no_grad(), dynexec.decide(decisions):
+        expected = model(x)
+    assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diverged_network_is_refused():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    with torch.no_grad():
+        model.layers[0][0].conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="differs by inf"):
+        dynexec.freeze(model, toys.images(2), executor="compact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("own", [False, True])
+def test_half_precision(dtype, own):
+    model = toys.torchvision_style()  # with random BatchNorm statistics
+    num_blocks = dynexec.convert(model).num_blocks
+    x, decisions = toys.images(3), torch.rand(3, num_blocks) < 0.5
+    with torch.no_grad(), dynexec.decide(decisions):
+        expected = model(x)
+    frozen = dynexec.freeze(model.to(dtype) if own else model, toys.images(2), dtype=None if own else dtype)
+    output = frozen(x, decisions)
+    assert output.dtype == dtype
+    assert (output.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_bad_arguments_are_named():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    x = toys.images(2)
+    with pytest.raises(TypeError, match="model.module"):
+        dynexec.freeze(nn.DataParallel(model), x)
+    with pytest.raises(TypeError, match="dtype must be"):
+        dynexec.freeze(model, x, dtype="bf16")
+    with pytest.raises(TypeError, match="policy must be"):
+        dynexec.freeze(model, x, policy=3)
+    frozen = dynexec.freeze(model, x)
+    for wrong in (None, x[0]):
+        with pytest.raises(ValueError, match=r"x must be a tensor \[N, C, H, W\]"):
+            frozen(wrong, torch.ones(5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("entries", ["[]", "null", "each null", "each wrong"])
+def test_a_cost_cache_with_foreign_entries_is_measured_anew(tmp_path, entries):
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    path = tmp_path / "costs.json"
+    dynexec.freeze(model, toys.images(2), cost_cache=path)
+    stored = json.loads(path.read_text())
+    kept = set(stored["entries"])
+    if entries.startswith("each"):
+        value = None if entries == "each null" else {"chunk": 0, "engine": -1}
+        path.write_text(json.dumps(stored | {"entries": dict.fromkeys(kept, value)}))
+    else:
+        path.write_text(json.dumps(stored | {"entries": json.loads(entries)}))
+    dynexec.freeze(model, toys.images(2), cost_cache=path)
+    assert set(json.loads(path.read_text())["entries"]) == kept
+    assert "null" not in path.read_text()
