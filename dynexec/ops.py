@@ -1,12 +1,11 @@
-"""The ops, for users: argument checks and gradients around what :mod:`dynexec.dispatch` registers.
+"""The ops, for users: argument checks and derivatives around what :mod:`dynexec.dispatch` registers.
 
-Meaning: :mod:`dynexec.reference`. Gradients are an ``autograd.Function`` outside the op, entered only when needed.
+Meaning: :mod:`dynexec.reference`.
 """
 
 import torch
-from torch.autograd import Function
 
-from dynexec import dispatch, reference
+from dynexec import dispatch, gradients
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -39,18 +38,16 @@ def gather_rows(x, index, *, out=None):
 
     Notes
     -----
-    Equivalent to ``x[index]``. It has no second derivative.
+    Equivalent to ``x[index]``. It has tangents (forward mode) and a gradient, of which only tangents can be taken.
     """
     _check_rows(x, "x", index)
-    if torch.is_grad_enabled() and x.requires_grad:
-        if out is not None:
-            raise ValueError("out must be None where a gradient is needed: x requires grad and grad mode is on")
-        return _GatherRows.apply(x, index)
     if out is None:
-        return dispatch.gather_rows(x, index)
+        return gradients.gather_rows(x, index)
+    if gradients.needed(x):
+        raise ValueError("out must be None where a derivative is needed: x requires grad, or forward mode is on")
     _check_match(out, "out", x, "x", index)
     dispatch.gather_rows_out(x, index, out)
-    _count_write(out)
+    gradients.count_write(out)
     return out
 
 
@@ -85,7 +82,7 @@ def scatter_rows(destination, index, rows, *, add=False, relu=False):
     Notes
     -----
     Equivalent to ``y = destination.clone(); y[index] = relu(rows + y[index])``, less what is not asked for. 16-bit
-    floats round after the sum, as torch does. It has no second derivative.
+    floats round after the sum, as torch does. Derivatives as those of :func:`gather_rows`.
     """
     return _scatter(destination, index, rows, add, relu, in_place=False)
 
@@ -173,79 +170,4 @@ def _scatter(destination, index, rows, add, relu, in_place):
     _check_match(rows, "rows", destination, "destination", index)
     if (add or relu) and not destination.is_floating_point():
         raise TypeError(f"destination must be floating point where add or relu is asked, got {destination.dtype}")
-    if torch.is_grad_enabled() and (destination.requires_grad or rows.requires_grad):
-        return _ScatterRows.apply(destination, index, rows, add, relu, in_place)
-    if in_place:
-        _count_write(destination)
-    else:
-        destination = destination.clone()
-    dispatch.scatter_rows_(destination, index, rows, add, relu)
-    return destination
-
-
-def _count_write(x):
-    # Library ops don't, and autograd relies on it to notice that a tensor it saved was overwritten.
-    if not (torch.compiler.is_compiling() or x.is_inference()):
-        torch.autograd.graph.increment_version(x)
-
-
-class _GatherRows(Function):
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.num_samples = x.shape[0]
-        return dispatch.gather_rows(x, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        with torch.no_grad():
-            grad_x = reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad)
-        return _once(grad_x, grad, "gather_rows"), None
-
-
-class _ScatterRows(Function):
-    @staticmethod
-    def forward(ctx, destination, index, rows, add, relu, in_place):
-        if in_place:
-            ctx.mark_dirty(destination)
-        else:
-            destination = destination.clone()
-        dispatch.scatter_rows_(destination, index, rows, add, relu)
-        ctx.add = add
-        # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
-        ctx.save_for_backward(index, dispatch.gather_rows(destination, index) <= 0 if relu else None)
-        return destination
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, blocked = ctx.saved_tensors
-        with torch.no_grad():
-            grad_rows = dispatch.gather_rows(grad, index)
-            if blocked is not None:
-                grad_rows.masked_fill_(blocked, 0)
-            grad_destination = grad
-            if ctx.needs_input_grad[0] and (blocked is not None or not ctx.add):
-                grad_destination = grad.clone()
-                through = grad_rows if ctx.add else torch.zeros_like(grad_rows)
-                dispatch.scatter_rows_(grad_destination, index, through, False, False)
-        grad_destination = _once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
-        grad_rows = _once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
-        return grad_destination, None, grad_rows, None, None, None
-
-
-class _FirstDerivative(Function):
-    """Identity on a gradient made without a graph: differentiating it is an error, not a silent zero."""
-
-    @staticmethod
-    def forward(ctx, result, grad, name):
-        ctx.name = name
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(f"dynexec.ops.{ctx.name} has no second derivative: its gradient can't be differentiated")
-
-
-def _once(result, grad, name):
-    return _FirstDerivative.apply(result, grad, name) if torch.is_grad_enabled() else result
+    return gradients.scatter_rows(destination, index, rows, add, relu, in_place=in_place)

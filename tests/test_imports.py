@@ -11,6 +11,7 @@ KERNELS = PACKAGE.parent / "kernels"
 LAYERS = [
     {"kernels", "reference", "native"},
     {"dispatch"},
+    {"gradients"},
     {"ops"},
     {"route", "measure"},
     {"nn", "policy"},

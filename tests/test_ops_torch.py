@@ -3,9 +3,15 @@
 import pytest
 import torch
 from rows import FLOATS, LAYOUTS, MODES, TWO, R, X, expected_scatter, make, numbers
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynexec import ops, reference
+
+
+def gradcheck(function, inputs):
+    """Both modes of differentiation, against finite differences."""
+    return torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -14,7 +20,7 @@ def test_gather_gradient(layout):
     x = (x.to(memory_format=torch.channels_last) if layout == "channels_last" else x).requires_grad_()
     for index in ([], [3], [0, 1, 2, 3, 4], [1, 4, 1, 1]):
         index = torch.tensor(index, dtype=torch.int32)
-        assert torch.autograd.gradcheck(lambda x, index=index: ops.gather_rows(x, index), (x,))
+        assert gradcheck(lambda x, index=index: ops.gather_rows(x, index), (x,))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -30,9 +36,9 @@ def test_scatter_gradients(which, add, relu, in_place):
             return ops.scatter_rows_(destination.clone(), index, rows, add=add, relu=relu)
         return ops.scatter_rows(destination, index, rows, add=add, relu=relu)
 
-    assert torch.autograd.gradcheck(scatter, (destination, rows))
-    assert torch.autograd.gradcheck(lambda destination: scatter(destination, rows.detach()), (destination,))
-    assert torch.autograd.gradcheck(lambda rows: scatter(destination.detach(), rows), (rows,))
+    assert gradcheck(scatter, (destination, rows))
+    assert gradcheck(lambda destination: scatter(destination, rows.detach()), (destination,))
+    assert gradcheck(lambda rows: scatter(destination.detach(), rows), (rows,))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -80,6 +86,60 @@ def test_second_derivative_is_refused():
         torch.autograd.gradgradcheck(lambda x: ops.gather_rows(x, TWO), (x,))
 
 
+def scatter_cubes(gather, scatter):
+    """A function of one tensor that uses both ops, and whose derivative of a derivative is not zero."""
+    return lambda x: scatter(x, TWO, gather(x, TWO) ** 3, True, True).pow(2).sum()
+
+
+OURS = scatter_cubes(ops.gather_rows, lambda d, i, r, add, relu: ops.scatter_rows(d, i, r, add=add, relu=relu))
+IN_PLACE = scatter_cubes(
+    ops.gather_rows, lambda d, i, r, add, relu: ops.scatter_rows_(d.clone(), i, r, add=add, relu=relu)
+)
+THEIRS = scatter_cubes(lambda x, i: x[i], expected_scatter)
+
+
+@pytest.mark.parametrize("ours", [OURS, IN_PLACE], ids=["copy", "in place"])
+def test_transforms_of_torch_func(ours):
+    x, v = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(torch.func.grad(ours)(x), torch.func.grad(THEIRS)(x))
+
+    def tangents(function, x):
+        return torch.func.jvp(function, (x,), (v,))
+
+    def nested(function):
+        return tangents(lambda x: tangents(function, x)[1], x)
+
+    for actual, expected in ((ours, THEIRS), (torch.func.grad(ours), torch.func.grad(THEIRS))):  # forward over reverse
+        torch.testing.assert_close(tangents(actual, x), tangents(expected, x))
+        torch.testing.assert_close(nested(actual), nested(expected))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(ours)(x).sum())(x)
+
+
+def test_tangents_of_dual_tensors():
+    x, v = torch.randn(5, 3), torch.randn(5, 3)
+    with forward_ad.dual_level():
+        dual, plain = forward_ad.make_dual(x, v), torch.randn(2, 3)
+        tangents = [
+            forward_ad.unpack_dual(y).tangent
+            for y in (
+                ops.gather_rows(dual, TWO),
+                ops.scatter_rows(dual, TWO, plain),
+                ops.scatter_rows(x, TWO, dual[:2]),
+                ops.scatter_rows_(x.clone(), TWO, dual[:2]),
+                ops.scatter_rows_(torch.zeros_like(dual).copy_(dual), TWO, plain, add=True),
+            )
+        ]
+        rest = v.index_fill(0, TWO, 0.0)
+        placed = torch.zeros(5, 3).index_copy(0, TWO, v[:2])
+        for tangent, expected in zip(tangents, (v[TWO], rest, placed, placed, v), strict=True):
+            assert torch.equal(tangent, expected)
+        with pytest.raises(ValueError, match="out must be None where a derivative is needed: .*forward mode is on"):
+            ops.gather_rows(dual, TWO, out=torch.zeros(2, 3))
+        numbers = ops.scatter_rows_(torch.zeros(5, 3, dtype=torch.int64), TWO, torch.ones(2, 3, dtype=torch.int64))
+        assert numbers.sum() == 6  # no tangent at all
+
+
 def test_a_write_is_seen_by_autograd():
     w, saved = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
     for write in (lambda: ops.scatter_rows_(saved, TWO, R), lambda: ops.gather_rows(X, torch.arange(6), out=saved)):
@@ -87,10 +147,15 @@ def test_a_write_is_seen_by_autograd():
         write()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+    loss = (w * saved).sum()
+    with forward_ad.dual_level():
+        ops.scatter_rows_(saved, TWO, R)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     leaf = torch.zeros(6, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="leaf Variable"):
         ops.scatter_rows_(leaf, TWO, R)
-    with pytest.raises(ValueError, match="out must be None where a gradient is needed"):
+    with pytest.raises(ValueError, match="out must be None where a derivative is needed"):
         ops.gather_rows(leaf, TWO, out=torch.zeros(2, 3))
     with torch.inference_mode():
         ops.scatter_rows_(torch.zeros(6, 3), TWO, torch.ones(2, 3))

@@ -229,6 +229,26 @@ def test_second_derivatives_are_refused():
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_torch_func_differentiates_the_decided_path(style):
+    model, twin, num_blocks = converted(style, torch.float64)
+    x = toys.images(3, size=9).double()
+    tangent = torch.randn_like(x)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, decisions):
+        with dynexec.decide(decisions):
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    for _, decisions in decision_patterns(3, num_blocks):
+        _, actual = torch.func.jvp(inside(model, decisions), (x,), (tangent,))
+        _, expected = torch.func.jvp(lambda x: toys.naive_forward(twin, x, decisions), (x,), (tangent,))  # noqa: B023
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+        by_name = gradients(model, x, inside(model, decisions))
+        del by_name["input"]
+        assert_same(torch.func.grad(loss)(parameters, decisions), by_name)
+
+
 @pytest.mark.parametrize("batch_norm", ["all", "kept"])
 @pytest.mark.parametrize("style", toys.STYLES)
 def test_a_few_steps_reduce_the_loss(style, batch_norm):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynexec import ops
+from dynexec.gradients import nested_tangents
 from dynexec.nn.context import active_execution
 
 
@@ -222,14 +223,24 @@ def _uses_batch_statistics(block):
 class _ZeroGradients(torch.autograd.Function):
     """A copy whose backward gives every parameter a gradient of zeros, as computing on no sample does."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, *parameters):
-        ctx.parameters = parameters
+    def forward(x, *parameters):
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.parameters = inputs[1:]
 
     @staticmethod
     def backward(ctx, gradient):
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+
+    @staticmethod
+    def jvp(ctx, tangent, *parameters):
+        with nested_tangents():
+            return tangent.clone()
 
 
 def _with_zero_gradients(x, block):

@@ -1,0 +1,164 @@
+"""Derivatives of the row ops, as ``autograd.Function`` outside them: gradients, and tangents of forward mode."""
+
+import torch
+from torch.autograd import Function, forward_ad
+
+from dynexec import dispatch, reference
+
+
+def gather_rows(x, index):
+    """The op, entering autograd only where a derivative may be asked for."""
+    return _apply(_GatherRows, x, index) if needed(x) else dispatch.gather_rows(x, index)
+
+
+def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=False):
+    """The op, entering autograd only where a derivative may be asked for."""
+    if needed(destination, rows):
+        return _apply(_ScatterRows, destination, index, rows, add, relu, in_place)
+    if in_place:
+        count_write(destination)
+    else:
+        destination = destination.clone()
+    dispatch.scatter_rows_(destination, index, rows, add, relu)
+    return destination
+
+
+def needed(*tensors):
+    """Whether to go through autograd: some tensor requires grad, or may have a tangent of forward mode."""
+    return _in_forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def count_write(x):
+    """Tell autograd that ``x`` was written."""
+    # Library ops don't, and autograd relies on it to notice that a tensor it saved was overwritten.
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        torch.autograd.graph.increment_version(x)
+
+
+def nested_tangents():
+    """Context for the body of a jvp: PyTorch enters it without forward mode, and tangents may have tangents."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+class _GatherRows(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, index):
+        return dispatch.gather_rows(x, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, index = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+        ctx.num_samples = x.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        with torch.no_grad():
+            grad_x = reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad)
+        return _once(grad_x, grad, "gather_rows"), None
+
+
+class _GatherRowsForwardMode(_GatherRows):
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        (index,) = ctx.saved_tensors
+        with nested_tangents():
+            return gather_rows(tangent, index)
+
+
+class _ScatterRows(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(destination, index, rows, add, relu, in_place):
+        if not in_place:
+            destination = destination.clone()
+        dispatch.scatter_rows_(destination, index, rows, add, relu)
+        return destination
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, index, _, ctx.add, relu, ctx.in_place = inputs
+        if ctx.in_place:
+            ctx.mark_dirty(output)
+        # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
+        blocked = dispatch.gather_rows(output, index) <= 0 if relu else None
+        ctx.save_for_backward(index, blocked)
+        ctx.save_for_forward(index, blocked)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, blocked = ctx.saved_tensors
+        with torch.no_grad():
+            grad_rows = gather_rows(grad, index)
+            if blocked is not None:
+                grad_rows = grad_rows.masked_fill_(blocked, 0)
+            grad_destination = grad
+            if ctx.needs_input_grad[0] and (blocked is not None or not ctx.add):
+                through = grad_rows if ctx.add else torch.zeros_like(grad_rows)
+                grad_destination = scatter_rows(grad, index, through)
+        grad_destination = _once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
+        grad_rows = _once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
+        return grad_destination, None, grad_rows, None, None, None
+
+
+class _ScatterRowsForwardMode(_ScatterRows):
+    @staticmethod
+    def jvp(ctx, destination, _, rows, *others):
+        index, blocked = ctx.saved_tensors
+        with nested_tangents():
+            if ctx.add:
+                rows = rows + gather_rows(destination, index)
+            if blocked is not None:
+                rows = rows.masked_fill(blocked, 0)
+            return scatter_rows(destination, index, rows, in_place=ctx.in_place)
+
+
+class _FirstDerivative(Function):
+    """Identity on a gradient made without a graph: differentiating it is an error, not a silent zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result, grad, name):
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[2]
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(f"dynexec.ops.{ctx.name} has no second derivative: its gradient can't be differentiated")
+
+
+class _FirstDerivativeForwardMode(_FirstDerivative):
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        with nested_tangents():
+            return tangent.view_as(tangent)
+
+
+# Apart, because torch.compile refuses a Function that has a jvp, even where nothing asks for it.
+_FORWARD_MODE = {
+    _GatherRows: _GatherRowsForwardMode,
+    _ScatterRows: _ScatterRowsForwardMode,
+    _FirstDerivative: _FirstDerivativeForwardMode,
+}
+
+
+def _once(result, grad, name):
+    return _apply(_FirstDerivative, result, grad, name) if torch.is_grad_enabled() else result
+
+
+def _in_forward_mode():
+    # Inside a level any tensor may be dual, and be wrapped by a torch.func transform besides: autograd sorts them out.
+    return forward_ad._current_level >= 0
+
+
+def _apply(function, *arguments):
+    return (_FORWARD_MODE[function] if _in_forward_mode() else function).apply(*arguments)
