@@ -23,6 +23,7 @@ _library.define("run_program(Tensor x, Tensor decisions, int program, int group,
 
 def first_outside(decisions, choices):
     """Message that names the first of ``decisions`` outside ``0..choices - 1``, or None. Reads the device."""
+    decisions = decisions.long()  # narrower integers may not hold the number of choices
     outside = ((decisions < 0) | (decisions >= choices)).nonzero()
     if len(outside) == 0:
         return None

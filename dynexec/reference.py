@@ -37,9 +37,7 @@ def scatter_rows_(destination, index, rows, *, add=False, relu=False):
 
 def plan(decisions, choices):
     """Sample numbers grouped by choice, and the group borders, per block; see :func:`dynexec.ops.plan`."""
-    by_block = decisions.t().contiguous()
-    if by_block.dtype == torch.bool:
-        by_block = by_block.byte()
+    by_block = decisions.t().long().contiguous()  # narrower integers do not hold every choice
     index = torch.argsort(by_block, dim=1, stable=True).int()
     offset = index.new_zeros(by_block.shape[0], choices + 1)
     for choice in range(choices):

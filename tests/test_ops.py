@@ -214,6 +214,23 @@ def test_plan_reads_any_strides_and_full_groups():
         assert all(map(torch.equal, ops.plan(view, 3), reference.plan(view.contiguous(), 3)))
 
 
+@pytest.mark.parametrize("dtype,value", [(torch.uint8, 255), (torch.uint8, 44), (torch.int8, 127), (torch.int16, 300)])
+@pytest.mark.parametrize("choices", [301, 65836])
+def test_plan_with_more_choices_than_the_dtype_holds(dtype, value, choices):
+    """301 - 256 is 45, 65836 - 65536 is 300: a border that wraps around would count these values twice, or nowhere."""
+    decisions = torch.tensor([[value], [0], [value]], dtype=dtype)
+    for plan in (ops.plan, reference.plan):
+        index, offset = plan(decisions, choices)
+        assert index.tolist() == [[1, 0, 2]]
+        assert offset.tolist() == [[0] + [1] * value + [3] * (choices - value)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_plan_finds_negative_values_whatever_the_dtype(dtype):
+    with pytest.raises(ValueError, match=r"decisions must be in 0\.\.299, got -1 at \[1, 0\]"):
+        ops.plan(torch.tensor([[0], [-1]], dtype=dtype), 300)
+
+
 @pytest.mark.parametrize("wrong", [3, -1])
 def test_plan_names_the_value_out_of_range(wrong):
     decisions = torch.zeros(6, 4, dtype=torch.int32)

@@ -35,6 +35,11 @@ def test_many_choices(dtype):
     assert all(sum(counts) == 33 for counts in route.counts)
 
 
+def test_more_choices_than_the_dtype_holds():
+    route = Route.from_decisions(torch.tensor([[255]], dtype=torch.uint8), choices=300)
+    assert (route.count(0, 255), route.count(0, 0), route.count(0, 299)) == (1, 0, 0)
+
+
 def test_one_row_for_all_samples_and_other_views():
     row = torch.tensor([True, False, True])
     route = Route.from_decisions(row.expand(4, 3))
