@@ -53,6 +53,14 @@ def _check_range(index, size):
             raise IndexError(f"index must be in 0..{size - 1}, got {smallest if smallest < 0 else largest}")
 
 
+def _check_writable_rows(x, name):
+    if x.shape[0] > 1 and reference.has_dense_rows(x) and x.stride(0) < x.shape[1:].numel():
+        raise ValueError(
+            f"{name} must not have rows that overlap in memory, got stride {x.stride(0)} for rows of "
+            f"{x.shape[1:].numel()}"
+        )
+
+
 def _portable_gather_rows(x, index):
     _check_range(index, x.shape[0])
     return reference.gather_rows(x, index)
@@ -60,11 +68,13 @@ def _portable_gather_rows(x, index):
 
 def _portable_gather_rows_out(x, index, out):
     _check_range(index, x.shape[0])
+    _check_writable_rows(out, "out")
     reference.gather_rows_out(x, index, out)
 
 
 def _portable_scatter_rows_(destination, index, rows, add, relu):
     _check_range(index, destination.shape[0])
+    _check_writable_rows(destination, "destination")
     reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
 
 

@@ -21,8 +21,8 @@ def gather_rows(x, index, *, out=None):
     index : int32 or int64 tensor ``[M]``
         Row numbers, ``0 <= index < N``. Duplicates are allowed; their gradients add up.
     out : tensor ``[M, ...]``, optional
-        Written instead of a new tensor; same dtype and row shape as ``x``, memory not shared with it. No gradient
-        flows through it.
+        Written instead of a new tensor; same dtype and row shape as ``x``, memory not shared with it, not expanded. No
+        derivative flows through it.
 
     Returns
     -------
@@ -46,6 +46,7 @@ def gather_rows(x, index, *, out=None):
     if gradients.needed(x):
         raise ValueError("out must be None where a derivative is needed: x requires grad, or forward mode is on")
     _check_match(out, "out", x, "x", index)
+    _check_writable(out, "out")
     dispatch.gather_rows_out(x, index, out)
     gradients.count_write(out)
     return out
@@ -90,8 +91,8 @@ def scatter_rows(destination, index, rows, *, add=False, relu=False):
 def scatter_rows_(destination, index, rows, *, add=False, relu=False):
     """Write ``rows`` to the rows ``index`` of ``destination``, in place, and return it.
 
-    Arguments, errors and gradients are those of :func:`scatter_rows`. ``rows`` must not share memory with
-    ``destination``.
+    Arguments, errors and derivatives are those of :func:`scatter_rows`. ``rows`` must not share memory with
+    ``destination``, nor rows of ``destination`` with each other, as those of an expanded tensor do (ValueError).
 
     Notes
     -----
@@ -165,8 +166,18 @@ def _check_match(rows, name, x, x_name, index):
         raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {rows.device}")
 
 
+def _check_writable(x, name):
+    if 0 in x.stride() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+        raise ValueError(
+            f"{name} must not be expanded, as its rows or elements overlap in memory: got shape {tuple(x.shape)} with "
+            f"strides {x.stride()}"
+        )
+
+
 def _scatter(destination, index, rows, add, relu, in_place):
     _check_rows(destination, "destination", index)
+    if in_place:
+        _check_writable(destination, "destination")
     _check_match(rows, "rows", destination, "destination", index)
     if (add or relu) and not destination.is_floating_point():
         raise TypeError(f"destination must be floating point where add or relu is asked, got {destination.dtype}")

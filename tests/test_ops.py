@@ -172,8 +172,28 @@ def test_memory_shared_within_one_call():
         ops.scatter_rows_(x, TWO, x[1:3])
     with pytest.raises(ValueError, match="out must not share memory with x"):
         ops.gather_rows(x, TWO, out=x[1:3])
-    with pytest.raises(ValueError, match="destination must not have rows that overlap"):
-        ops.scatter_rows_(torch.zeros(1, 3).expand(6, 3), TWO, R)
+
+
+@pytest.mark.parametrize(
+    "overlapping, message",
+    [
+        (lambda n: torch.zeros(1, 3).expand(n, 3), r"expanded, .*got shape \({n}, 3\) with strides \(0, 1\)"),
+        (lambda n: torch.zeros(n, 1).expand(n, 3), r"expanded, .*got shape \({n}, 3\) with strides \(1, 0\)"),
+        (lambda n: torch.zeros(20).as_strided((n, 3), (2, 1)), "have rows that overlap.*stride 2 for rows of 3"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_memory_shared_within_what_is_written(overlapping, message):
+    destination, out = overlapping(6), overlapping(2)
+    with pytest.raises(ValueError, match="destination must not (be )?" + message.replace("{n}", "6")):
+        ops.scatter_rows_(destination, TWO, R + 1)
+    with pytest.raises(ValueError, match="out must not (be )?" + message.replace("{n}", "2")):
+        ops.gather_rows(X + 1, TWO, out=out)
+    assert not destination.any() and not out.any()
+    # A copy shares nothing; a single row may have any stride.
+    if "expanded" in message:
+        assert torch.equal(ops.scatter_rows(destination, TWO, R + 1).sum(1), torch.tensor([3.0, 0, 3, 0, 0, 0]))
+    assert ops.scatter_rows_(torch.zeros(1, 3).expand(1, 3), TWO[:1], R[:1] + 1).all()
 
 
 def naive_plan(decisions, choices):
