@@ -24,10 +24,10 @@ def packed(weight, bias, stride=1, padding=0, dilation=1, groups=1, activation=N
     return PackedConv("conv", weight, bias, *pairs, groups, activation, False, (1, weight.shape[1] * groups, 32, 32))
 
 
-def program(emit, shape, columns=0):
+def program(emit, shape, columns=0, winograd=True):
     """The program that ``emit(builder, x)`` makes of a batch of ``shape`` [C, H, W]."""
     weights = Weights()
-    builder = Builder(weights, columns)
+    builder = Builder(weights, columns, winograd)
     builder.begin_unit()
     builder.store(emit(builder, builder.load(*shape)))
     return Program(builder.finish(), weights.tensor())
@@ -37,8 +37,8 @@ def run(made, x, **schedule):
     return made(x, NOTHING.new_empty(len(x), 0), **schedule)
 
 
-def close(actual, expected, tolerance=1e-5):
-    scale = float(expected.abs().max()) if expected.numel() else 1.0
+def close(actual, expected, tolerance=1e-5, scale=None):
+    scale = scale or (float(expected.abs().max()) if expected.numel() else 1.0)
     assert actual.shape == expected.shape
     assert float((actual.double() - expected).abs().max() if expected.numel() else 0.0) <= tolerance * max(scale, 1e-3)
 
@@ -98,6 +98,37 @@ def test_convolutions(
     close(run(program(emit, (channels, height, width)), x, group=group), expected)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    channels=st.integers(16, 70),
+    outputs=st.integers(1, 70),
+    size=st.tuples(st.integers(1, 21), st.integers(1, 21)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    samples=st.integers(0, 5),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    seed=st.integers(0, 2**31),
+)
+def test_winograd(channels, outputs, size, padding, samples, activation, seed):
+    if min(size[0] + 2 * padding[0], size[1] + 2 * padding[1]) < 3:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+    bias, x = torch.randn(outputs, generator=generator), torch.randn(samples, channels, *size, generator=generator)
+    first = packed(weight, bias, padding=padding, activation=activation)
+    second = packed(weight.flip(2).transpose(2, 3), bias, padding=padding)
+
+    def emit(builder, value):
+        stream = builder.conv(second, value)
+        return builder.conv(first, value, stream, out=stream if seed % 2 else None)
+
+    made = program(emit, (channels, *size))
+    assert made.code.tolist() != program(emit, (channels, *size), winograd=False).code.tolist()
+    convolve = lambda conv: F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=padding)  # noqa: E731
+    expected = convolve(first) + convolve(second)
+    scale = float(expected.abs().max()) if samples else 1.0
+    close(run(made, x), smooth(activation, expected), 2e-5, scale)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["max", "sum"]),
@@ -130,7 +161,7 @@ def test_activations_at_their_ends(activation):
     assert torch.allclose(output[good], expected[good].float(), rtol=2e-6, atol=1e-6)
 
 
-def block_program(channels, size, columns=3):
+def block_program(channels, size, columns=3, winograd=True):
     """Stem, three gated blocks, global pooling; and the weights."""
     draw = lambda out, inputs, k: packed(  # noqa: E731
         torch.randn(out, inputs, k, k) * (1.5 / (inputs * k * k)) ** 0.5, torch.randn(out) * 0.1, padding=k // 2,
@@ -157,7 +188,7 @@ def block_program(channels, size, columns=3):
             stem_out = torch.where(decisions[:, column].reshape(-1, 1, 1, 1), y, stem_out)
         return stem_out
 
-    return program(emit, (3, *size), columns), expected
+    return program(emit, (3, *size), columns, winograd), expected
 
 
 @pytest.mark.parametrize(("channels", "size"), [(16, (9, 11)), (40, (7, 7)), (5, (16, 3))])
@@ -170,9 +201,10 @@ def test_gates(channels, size, samples):
         close(made(x, decisions), expected(x.double(), decisions))
 
 
-def test_same_sample_same_bits():
-    made, _ = block_program(24, (8, 8))
-    x, decisions = torch.randn(20, 3, 8, 8), torch.rand(20, 3) < 0.6
+@pytest.mark.parametrize("winograd", [False, True])
+def test_same_sample_same_bits(winograd):
+    made, _ = block_program(24, (9, 8), winograd=winograd)
+    x, decisions = torch.randn(20, 3, 9, 8), torch.rand(20, 3) < 0.6
     whole = made(x, decisions)
     order = torch.randperm(20)
     assert torch.equal(made(x[order], decisions[order]), whole[order])
@@ -192,8 +224,9 @@ def test_same_sample_same_bits():
         torch.set_num_threads(threads)
 
 
-def test_dropped_samples_keep_their_bits_and_others_never_see_them():
-    made, _ = block_program(16, (6, 6))
+@pytest.mark.parametrize("winograd", [False, True])
+def test_dropped_samples_keep_their_bits_and_others_never_see_them(winograd):
+    made, _ = block_program(16, (6, 6), winograd=winograd)
     x = torch.randn(6, 3, 6, 6)
     none = torch.zeros(6, 3, dtype=torch.bool)
     stream = made(x, none)
@@ -258,7 +291,7 @@ def test_broken_programs_are_refused_or_run():
 @pytest.mark.parametrize("kernels", ["0", "1"])
 def test_every_instruction_set_that_runs_here(kernels):
     """The same tests with narrower vectors, in a process of their own: the choice is made once."""
-    names = "test_gates or test_activations or test_convolutions or test_pooling"
+    names = "gates or activations or convolutions or winograd or pooling"
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names, "-p", "no:cacheprovider"]
     result = subprocess.run(command, env={**os.environ, "DYNEXEC_KERNELS": kernels}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

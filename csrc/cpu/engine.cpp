@@ -20,6 +20,8 @@ constexpr int64_t kVersion = 1;
 constexpr int64_t kMaxGroup = 64;          // samples: their numbers are on the stack
 constexpr int64_t kPixels = 192;           // of a convolution at a time: a multiple of every tile's rows
 constexpr int64_t kReduction = 512;        // floats of a reduction at a time: a panel of weights stays in the L1 cache
+constexpr int64_t kWinogradTiles = 48;     // at most at once; a multiple of every tile's rows
+constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kMaxWindow = 64 * 64;    // inputs of a pooling: their pointers are on the stack
 constexpr int64_t kMaxSize = int64_t(1) << 24;
 
@@ -64,6 +66,7 @@ struct Program::Frame {
   const Batch& batch;
   const std::vector<int64_t>& slots;      // where they begin
   float* arena = nullptr;
+  float* scratch = nullptr;               // of this thread
   Counter* counter = nullptr;             // of the next step; null: this thread works alone
   int64_t helpers = 1;                    // threads that share a step
   int64_t group = 0, group_size = 0;      // first sample and number of samples
@@ -233,7 +236,9 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
   for (int d = 0; d < 2; ++d) {
     const int64_t size_in = d ? in.width : in.height, size_out = d ? out.width : out.height;
     const int64_t before = d ? in.left : in.top, after = d ? in.right : in.bottom;
-    const int64_t last = (size_out - 1) * step.stride[d] - step.padding[d];
+    // Winograd's tiles end where the last whole one does.
+    const int64_t computed = step.op == Op::kWinograd ? round_up(size_out, kWinogradOutput) : size_out;
+    const int64_t last = (computed - 1) * step.stride[d] - step.padding[d];
     const int64_t reach = last + (step.kernel[d] - 1) * step.dilation[d];
     if (step.op == Op::kPoolMax || step.op == Op::kPoolSum) {
       require(step.padding[d] < step.kernel[d] * step.dilation[d] && last < size_in, "a window without inputs");
@@ -248,7 +253,14 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
     return;
   }
   const int64_t channels = round_up(out.channels, width);
-  const int64_t reduction = step.op == Op::kConv ? taps * in.channels : taps;
+  int64_t reduction = step.op == Op::kConv ? taps * in.channels : taps;
+  if (step.op == Op::kWinograd) {
+    for (int d = 0; d < 2; ++d) {
+      require(step.kernel[d] == 3 && step.stride[d] == 1 && step.dilation[d] == 1, "no 3x3 convolution of stride 1");
+    }
+    require(whole(in), "input without whole vectors");
+    reduction = kWinogradPlanes * in.channels;
+  }
   require(step.weights + reduction * channels <= num_weights, "weights end too early");
   require(step.bias + channels <= num_weights, "bias ends too early");
   if (step.op == Op::kDepthwise) {
@@ -261,9 +273,16 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
   }
 }
 
-void Program::prepare(Step& step) const {
-  if (step.op != Op::kConv && step.op != Op::kDepthwise) return;
+void Program::prepare(Step& step) {
+  if (step.op != Op::kConv && step.op != Op::kDepthwise && step.op != Op::kWinograd) return;
   const Buffer& in = buffers_[step.in];
+  if (step.op == Op::kWinograd) {
+    const int64_t width = kernels_.width;
+    const int64_t floats = kWinogradPlanes * (round_up(in.channels, width) + round_up(buffers_[step.out].channels, width));
+    step.tiles = std::clamp(kWinogradFloats / floats / 12 * 12, int64_t(12), kWinogradTiles);
+    scratch_ = std::max(scratch_, step.tiles * floats + 2 * kWinogradPlanes * 16);
+    return;
+  }
   // Taps beside each other are one stretch of memory where nothing lies between the pixels.
   const bool merge = step.op == Op::kConv && step.dilation[1] == 1 && in.pitch == in.channels;
   for (int64_t h = 0; h < step.kernel[0]; ++h) {
@@ -347,7 +366,8 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   const std::vector<int64_t> slots = place_slots(group);
   const int64_t arena = slots.back();
   const int64_t counters = together ? groups * steps(group) : 0;
-  std::unique_ptr<Memory> memory = take_memory(arena * (together ? 1 : workers), counters);
+  const int64_t shared = arena * (together ? 1 : workers);
+  std::unique_ptr<Memory> memory = take_memory(shared + scratch_ * workers, counters);
   for (int64_t i = 0; i < counters; ++i) {
     memory->counter[i].started.store(0, std::memory_order_relaxed);
     memory->counter[i].done.store(0, std::memory_order_relaxed);
@@ -358,6 +378,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     if (worker >= workers) return;
     Frame frame(batch, slots);
     frame.arena = memory->arena.get() + (together ? 0 : worker * arena);
+    frame.scratch = memory->arena.get() + shared + worker * scratch_;
     frame.counter = together ? memory->counter.get() : nullptr;
     frame.helpers = together ? threads : 1;
     for (int64_t i = 0; (i = together ? i : next_group.fetch_add(1)) < groups; ++i) {
@@ -435,6 +456,22 @@ Division divide_conv(int64_t pixels, int64_t panels, int64_t threads) {
   return division;
 }
 
+int64_t winograd_tiles(const Buffer& out) {
+  return divide_up(out.height, kWinogradOutput) * divide_up(out.width, kWinogradOutput);
+}
+
+// How Winograd's tiles are divided among items.
+struct TileDivision {
+  int64_t tiles, items;
+};
+
+TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t threads) {
+  int64_t items = divide_up(tiles, most);
+  if (threads > 1) items = std::min(tiles, round_up(items, threads));
+  const int64_t each = divide_up(tiles, items);
+  return {each, divide_up(tiles, each)};
+}
+
 void clear_border(const Buffer& b, float* data) {
   const auto clear = [](float* from, int64_t count) { std::memset(from, 0, count * sizeof(float)); };
   clear(data, b.top * b.row());
@@ -478,6 +515,7 @@ int64_t Program::items(const Step& step, const Frame& frame) const {
   if (step.op == Op::kStore) return frame.count * buffers_[step.in].height;
   const Buffer& out = buffers_[step.out];
   const int64_t borders = out.has_border() && step.out != step.other ? frame.count : 0;
+  if (step.op == Op::kWinograd) return borders + divide_winograd(frame.count * winograd_tiles(out), step.tiles, frame.helpers).items;
   if (step.op != Op::kConv) return borders + frame.count * out.height;
   const Division division =
       divide_conv(frame.count * out.pixels(), divide_channels(kernels_, out.channels).count, frame.helpers);
@@ -491,6 +529,7 @@ void Program::run_item(const Step& step, const Frame& frame, int64_t item) const
     item -= frame.count;
   }
   if (step.op == Op::kConv) return run_conv(step, frame, item);
+  if (step.op == Op::kWinograd) return run_winograd(step, frame, item);
   const int64_t sample = frame.active[item / out.height], row = item % out.height;
   float* to = frame.at(out, sample) + out.origin() + row * out.row();
   const int64_t number = frame.group + frame.first + sample;  // in the batch
@@ -582,6 +621,79 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
         task.weights += task.runs[run].length * task.vectors * kernels_.width;
       }
     }
+  }
+}
+
+void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
+  const int64_t across = divide_up(out.width, kWinogradOutput), of_sample = winograd_tiles(out);
+  const int64_t total = frame.count * of_sample;
+  const TileDivision division = divide_winograd(total, step.tiles, frame.helpers);
+  const int64_t first = item * division.tiles, count = std::min(division.tiles, total - first);
+  const int64_t in_channels = round_up(in.channels, kernels_.width);
+  const int64_t out_channels = round_up(out.channels, kernels_.width);
+  // 16 floats between the planes, so that they do not all fall into the same lines of the cache.
+  const int64_t in_plane = count * in_channels + 16, out_plane = count * out_channels + 16;
+  float* inputs = frame.scratch;
+  float* outputs = inputs + kWinogradPlanes * in_plane;
+
+  const float* from[kWinogradTiles];
+  float* to[kWinogradTiles];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
+    const int64_t row = tile / across * kWinogradOutput - step.padding[0];
+    const int64_t column = tile % across * kWinogradOutput - step.padding[1];
+    from[i] = inputs + i * in_channels;
+    to[i] = outputs + i * out_channels;
+    kernels_.winograd_input({frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
+                             in.pitch, inputs + i * in_channels, in_plane, in_channels});
+  }
+
+  static const float zeros[64] = {};
+  const Panels panels = divide_channels(kernels_, out.channels);
+  ConvTask task;
+  task.in = from;
+  task.out = to;
+  task.residual = nullptr;
+  task.pixels = count;
+  task.bias = zeros;
+  task.activation = Activation::kNone;
+  task.num_runs = 1;
+  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
+    const Run run = {plane * in_plane, in.channels};
+    task.runs = &run;
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t channel = panel * kernels_.panel * kernels_.width;
+      task.vectors = panel == panels.count - 1 ? panels.last : kernels_.panel;
+      task.channel = plane * out_plane + channel;
+      task.weights = weights_ + step.weights + (plane * out_channels + channel) * in.channels;
+      kernels_.conv(task);
+    }
+  }
+
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
+    const int64_t row = tile / across * kWinogradOutput, column = tile % across * kWinogradOutput;
+    WinogradOutput output;
+    output.in = to[i];
+    output.plane = out_plane;
+    output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch;
+    output.row = out.row();
+    output.pitch = out.pitch;
+    output.residual = nullptr;
+    if (other) {
+      output.residual = frame.at(*other, sample) + other->origin() + row * other->row() + column * other->pitch;
+      output.residual_row = other->row();
+      output.residual_pitch = other->pitch;
+    }
+    output.height = std::min(kWinogradOutput, out.height - row);
+    output.width = std::min(kWinogradOutput, out.width - column);
+    output.channels = out_channels;
+    output.bias = weights_ + step.bias;
+    output.activation = step.activation;
+    kernels_.winograd_output(output);
   }
 }
 

@@ -37,7 +37,19 @@ struct Buffer {
   bool has_border() const { return top + left + bottom + right > 0; }
 };
 
-enum class Op : int64_t { kLoad, kStore, kConv, kDepthwise, kPoolMax, kPoolSum, kAdd, kMultiply, kGate, kCount };
+enum class Op : int64_t {
+  kLoad,
+  kStore,
+  kConv,
+  kWinograd,
+  kDepthwise,
+  kPoolMax,
+  kPoolSum,
+  kAdd,
+  kMultiply,
+  kGate,
+  kCount
+};
 
 struct Instruction {
   Op op;
@@ -89,24 +101,26 @@ class Program {
     std::vector<int64_t> parts;    // first run of each part of it that is done at once, and their number
     std::vector<int64_t> offsets;  // of a depthwise convolution's taps
     int64_t reduction = 0;         // floats
+    int64_t tiles = 0;             // of Winograd's that are done at once
   };
   struct Memory;  // of one call
   struct Frame;   // where a thread is
 
   void check(const Step& step, int64_t number, int64_t num_weights) const;
-  void prepare(Step& step) const;
+  void prepare(Step& step);
   std::vector<int64_t> place_slots(int64_t group) const;
   int64_t steps(int64_t group) const;
   void run_group(Frame& frame) const;
   int64_t items(const Step& step, const Frame& frame) const;
   void run_item(const Step& step, const Frame& frame, int64_t item) const;
   void run_conv(const Step& step, const Frame& frame, int64_t item) const;
+  void run_winograd(const Step& step, const Frame& frame, int64_t item) const;
   void run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
   void run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
 
   const Kernels& kernels_;
   const float* weights_;
-  int64_t columns_ = 0, input_ = -1, output_ = -1, num_slots_ = 0, longest_phase_ = 1;
+  int64_t columns_ = 0, input_ = -1, output_ = -1, num_slots_ = 0, longest_phase_ = 1, scratch_ = 0;
   std::vector<Phase> phases_;
   std::vector<Buffer> buffers_;
   std::vector<Step> steps_;

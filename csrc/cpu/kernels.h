@@ -44,6 +44,31 @@ struct DepthwiseTask {
   Activation activation;
 };
 
+// A 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016, section 4.3): 4x4 output pixels from 36
+// products instead of 144. Both transforms work on one tile, all channels; its 36 values lie `plane` floats apart.
+constexpr int64_t kWinogradOutput = 4, kWinogradInput = 6, kWinogradPlanes = 36;
+
+struct WinogradInput {
+  const float* in;  // the tile's first input
+  int64_t row, pitch;
+  float* out;
+  int64_t plane;
+  int64_t channels;  // a multiple of the width
+};
+
+struct WinogradOutput {
+  const float* in;
+  int64_t plane;
+  float* out;  // the tile's first output
+  int64_t row, pitch;
+  const float* residual;  // of that output, or null
+  int64_t residual_row, residual_pitch;
+  int64_t height, width;  // of the tile that exist: 1 to 4
+  int64_t channels;
+  const float* bias;
+  Activation activation;
+};
+
 // Convolutions want the floats of `channels` in whole vectors: memory behind the last one is written, as zeros.
 struct Kernels {
   int64_t width;  // floats per vector
@@ -51,6 +76,8 @@ struct Kernels {
   int64_t panel;
   void (*conv)(const ConvTask&);
   void (*depthwise)(const DepthwiseTask&);
+  void (*winograd_input)(const WinogradInput&);
+  void (*winograd_output)(const WinogradOutput&);
   // out[c] = the largest of in[i][c] (NaN wins), or their sum times `scale`.
   void (*pool_max)(const float* const* in, int64_t count, float* out, int64_t channels);
   void (*pool_sum)(const float* const* in, int64_t count, float scale, float* out, int64_t channels);

@@ -159,6 +159,69 @@ void depthwise(const DepthwiseTask& task) {
   for (; pixel < task.pixels; ++pixel) depthwise_tile<1>(task, pixel);
 }
 
+// One dimension of the transforms: from 6 values that lie `step` apart.
+inline void winograd_in(const Vector* d, int step, Vector* t) {
+  const Vector d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+  const Vector even = d4 - 4.0f * d2, odd = d3 - 4.0f * d1;
+  const Vector outer = d4 - d2, inner = 2.0f * (d3 - d1);
+  t[0] = 4.0f * d0 - 5.0f * d2 + d4;
+  t[step] = even + odd;
+  t[2 * step] = even - odd;
+  t[3 * step] = outer + inner;
+  t[4 * step] = outer - inner;
+  t[5 * step] = 4.0f * d1 - 5.0f * d3 + d5;
+}
+
+inline void winograd_out(const Vector* m, int step, Vector* y, int y_step) {
+  const Vector sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
+  const Vector far_sum = m[3 * step] + m[4 * step], far_difference = m[3 * step] - m[4 * step];
+  y[0] = m[0] + sum + far_sum;
+  y[y_step] = difference + 2.0f * far_difference;
+  y[2 * y_step] = sum + 4.0f * far_sum;
+  y[3 * y_step] = difference + 8.0f * far_difference + m[5 * step];
+}
+
+void winograd_input(const WinogradInput& task) {
+  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
+    Vector tile[36];
+    for (int h = 0; h < 6; ++h) {
+      Vector line[6];
+      for (int w = 0; w < 6; ++w) line[w] = load(task.in + h * task.row + w * task.pitch + channel);
+      winograd_in(line, 1, tile + 6 * h);
+    }
+    for (int w = 0; w < 6; ++w) {
+      Vector line[6];
+      for (int h = 0; h < 6; ++h) line[h] = tile[6 * h + w];
+      Vector result[6];
+      winograd_in(line, 1, result);
+      for (int h = 0; h < 6; ++h) store(task.out + (6 * h + w) * task.plane + channel, result[h]);
+    }
+  }
+}
+
+void winograd_output(const WinogradOutput& task) {
+  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
+    Vector tile[24];
+    for (int w = 0; w < 6; ++w) {
+      Vector line[6];
+      for (int h = 0; h < 6; ++h) line[h] = load(task.in + (6 * h + w) * task.plane + channel);
+      winograd_out(line, 1, tile + w, 6);
+    }
+    const Vector bias = load(task.bias + channel);
+    for (int h = 0; h < task.height; ++h) {
+      Vector line[4];
+      winograd_out(tile + 6 * h, 1, line, 1);
+      float* out = task.out + h * task.row + channel;
+      const float* residual = task.residual ? task.residual + h * task.residual_row + channel : nullptr;
+      for (int w = 0; w < task.width; ++w) {
+        Vector y = line[w] + bias;
+        if (residual) y += load(residual + w * task.residual_pitch);
+        store(out + w * task.pitch, activate(y, task.activation));
+      }
+    }
+  }
+}
+
 void pool_max(const float* const* in, int64_t count, float* out, int64_t channels) {
   for (int64_t channel = 0; channel < channels; channel += kWidth) {
     Vector best = load(in[0] + channel);
@@ -191,6 +254,7 @@ void multiply(const float* a, const float* b, float* out, int64_t count) {
 
 }  // namespace
 
-const Kernels DYNEXEC_TABLE = {kWidth, kPanel, conv, depthwise, pool_max, pool_sum, add, multiply};
+const Kernels DYNEXEC_TABLE = {kWidth,          kPanel,   conv,     depthwise, winograd_input,
+                               winograd_output, pool_max, pool_sum, add,       multiply};
 
 }  // namespace dynexec

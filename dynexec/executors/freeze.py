@@ -25,7 +25,17 @@ _PROOF_SAMPLES = 3
 _ENGINE_EXECUTORS = ("fused", "resident")
 
 
-def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost_cache=None, keep_memory=True):
+def freeze(
+    model,
+    example_input,
+    *,
+    dtype=None,
+    executor=None,
+    policy=None,
+    winograd=True,
+    cost_cache=None,
+    keep_memory=True,
+):
     """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
 
     BatchNorm is folded, activations and residual additions run inside the convolutions, activations are channels_last
@@ -53,6 +63,10 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
         Use this one everywhere instead of choosing.
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
+    winograd : bool
+        Whether the engine may compute 3x3 convolutions by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): about two to
+        three times as fast, with rounding errors about ten times as large, still around 1e-6 of the largest value. An
+        infinity becomes NaN in its neighbourhood.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
     keep_memory : bool
@@ -83,14 +97,14 @@ def freeze(model, example_input, *, dtype=None, executor=None, policy=None, cost
     with torch.no_grad():
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-            policy = _freeze_policy(policy, images, executor, cache)
-        frozen = _freeze_backbone(backbone, images, executor, cache)
+            policy = _freeze_policy(policy, images, executor, winograd, cache)
+        frozen = _freeze_backbone(backbone, images, executor, winograd, cache)
     frozen.policy = policy
     cache.save()
     return frozen
 
 
-def _freeze_backbone(backbone, images, executor, cache):
+def _freeze_backbone(backbone, images, executor, winograd, cache):
     by_layer = executor if executor in EXECUTORS else None
     network, stages = pack_stages(backbone, images, by_layer, _PROOF_SAMPLES)
     columns = sum(len(stage.blocks) for stage, _, _ in stages)
@@ -102,7 +116,7 @@ def _freeze_backbone(backbone, images, executor, cache):
         layers.samples_at_once = _measure_samples_at_once(layers, images, cache)
     engine, reason = None, f"executor is {executor!r}"
     if by_layer is None:
-        engine, reason = _try_engine(backbone, network, layers, images, executor)
+        engine, reason = _try_engine(backbone, network, layers, images, executor, winograd)
     if executor in _ENGINE_EXECUTORS:
         if reason is None and engine.stages:
             reason = f"it does not know {engine.stages[0].blocks[0].name}"
@@ -120,11 +134,11 @@ def _freeze_backbone(backbone, images, executor, cache):
     return chosen.keep_only()
 
 
-def _try_engine(backbone, network, layers, images, executor):
+def _try_engine(backbone, network, layers, images, executor, winograd):
     """The network with the engine's segments, or why there is none."""
     if (reason := engine_missing()) is not None:
         return None, f"no native code, {reason}"
-    module, segments = make_segments(network, layers.num_blocks)
+    module, segments = make_segments(network, layers.num_blocks, winograd)
     if not segments:
         return None, "it knows none of the layers"
     for segment in segments:
@@ -151,17 +165,17 @@ def _difference(frozen, backbone, images):
     return None
 
 
-def _freeze_policy(policy, images, executor, cache):
+def _freeze_policy(policy, images, executor, winograd, cache):
     """The policy as a function: by the engine where that is faster, or asked for, and possible."""
     layers = pack_module(policy, images)
     module = getattr(layers, "__self__", None)
     if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or engine_missing():
         return layers
-    engine, segments = make_segments(module, 0)
+    engine, segments = make_segments(module, 0, winograd)
     if not segments or not relative_error(engine.forward(images), layers(images)) <= TOLERANCE[images.dtype]:
         return layers
     if executor is None:
-        key = cache.key("policy", _digest(policy), tuple(images.shape))
+        key = cache.key("policy", _digest(policy), tuple(images.shape), winograd)
         runs = {"engine": lambda: engine.forward(images), "layers": lambda: layers(images)}
         times = cache.get(key, _are_times(runs), lambda: {name: seconds(run) for name, run in runs.items()})
         if times["engine"] > times["layers"]:

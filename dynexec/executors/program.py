@@ -13,6 +13,7 @@ pointers (the indirect convolution of Dukhan, 2019). A program is a list of inte
 
 Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
 of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
+Those of Winograd's F(4x4, 3x3) are 36 matrices ``[panel][channels in][channels of the panel]``.
 """
 
 import platform
@@ -25,11 +26,26 @@ import torch.nn.functional as F
 from dynexec import dispatch
 
 _VERSION = 1
-_OPS = ("load", "store", "conv", "depthwise", "max", "sum", "add", "multiply", "gate")  # their places are the codes
+_OPS = (
+    "load",
+    "store",
+    "conv",
+    "winograd",
+    "depthwise",
+    "max",
+    "sum",
+    "add",
+    "multiply",
+    "gate",
+)  # their places are the codes
 _ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
 _PIXELS = 192  # of a phase's samples, so that weights are read often enough for each time they are fetched
 _LARGEST_GROUP = 8
 _LARGEST_WINDOW = 4096  # inputs of a pooling
+# Winograd's weights are four times as large: of wide layers they would not come from memory as fast as they are used.
+# Of narrow ones the transforms would take longer than what they save.
+_WINOGRAD_CHANNELS = 16
+_WINOGRAD_WEIGHTS = 256 * 256
 
 
 def engine_missing():
@@ -57,12 +73,18 @@ class Weights:
         self._parts, self._size, self._tensor = [], 0, None
         self._positions = {}  # of convolutions, which their programs keep alive, by identity
 
-    def conv(self, conv, depthwise):
-        """Positions of the weights and the bias of a :class:`PackedConv`."""
-        if id(conv) not in self._positions:
-            weight = self._pad(conv.weight.permute(1, 2, 3, 0)) if depthwise else self._pack(conv.weight)
-            self._positions[id(conv)] = self._add(weight), self._add(self._pad(conv.bias))
-        return self._positions[id(conv)]
+    def conv(self, conv, op):
+        """Positions of the weights and the bias of a :class:`PackedConv` that runs as ``op``."""
+        if (id(conv), op) not in self._positions:
+            if op == "depthwise":
+                weight = self._pad(conv.weight.permute(1, 2, 3, 0))
+            elif op == "winograd":
+                planes = _winograd(conv.weight).permute(2, 3, 1, 0).flatten(0, 1)
+                weight = torch.cat([self._pack(plane) for plane in planes])
+            else:
+                weight = self._pack(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
+            self._positions[id(conv), op] = self._add(weight), self._add(self._pad(conv.bias))
+        return self._positions[id(conv), op]
 
     def tensor(self):
         """All of them, float32; nothing can be added any more."""
@@ -79,13 +101,33 @@ class Weights:
     def _pad(self, values):
         return F.pad(values, (0, -values.shape[-1] % self.width))
 
-    def _pack(self, weight):
-        rows = self._pad(weight.permute(2, 3, 1, 0)).flatten(0, 2)  # [reduction, channels]
+    def _pack(self, rows):
+        """[reduction, channels] as panels, flat."""
+        rows = self._pad(rows)
         vectors = rows.shape[1] // self.width
         count = max(1, vectors // 2) if self.panel == 2 else -(-vectors // self.panel)
         widths = [self.panel * self.width] * (count - 1)
         widths.append(rows.shape[1] - sum(widths))
         return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
+
+
+# From a kernel of 3 to 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, 4.3.
+_WINOGRAD = torch.tensor(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+
+
+def _winograd(weight):
+    """[channels out, channels in, 3, 3] to [..., 6, 6]."""
+    return (_WINOGRAD @ weight.double() @ _WINOGRAD.t()).float()
 
 
 @dataclass(eq=False)
@@ -137,10 +179,12 @@ class Builder:
     weights : Weights
     columns : int
         Of the decisions.
+    winograd : bool
+        Whether 3x3 convolutions may run by Winograd's F(4x4, 3x3).
     """
 
-    def __init__(self, weights, columns):
-        self.weights, self.columns = weights, columns
+    def __init__(self, weights, columns, winograd=True):
+        self.weights, self.columns, self.allow_winograd = weights, columns, winograd
         self.instructions, self.units = [], []  # units: first instruction and pixels of what one phase must hold
 
     def load(self, channels, height, width):
@@ -164,19 +208,26 @@ class Builder:
         size = _output_size(x, kernel, stride, dilation, before, after)
         if min(size) < 1 or (other is not None and other.shape != (channels, *size)):
             return None
+        op = "depthwise" if depthwise else "conv"
+        if self._by_winograd(conv):
+            op = "winograd"
         for d in (0, 1):
-            reach = (size[d] - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
+            computed = size[d] + -size[d] % 4 if op == "winograd" else size[d]  # in whole tiles
+            reach = (computed - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
             x.border[d] = max(x.border[d], before[d])
             x.border[d + 2] = max(x.border[d + 2], reach - before[d] - x.shape[d + 1])
-        x.packed &= not depthwise
+        x.packed &= op == "conv"
         value = out if out is not None else Value(channels, *size)
-        positions = self.weights.conv(conv, depthwise)
+        positions = self.weights.conv(conv, op)
         return self._emit(
-            _Instruction(
-                "depthwise" if depthwise else "conv", x, value, other, *positions, conv.activation,
-                kernel, stride, dilation, before,
-            )
-        )  # fmt: skip
+            _Instruction(op, x, value, other, *positions, conv.activation, kernel, stride, dilation, before)
+        )
+
+    def _by_winograd(self, conv):
+        _, stride, dilation, groups = conv.geometry
+        channels, depth, *kernel = conv.shape
+        fits = (kernel, list(stride), list(dilation), groups) == ([3, 3], [1, 1], [1, 1], 1)
+        return self.allow_winograd and fits and depth >= _WINOGRAD_CHANNELS and channels * depth <= _WINOGRAD_WEIGHTS
 
     def pool(self, x, kind, kernel, stride, padding=(0, 0), divisor=0, ceil=False):
         """Pooling: ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by how many inputs they have."""

@@ -37,12 +37,13 @@ class Segment:
         The graph's modules by name.
     columns : int
         Of the network's decisions.
+    winograd : bool
     """
 
-    def __init__(self, number, nodes, source, result, modules, columns):
+    def __init__(self, number, nodes, source, result, modules, columns, winograd):
         self.__name__ = f"segment_{number}"  # what generated code calls it
         self.number, self.nodes, self.source, self.result = number, nodes, source, result
-        self.modules, self.columns = modules, columns
+        self.modules, self.columns, self.winograd = modules, columns, winograd
         self.weights = Weights()
         self.programs = {}
         self.group, self.together = 0, False
@@ -88,7 +89,7 @@ class Segment:
         return program(x, decisions, self.group, self.together)
 
     def _program(self, shape):
-        builder = Builder(self.weights, self.columns)
+        builder = Builder(self.weights, self.columns, self.winograd)
         builder.begin_unit()
         values = {self.source: builder.load(*shape)}
         if not emit_nodes(builder, self.nodes, self.modules, values):
@@ -258,7 +259,7 @@ def _pair(value):
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def make_segments(module, columns):
+def make_segments(module, columns, winograd=True):
     """A copy of a packed graph module in which the engine runs what it can, and the list of the segments that it runs.
 
     Parameters
@@ -267,6 +268,8 @@ def make_segments(module, columns):
         As :func:`pack` or ``pack_stages`` made it: takes ``(x)`` or ``(x, route)``.
     columns : int
         Of the decisions; 0 without a route.
+    winograd : bool
+        Whether 3x3 convolutions may run by Winograd's algorithm.
     """
     modules = dict(module.named_modules())
     found = [] if engine_missing() else _find(list(module.graph.nodes), modules, columns)
@@ -276,7 +279,7 @@ def make_segments(module, columns):
     route = next((node for node in graph.nodes if node.op == "placeholder" and node.name == "route"), None)
     segments = []
     for nodes, source, result in found:
-        segment = Segment(len(segments), nodes, source, result, modules, columns)
+        segment = Segment(len(segments), nodes, source, result, modules, columns, winograd)
         with graph.inserting_after(copies[nodes[-1]]):
             call = graph.call_function(segment, (copies[source], route))
         copies[result].replace_all_uses_with(call)
