@@ -134,9 +134,16 @@ def plan(decisions, choices):
         raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {decisions.dtype}")
     if decisions.dim() != 2:
         raise ValueError(f"decisions must have shape [N, L], got {tuple(decisions.shape)}")
+    check_choices(choices)
     if choices < 1 or (decisions.dtype == torch.bool and choices < 2):
         raise ValueError(f"choices must be at least 1, and at least 2 for bool decisions, got {choices}")
     return dispatch.plan(decisions, choices)
+
+
+def check_choices(choices):
+    """Raise TypeError unless ``choices`` is an int."""
+    if not isinstance(choices, int) or isinstance(choices, bool):
+        raise TypeError(f"choices must be an int, got {choices!r}")
 
 
 def _check_rows(x, name, index):

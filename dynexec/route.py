@@ -51,6 +51,7 @@ class Route:
         TypeError, ValueError
             If dtype, shape, ``choices`` or a value do not fit.
         """
+        ops.check_choices(choices)
         _check(decisions, choices)
         index, offset = ops.plan(decisions, choices)
         borders = offset.tolist() if exact else None

@@ -154,6 +154,8 @@ WRONG = [
     (lambda: ops.plan([[1]], 2), TypeError, "decisions must be a bool or integer tensor.*got list"),
     (lambda: ops.plan(X, 2), TypeError, r"decisions must be a bool or integer tensor \[N, L\], got torch.float32"),
     (lambda: ops.plan(TWO, 2), ValueError, r"decisions must have shape \[N, L\], got \(2,\)"),
+    (lambda: ops.plan(X.int(), 2.0), TypeError, "choices must be an int, got 2.0"),
+    (lambda: ops.plan(X.int(), True), TypeError, "choices must be an int, got True"),
     (lambda: ops.plan(X.int(), 0), ValueError, "choices must be at least 1"),
     (lambda: ops.plan(X.bool(), 1), ValueError, "at least 2 for bool decisions, got 1"),
 ]

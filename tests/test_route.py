@@ -101,6 +101,9 @@ WRONG = [
     (B.to(torch.complex64), 2, TypeError, "decisions must be a bool or integer tensor"),
     ([[True]], 2, TypeError, "decisions must be a bool or integer tensor.*got list"),
     (B, 3, ValueError, "choices must be 2 for bool decisions, got 3"),
+    (B, 2.0, TypeError, "choices must be an int, got 2.0"),
+    (B, None, TypeError, "choices must be an int, got None"),
+    (B.int(), "2", TypeError, "choices must be an int, got '2'"),
     (B.int() + 2, 2, ValueError, r"decisions must be in 0\.\.1, got 2 at \[0, 0\]"),
 ]
 
