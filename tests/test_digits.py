@@ -70,6 +70,15 @@ def test_the_policy_learns_to_decide_by_the_image(problem):
     assert history[-1]["reward"] > history[0]["reward"]
 
 
+@pytest.mark.parametrize("train", [training.train_policy, training.fine_tune])
+def test_without_a_policy_there_is_nothing_to_train(problem, train):
+    net, images, labels = problem
+    with pytest.raises(ValueError, match="net must have a policy to train, got net.policy=None"):
+        train(DynamicNetwork(net.backbone), images, labels, epochs=1)
+    with pytest.raises(TypeError, match="net must be a DynamicNetwork, got SignNetwork"):
+        train(net.backbone, images, labels, epochs=1)
+
+
 def test_policy_training_leaves_the_backbone_s_batch_statistics_alone():
     net = blockdrop_resnet((1, 1), (4, 8), num_classes=3)
     before = {name: value.clone() for name, value in net.backbone.state_dict().items()}

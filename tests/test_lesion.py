@@ -39,11 +39,23 @@ def test_deleted_blocks_are_dropped_for_every_sample(converted, data):
 def test_nothing_and_everything_can_be_deleted(converted):
     assert models.delete_blocks(converted, []).all()
     assert not models.delete_blocks(converted, range(5)).any()
+    assert models.delete_blocks(converted, torch.tensor([1, 2])).tolist() == [True, False, False, True, True]
 
 
 def test_columns_that_do_not_exist(converted):
     with pytest.raises(ValueError, match=r"columns from 0 to 4, got \[5, -1\]"):
         models.delete_blocks(converted, [1, 5, -1])
+
+
+@pytest.mark.parametrize("blocks", [3, None, [1.5], ["1"], [True, False], torch.ones(5, dtype=torch.bool)])
+def test_blocks_must_be_column_numbers(converted, blocks):
+    with pytest.raises(TypeError, match="blocks must be a sequence of column numbers, got"):
+        models.delete_blocks(converted, blocks)
+
+
+def test_a_model_that_was_not_converted():
+    with pytest.raises(ValueError, match="model must be converted or a DynamicNetwork, got a Network in which no"):
+        models.delete_blocks(torchvision_style(), [])
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, DynamicNetwork])
@@ -65,6 +77,8 @@ def test_study_can_stop_early_and_says_what_is_wrong(converted, data):
     assert len(models.lesion_study(converted, *data, max_deleted=2, draws=2).by_count) == 3
     with pytest.raises(ValueError, match="max_deleted must be between 0 and 5, got 6"):
         models.lesion_study(converted, *data, max_deleted=6)
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        models.lesion_study(converted, *data, draws=0)
 
 
 def test_study_needs_no_policy_and_leaves_modes_alone(data):

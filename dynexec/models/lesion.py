@@ -1,6 +1,7 @@
 """Deleting blocks of a trained residual network at test time (Veit et al., NIPS 2016, section 4)."""
 
 from dataclasses import dataclass
+from operator import index
 from statistics import median
 
 import torch
@@ -35,7 +36,7 @@ def delete_blocks(model, blocks):
     ----------
     model : nn.Module
         A :class:`dynexec.nn.DynamicNetwork` or a converted model, with L blocks.
-    blocks : sequence of int
+    blocks : sequence of int, or integer tensor ``[M]``
         Columns to delete.
 
     Returns
@@ -44,16 +45,33 @@ def delete_blocks(model, blocks):
 
     Raises
     ------
+    TypeError
+        If ``blocks`` are not column numbers; a bool mask is none.
     ValueError
-        If a column does not exist.
+        If a column does not exist, or ``model`` has none.
     """
     count = num_blocks(model)
+    if count == 0:
+        raise ValueError(
+            f"model must be converted or a DynamicNetwork, got a {type(model).__name__} in which no block has a column"
+        )
+    blocks = _column_numbers(blocks)
     wrong = [block for block in blocks if not 0 <= block < count]
     if wrong:
         raise ValueError(f"blocks must be columns from 0 to {count - 1}, got {wrong}")
     decisions = torch.ones(count, dtype=torch.bool)
-    decisions[list(blocks)] = False
+    decisions[blocks] = False
     return decisions
+
+
+def _column_numbers(blocks):
+    blocks = blocks.tolist() if isinstance(blocks, torch.Tensor) else blocks
+    try:
+        if any(isinstance(block, bool) for block in blocks):
+            raise TypeError
+        return [index(block) for block in blocks]
+    except TypeError:
+        raise TypeError(f"blocks must be a sequence of column numbers, got {blocks!r}") from None
 
 
 def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, batch_size=512):
@@ -68,7 +86,7 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
     max_deleted : int, optional
         Largest number of blocks deleted; default all L.
     draws : int
-        Random sets per number of deleted blocks.
+        Random sets per number of deleted blocks, at least 1.
     seed : int
         The same seed deletes the same sets.
     batch_size : int
@@ -80,6 +98,8 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
     net = model if isinstance(model, DynamicNetwork) else DynamicNetwork(model)
     count = num_blocks(net)
     max_deleted = count if max_deleted is None else max_deleted
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
     if not 0 <= max_deleted <= count:
         raise ValueError(f"max_deleted must be between 0 and {count}, got {max_deleted}")
     generator = torch.Generator().manual_seed(seed)

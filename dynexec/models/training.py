@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dynexec.measure import evaluation_mode
-from dynexec.nn import dynamic_blocks
+from dynexec.nn import DynamicNetwork, dynamic_blocks
 from dynexec.policy import (
     curriculum_loss,
     curriculum_mask,
@@ -128,7 +128,13 @@ def train_policy(
     -------
     list of dict
         Per epoch: loss, and of the thresholded policy accuracy, blocks kept and reward on the training images.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``net`` is no DynamicNetwork, or has no policy.
     """
+    _check_policy(net)
     optimizer = torch.optim.Adam(net.policy.parameters(), learning_rate)
 
     def step(x, y, epoch, generator):
@@ -154,9 +160,10 @@ def fine_tune(
 ):
     """Second stage: train policy and backbone together, with all blocks open to the policy.
 
-    Arguments and result as in :func:`train_policy`. Batch norm takes its statistics over all samples of the batch,
-    kept or dropped, and from both the sampled and the thresholded path, as published.
+    Arguments, result and errors as in :func:`train_policy`. Batch norm takes its statistics over all samples of the
+    batch, kept or dropped, and from both the sampled and the thresholded path, as published.
     """
+    _check_policy(net)
     optimizer = torch.optim.Adam(net.parameters(), learning_rate)
 
     def step(x, y, epoch, generator):
@@ -172,6 +179,13 @@ def fine_tune(
 
     net.train()
     return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+
+
+def _check_policy(net):
+    if not isinstance(net, DynamicNetwork):
+        raise TypeError(f"net must be a DynamicNetwork, got {type(net).__name__}")
+    if net.policy is None:
+        raise ValueError("net must have a policy to train, got net.policy=None: give DynamicNetwork one")
 
 
 def _rewards(drawn_logits, greedy_logits, drawn, greedy, labels, penalty):
