@@ -175,12 +175,58 @@ def test_code_runs_only_when_asked(net, backbone, policy, tmp_path, python2):
     write_as_python2(source, path) if python2 else torch.save(source, path)
     before = snapshot(net)
     Effect.happened = False
-    with pytest.raises(ValueError, match=r"without executing code.*If you trust it.*weights_only=False"):
+    with pytest.raises(ValueError, match=r"If you trust it.*weights_only=False.*: GLOBAL \S+ was not an allowed"):
         load_official(net, path)
     assert not Effect.happened
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert load_official(net, path, weights_only=False).info == {"acc": 0.5}
     assert Effect.happened
+
+
+def damaged(name, state):
+    """A file's content that torch.load fails on, each in another way."""
+    file = io.BytesIO()
+    torch.save(state, file, _use_new_zipfile_serialization="zip" in name)
+    whole = file.getvalue()
+    return {
+        "empty": b"",
+        "page": b"<!DOCTYPE html>\n<html><body>404</body></html>",
+        "text": b"hello world\n",
+        "git lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "pickle": pickle.dumps(state | {"note": 1}),
+        "old pickle": pickle.dumps([1], protocol=2),
+        "legacy, no end": whole[:-10],
+        "legacy, half": whole[: len(whole) // 2],
+        "legacy, begun": whole[:15],
+        "zip, half": whole[: len(whole) // 2],
+        "zip, begun": whole[:100],
+    }[name]
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["empty", "page", "text", "git lfs", "pickle", "old pickle"]
+    + ["legacy, no end", "legacy, half", "legacy, begun", "zip, half", "zip, begun"],
+)
+def test_a_damaged_file_is_named_and_nothing_is_advised(net, backbone, tmp_path, name, weights_only):
+    path = tmp_path / "damaged.t7"
+    path.write_bytes(damaged(name, backbone))
+    with pytest.raises(ValueError, match=rf"damaged.t7' \({path.stat().st_size} bytes\) is not a checkpoint") as error:
+        load_official(net, path, weights_only=weights_only)
+    text = str(error.value)
+    assert "weights_only" not in text and "documentation" not in text
+    assert text.split("torch.load said: ")[1]
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state}])
+def test_parameters_without_names(net, tmp_path, wrap):
+    source = wrap({1: torch.ones(2), "conv1.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match="source must have names for the backbone, got the keys 1$"):
+        load_official(net, source)
+    torch.save(source, tmp_path / "keys.t7")
+    with pytest.raises(ValueError, match=r"source '.*keys.t7' must have names for the backbone, got the keys 1$"):
+        load_official(net, tmp_path / "keys.t7")
 
 
 def test_misfits_are_listed_together_and_nothing_is_loaded(net, backbone, policy):

@@ -1,7 +1,6 @@
 """Read checkpoints that the authors of the systems published."""
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,27 +64,34 @@ def load_official(net, source, *, weights_only=True):
     ------
     TypeError
         If ``net`` or ``source`` is of another kind.
+    OSError
+        If there is no such file, or it may not be read.
     ValueError
-        If the file cannot be read safely, its layout is unknown, or it does not fit the network: every missing,
-        unexpected and misshapen parameter is listed, and the network is left untouched.
+        If the file is none of torch's, is damaged, or cannot be read safely; its layout is unknown; or it does not fit
+        the network: every missing, unexpected and misshapen parameter is listed, and the network is left untouched.
     """
     if not isinstance(net, BlockDrop):
         raise TypeError(f"net must be a dynexec.models.BlockDrop, got {type(net).__name__}")
+    given = "source"
     if isinstance(source, Mapping):
         checkpoint = source
     elif isinstance(source, (str, os.PathLike)):
+        given = f"source {str(source)!r}"
         checkpoint = _read(source, weights_only)
     else:
         raise TypeError(f"source must be a path or a mapping, got {type(source).__name__}")
-    parts, info = _split(checkpoint)
+    parts, info = _split(checkpoint, given)
     dropped, prepared, problems = [], {}, []
     for name, state in parts.items():
+        if wrong := [key for key in state if not isinstance(key, str)]:
+            raise ValueError(f"{given} must have names for the {name}, got the keys {_shorten(map(repr, wrong))}")
         state, unused = _rename(state, name)
         dropped += unused
         problems += _mismatches(name, getattr(net, name).state_dict(), state)
         prepared[name] = state
     if problems:
-        raise ValueError("source does not fit this network, which is left as it was:\n" + "\n".join(problems))
+        problems = "\n".join(problems)
+        raise ValueError(f"{given} does not fit this network, which is left as it was:\n{problems}")
     for name, state in prepared.items():
         getattr(net, name).load_state_dict(state, strict=False)  # checked above; may lack num_batches_tracked
     absent = tuple(name for name in ("backbone", "policy") if name not in prepared)
@@ -96,21 +102,34 @@ def _read(path, weights_only):
     try:
         encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
-    except (pickle.UnpicklingError, UnicodeDecodeError) as error:
-        if not weights_only:
-            raise ValueError(f"source {str(path)!r} is not a checkpoint that torch.load can read: {error}") from error
-        reason = str(error).strip().splitlines()[-1]
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        reason = _reason(error)
+        if weights_only and ("not an allowed global" in reason or isinstance(error, UnicodeDecodeError)):
+            raise ValueError(
+                f"source {str(path)!r} cannot be read without executing code from it, as files of PyTorch 0.3 often "
+                f"cannot. If you trust it, call load_official(..., weights_only=False). torch.load said: {reason}"
+            ) from error
+        size = os.path.getsize(path)
         raise ValueError(
-            f"source {str(path)!r} cannot be read without executing code from it, as files of PyTorch 0.3 often "
-            f"cannot. If you trust it, call load_official(..., weights_only=False). torch.load said: {reason}"
+            f"source {str(path)!r} ({size} bytes) is not a checkpoint, or is damaged. torch.load said: {reason}"
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"source {str(path)!r} holds a {type(checkpoint).__name__}, expected a dict of parameters")
     return checkpoint
 
 
-def _split(checkpoint):
-    """The state of each part of the network, and everything else that the checkpoint says."""
+def _reason(error):
+    """What is wrong, from an error of torch.load, whose text is mostly advice."""
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    for advice in ("Check the documentation", "Please use", "In PyTorch 2.6"):
+        text = text.split(advice)[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
+
+
+def _split(checkpoint, given):
+    """The state of each part of the network, and everything else that the checkpoint says; ``given`` is for errors."""
     parts = {}
     if "state_dict" in checkpoint:
         parts["backbone"] = "state_dict"
@@ -123,12 +142,12 @@ def _split(checkpoint):
         if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
             return {"backbone": checkpoint}, {}
         raise ValueError(
-            f"source has the entries {_shorten(map(repr, checkpoint))}: expected 'agent' and 'resnet' (fine-tuned), "
+            f"{given} has the entries {_shorten(map(repr, checkpoint))}: expected 'agent' and 'resnet' (fine-tuned), "
             "'agent' or 'net' (policy only), 'state_dict' (base network), or parameters by name"
         )
     for entry in parts.values():
         if not isinstance(checkpoint[entry], Mapping):
-            raise ValueError(f"source[{entry!r}] must map names to tensors, got {type(checkpoint[entry]).__name__}")
+            raise ValueError(f"{given}[{entry!r}] must map names to tensors, got {type(checkpoint[entry]).__name__}")
     info = {key: value for key, value in checkpoint.items() if key not in parts.values()}
     return {part: checkpoint[entry] for part, entry in parts.items()}, info
 
