@@ -10,6 +10,7 @@ from torch import nn
 from toys import converted, decision_patterns, run
 
 import dynexec
+from dynexec.nn import ResidualBlock, assign_columns
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
@@ -136,6 +137,33 @@ def test_an_adapter_that_overlooks_a_change_of_shape(mode):
     dynexec.convert(model, dynexec.Adapter(toys.InvertedResidual))
     with pytest.raises(ValueError, match=r"shape|\(2, 4, 3, 3\) and its shortcut \(2, 4, 5, 5\)"):
         run(model, torch.randn(2, 4, 5, 5), torch.tensor([[True], [False]]), mode)
+
+
+class Projects(ResidualBlock):
+    """A shortcut of its own, and nothing, or a given activation, after the addition."""
+
+    def __init__(self, activation=None):
+        super().__init__(nn.Conv2d(4, 6, 1))
+        self.conv, self.activation = nn.Conv2d(4, 6, 3, padding=1), activation
+
+    def residual_layers(self):
+        return [self.conv]
+
+    def activation_layer(self):
+        return self.activation
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("activation", [None, torch.relu, nn.ReLU(), nn.ReLU6(), torch.tanh])
+def test_what_follows_the_addition_of_a_projection(activation, mode):
+    block = Projects(activation)
+    assign_columns(block)
+    x, keep = torch.randn(4, 4, 5, 5), torch.tensor([[True], [False], [True], [False]])
+    shortcut = block.shortcut_layers()[0](x)
+    full = block.conv(x) + shortcut
+    assert (full < -0.1).any() and (shortcut < -0.1).any()  # a ReLU would show
+    full = full if activation is None else activation(full)
+    assert_close(run(block, x, keep, mode), torch.where(keep[:, :, None, None], full, shortcut).detach())
 
 
 @pytest.mark.parametrize("style", toys.STYLES)
