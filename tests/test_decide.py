@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Policy, converted, run
 
 import dynexec
+from dynexec import ops
 from dynexec.nn import DynamicNetwork, active_route
 
 
@@ -148,6 +149,27 @@ def test_threads_see_their_own_decisions():
         for thread in threads:
             thread.join(120)
     assert not failures
+
+
+def test_all_blocks_follow_one_plan(monkeypatch):
+    model, _, num_blocks = converted()
+    planned = []
+    plan = ops.plan
+    monkeypatch.setattr(
+        ops, "plan", lambda decisions, choices: planned.append(len(decisions)) or plan(decisions, choices)
+    )
+    with torch.no_grad():
+        for decisions, batches, expected in (
+            (torch.rand(4, num_blocks) < 0.5, [4], [4]),
+            (torch.rand(4, num_blocks) < 0.5, [4, 4], [4]),  # the decisions are the same in the second forward
+            (torch.rand(num_blocks) < 0.5, [4, 4, 2, 2], [4, 2]),
+            (dynexec.Route.from_decisions(torch.rand(4, num_blocks) < 0.5), [4, 4], []),
+        ):
+            planned.clear()
+            with dynexec.decide(decisions):
+                for batch in batches:
+                    model(toys.images(batch))
+            assert planned == expected
 
 
 def test_decisions_changed_afterwards():
