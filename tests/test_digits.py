@@ -97,6 +97,33 @@ def test_the_curriculum_keeps_earlier_blocks_on(problem):
     assert history[0]["kept"] == 1.0
 
 
+@pytest.mark.parametrize("train, loss", [("train_policy", "curriculum_loss"), ("fine_tune", "finetuning_loss")])
+def test_the_advantage_is_over_the_thresholded_policy(problem, monkeypatch, train, loss):
+    """Both rewards are 1 - (share of blocks kept)^2 where the prediction is right, and else the penalty."""
+    net, images, labels = problem
+    real, seen = getattr(training, loss), []
+
+    def record(probabilities, drawn, advantage, *args, **options):
+        seen.append((probabilities.detach(), drawn, advantage))
+        return real(probabilities, drawn, advantage, *args, **options)
+
+    def reward(decisions):
+        kept = decisions.double().mean(1)
+        right = net(images, decisions).argmax(1) == labels
+        return torch.where(right, 1 - kept.square(), -3.0)
+
+    monkeypatch.setattr(training, loss, record)
+    monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
+    options = dict(epochs=1, penalty=-3.0, learning_rate=0.0, batch_size=len(images))
+    getattr(training, train)(net, images, labels, **options)
+    ((probabilities, drawn, advantage),) = seen
+    greedy = probabilities >= 0.5
+    if train == "train_policy":
+        greedy[:, 0] = True  # the first epoch trains the last block
+    assert (drawn != greedy).any()
+    torch.testing.assert_close(advantage.double(), reward(drawn) - reward(greedy))
+
+
 def test_fine_tuning_moves_policy_and_backbone(problem):
     net, images, labels = problem
     before = {name: value.clone() for name, value in net.named_parameters()}
