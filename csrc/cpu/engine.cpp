@@ -22,6 +22,7 @@ constexpr int64_t kPixels = 192;           // of a convolution at a time: a mult
 constexpr int64_t kReduction = 512;        // floats of a reduction at a time: a panel of weights stays in the L1 cache
 constexpr int64_t kWinogradTiles = 48;     // at most at once; a multiple of every tile's rows
 constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and outputs at a time
+constexpr int64_t kDepthwiseChannels = 32;  // at a time: a multiple of every width
 constexpr int64_t kMaxWindow = 64 * 64;    // inputs of a pooling: their pointers are on the stack
 constexpr int64_t kMaxSize = int64_t(1) << 24;
 
@@ -485,14 +486,19 @@ void clear_border(const Buffer& b, float* data) {
 
 void load_row(const Images& x, int64_t sample, int64_t row, const Buffer& b, float* to) {
   const float* from = x.data + sample * x.strides[0] + row * x.strides[2];
-  for (int64_t w = 0; w < b.width; ++w, to += b.pitch) {
-    const float* pixel = from + w * x.strides[3];
-    if (x.strides[1] == 1) {
-      std::memcpy(to, pixel, b.channels * sizeof(float));
-    } else {
-      for (int64_t c = 0; c < b.channels; ++c) to[c] = pixel[c * x.strides[1]];
+  if (x.strides[1] == 1) {
+    for (int64_t w = 0; w < b.width; ++w) {
+      std::memcpy(to + w * b.pitch, from + w * x.strides[3], b.channels * sizeof(float));
     }
-    std::memset(to + b.channels, 0, (b.pitch - b.channels) * sizeof(float));
+  } else {
+    for (int64_t c = 0; c < b.channels; ++c) {
+      const float* plane = from + c * x.strides[1];
+      for (int64_t w = 0; w < b.width; ++w) to[w * b.pitch + c] = plane[w * x.strides[3]];
+    }
+  }
+  if (b.pitch == b.channels) return;
+  for (int64_t w = 0; w < b.width; ++w) {
+    std::memset(to + w * b.pitch + b.channels, 0, (b.pitch - b.channels) * sizeof(float));
   }
 }
 
@@ -510,13 +516,18 @@ void store_row(const float* from, const Buffer& b, const Images& y, int64_t samp
 
 }  // namespace
 
+// Rows of an item: a depthwise convolution reads its inputs again for the next row, while they are in the cache.
+int64_t Program::rows_at_once(const Step& step, const Buffer& out) {
+  return step.op == Op::kDepthwise ? std::min<int64_t>(out.height, 8) : 1;
+}
+
 // The work of a step in pieces: first the borders of its output, then what it computes.
 int64_t Program::items(const Step& step, const Frame& frame) const {
   if (step.op == Op::kStore) return frame.count * buffers_[step.in].height;
   const Buffer& out = buffers_[step.out];
   const int64_t borders = out.has_border() && step.out != step.other ? frame.count : 0;
   if (step.op == Op::kWinograd) return borders + divide_winograd(frame.count * winograd_tiles(out), step.tiles, frame.helpers).items;
-  if (step.op != Op::kConv) return borders + frame.count * out.height;
+  if (step.op != Op::kConv) return borders + frame.count * divide_up(out.height, rows_at_once(step, out));
   const Division division =
       divide_conv(frame.count * out.pixels(), divide_channels(kernels_, out.channels).count, frame.helpers);
   return borders + division.pixel_items * division.panel_items;
@@ -530,7 +541,8 @@ void Program::run_item(const Step& step, const Frame& frame, int64_t item) const
   }
   if (step.op == Op::kConv) return run_conv(step, frame, item);
   if (step.op == Op::kWinograd) return run_winograd(step, frame, item);
-  const int64_t sample = frame.active[item / out.height], row = item % out.height;
+  const int64_t bands = divide_up(out.height, rows_at_once(step, out));
+  const int64_t sample = frame.active[item / bands], row = item % bands * rows_at_once(step, out);
   float* to = frame.at(out, sample) + out.origin() + row * out.row();
   const int64_t number = frame.group + frame.first + sample;  // in the batch
   switch (step.op) {
@@ -559,7 +571,7 @@ void Program::run_item(const Step& step, const Frame& frame, int64_t item) const
     } else {
       kernels_.multiply(from + w * in.pitch, second, to + w * out.pitch, channels);
     }
-    std::memset(to + w * out.pitch + channels, 0, (all - channels) * sizeof(float));
+    if (all > channels) std::memset(to + w * out.pitch + channels, 0, (all - channels) * sizeof(float));
   }
 }
 
@@ -697,23 +709,30 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   }
 }
 
-void Program::run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t row) const {
+void Program::run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t first) const {
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
+  const int64_t channels = round_up(out.channels, kernels_.width), end = std::min(out.height, first + rows_at_once(step, out));
+  const float* from = frame.at(in, sample) + in.origin() - step.padding[0] * in.row() - step.padding[1] * in.pitch;
+  float* to = frame.at(out, sample) + out.origin();
   DepthwiseTask task;
-  task.in = frame.at(in, sample) + in.origin() + (row * step.stride[0] - step.padding[0]) * in.row() -
-            step.padding[1] * in.pitch;
   task.in_step = step.stride[1] * in.pitch;
   task.offsets = step.offsets.data();
   task.taps = step.offsets.size();
-  task.out = frame.at(out, sample) + out.origin() + row * out.row();
   task.out_step = out.pitch;
   task.pixels = out.width;
-  task.channels = round_up(out.channels, kernels_.width);
-  task.weights = weights_ + step.weights;
-  task.bias = weights_ + step.bias;
+  task.weight_step = channels;
   task.activation = step.activation;
-  kernels_.depthwise(task);
+  for (int64_t channel = 0; channel < channels; channel += kDepthwiseChannels) {
+    task.channels = std::min(kDepthwiseChannels, channels - channel);
+    task.weights = weights_ + step.weights + channel;
+    task.bias = weights_ + step.bias + channel;
+    for (int64_t row = first; row < end; ++row) {
+      task.in = from + row * step.stride[0] * in.row() + channel;
+      task.out = to + row * out.row() + channel;
+      kernels_.depthwise(task);
+    }
+  }
 }
 
 void Program::run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const {

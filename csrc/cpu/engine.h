@@ -111,11 +111,12 @@ class Program {
   std::vector<int64_t> place_slots(int64_t group) const;
   int64_t steps(int64_t group) const;
   void run_group(Frame& frame) const;
+  static int64_t rows_at_once(const Step& step, const Buffer& out);
   int64_t items(const Step& step, const Frame& frame) const;
   void run_item(const Step& step, const Frame& frame, int64_t item) const;
   void run_conv(const Step& step, const Frame& frame, int64_t item) const;
   void run_winograd(const Step& step, const Frame& frame, int64_t item) const;
-  void run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
+  void run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t first) const;
   void run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
 
   const Kernels& kernels_;

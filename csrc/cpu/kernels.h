@@ -29,7 +29,7 @@ struct ConvTask {
   Activation activation;
 };
 
-// One row of output pixels of a depthwise convolution, all channels.
+// One row of output pixels of a depthwise convolution, some of its channels.
 struct DepthwiseTask {
   const float* in;         // the first tap of the first pixel
   int64_t in_step;         // floats from one pixel's first tap to the next one's
@@ -39,7 +39,8 @@ struct DepthwiseTask {
   int64_t out_step;
   int64_t pixels;
   int64_t channels;      // a multiple of the width
-  const float* weights;  // [taps][channels]
+  const float* weights;  // [taps][weight_step]
+  int64_t weight_step;
   const float* bias;
   Activation activation;
 };

@@ -1,8 +1,12 @@
 // The inner loops, for vectors of DYNEXEC_WIDTH floats; each source file that includes this is compiled for one
-// instruction set and names its table DYNEXEC_TABLE. Everything is in an unnamed namespace and no standard header with
-// code is included: a function compiled for a new processor must never be linked into what runs on an old one.
+// instruction set and names its table DYNEXEC_TABLE. Everything is in an unnamed namespace and no header with functions
+// that could be shared is included: one compiled for a new processor must never be linked into what runs on an old one.
 
 #include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace dynexec {
 namespace {
@@ -42,24 +46,57 @@ inline Vector exponential(Vector x) {
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// max(x, low) and min(x, high), and x where that is NaN: the processors' instructions return their second operand then.
+inline Vector at_least(Vector x, Vector low) {
+#if defined(__x86_64__) && DYNEXEC_WIDTH == 16
+  return _mm512_max_ps(low, x);
+#elif defined(__x86_64__) && DYNEXEC_WIDTH == 8
+  return _mm256_max_ps(low, x);
+#elif defined(__x86_64__)
+  return _mm_max_ps(low, x);
+#else
+  return x < low ? low : x;
+#endif
+}
+
+inline Vector at_most(Vector x, Vector high) {
+#if defined(__x86_64__) && DYNEXEC_WIDTH == 16
+  return _mm512_min_ps(high, x);
+#elif defined(__x86_64__) && DYNEXEC_WIDTH == 8
+  return _mm256_min_ps(high, x);
+#elif defined(__x86_64__)
+  return _mm_min_ps(high, x);
+#else
+  return x > high ? high : x;
+#endif
+}
+
+inline Vector relu6(Vector x) { return at_most(at_least(x, Vector{}), broadcast(6.0f)); }
+
+// -infinity gives NaN, as in torch.
+inline Vector silu(Vector x) { return x < broadcast(-87.3f) ? x * 0.0f : x * sigmoid(x); }
+
+// The activations that take many instructions stay out of the loops that sums in registers come from.
+__attribute__((noinline)) void activate_slowly(Vector* x, int count, Activation activation) {
+  for (int i = 0; i < count; ++i) {
+    if (activation == Activation::kSilu) x[i] = silu(x[i]);
+    if (activation == Activation::kHardswish) x[i] = x[i] * (relu6(x[i] + 3.0f) * (1.0f / 6.0f));
+    if (activation == Activation::kSigmoid) x[i] = sigmoid(x[i]);
+  }
+}
+
 // NaN passes every activation, as in torch.
-inline Vector activate(Vector x, Activation activation) {
-  const Vector zero = {};
-  switch (activation) {
-    case Activation::kRelu:
-      return x < zero ? zero : x;
-    case Activation::kRelu6:
-      return x < zero ? zero : (x > broadcast(6.0f) ? broadcast(6.0f) : x);
-    case Activation::kSilu:
-      return x < broadcast(-87.3f) ? x * 0.0f : x * sigmoid(x);  // -infinity * 0 would be NaN, as it is in torch
-    case Activation::kHardswish: {
-      const Vector gate = x + 3.0f;
-      return x * ((gate < zero ? zero : (gate > broadcast(6.0f) ? broadcast(6.0f) : gate)) * (1.0f / 6.0f));
-    }
-    case Activation::kSigmoid:
-      return sigmoid(x);
-    default:
-      return x;
+template <int count>
+inline void activate(Vector (&x)[count], Activation activation) {
+  if (activation == Activation::kRelu) {
+    for (int i = 0; i < count; ++i) x[i] = at_least(x[i], Vector{});
+  } else if (activation == Activation::kRelu6) {
+    for (int i = 0; i < count; ++i) x[i] = relu6(x[i]);
+  } else if (activation != Activation::kNone) {
+    Vector copy[count];
+    for (int i = 0; i < count; ++i) copy[i] = x[i];
+    activate_slowly(copy, count, activation);
+    for (int i = 0; i < count; ++i) x[i] = copy[i];
   }
 }
 
@@ -68,15 +105,15 @@ template <int rows, int vectors>
 void conv_tile(const ConvTask& task, int64_t pixel) {
   const float* const* in = task.in + pixel;
   float* const* out = task.out + pixel;
-  Vector sums[rows][vectors];
+  Vector sums[rows * vectors];
   for (int p = 0; p < rows; ++p) {
     const float* start = task.bias ? task.bias : out[p] + task.channel;
-    for (int v = 0; v < vectors; ++v) sums[p][v] = load(start + v * kWidth);
+    for (int v = 0; v < vectors; ++v) sums[p * vectors + v] = load(start + v * kWidth);
   }
   if (task.bias && task.residual) {
     for (int p = 0; p < rows; ++p) {
       const float* added = task.residual[pixel + p] + task.channel;
-      for (int v = 0; v < vectors; ++v) sums[p][v] += load(added + v * kWidth);
+      for (int v = 0; v < vectors; ++v) sums[p * vectors + v] += load(added + v * kWidth);
     }
   }
   const float* weights = task.weights;
@@ -92,17 +129,13 @@ void conv_tile(const ConvTask& task, int64_t pixel) {
 #pragma GCC unroll 8
       for (int p = 0; p < rows; ++p) {
         const float value = x[p][k];
-        for (int v = 0; v < vectors; ++v) sums[p][v] += value * w[v];
+        for (int v = 0; v < vectors; ++v) sums[p * vectors + v] += value * w[v];
       }
     }
   }
-  if (task.activation != Activation::kNone) {
-    for (int p = 0; p < rows; ++p) {
-      for (int v = 0; v < vectors; ++v) sums[p][v] = activate(sums[p][v], task.activation);
-    }
-  }
+  activate(sums, task.activation);
   for (int p = 0; p < rows; ++p) {
-    for (int v = 0; v < vectors; ++v) store(out[p] + task.channel + v * kWidth, sums[p][v]);
+    for (int v = 0; v < vectors; ++v) store(out[p] + task.channel + v * kWidth, sums[p * vectors + v]);
   }
 }
 
@@ -137,25 +170,29 @@ void conv(const ConvTask& task) {
 
 template <int rows>
 void depthwise_tile(const DepthwiseTask& task, int64_t pixel) {
-  const float* in = task.in + pixel * task.in_step;
+  const float* in[rows];
+  for (int p = 0; p < rows; ++p) in[p] = task.in + (pixel + p) * task.in_step;
   float* out = task.out + pixel * task.out_step;
   for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
     Vector sums[rows];
-    for (int p = 0; p < rows; ++p) sums[p] = load(task.bias + channel);
+    const Vector bias = load(task.bias + channel);
+    for (int p = 0; p < rows; ++p) sums[p] = bias;
     const float* weights = task.weights + channel;
-    for (int64_t tap = 0; tap < task.taps; ++tap) {
-      const Vector w = load(weights + tap * task.channels);
-      const float* x = in + task.offsets[tap] + channel;
-      for (int p = 0; p < rows; ++p) sums[p] += load(x + p * task.in_step) * w;
+    for (int64_t tap = 0; tap < task.taps; ++tap, weights += task.weight_step) {
+      const Vector w = load(weights);
+      const int64_t offset = task.offsets[tap] + channel;
+#pragma GCC unroll 8
+      for (int p = 0; p < rows; ++p) sums[p] += load(in[p] + offset) * w;
     }
-    for (int p = 0; p < rows; ++p) store(out + p * task.out_step + channel, activate(sums[p], task.activation));
+    activate(sums, task.activation);
+    for (int p = 0; p < rows; ++p) store(out + p * task.out_step + channel, sums[p]);
   }
 }
 
 void depthwise(const DepthwiseTask& task) {
-  constexpr int rows = 6;
   int64_t pixel = 0;
-  for (; pixel + rows <= task.pixels; pixel += rows) depthwise_tile<rows>(task, pixel);
+  for (; pixel + 7 <= task.pixels; pixel += 7) depthwise_tile<7>(task, pixel);
+  for (; pixel + 3 <= task.pixels; pixel += 3) depthwise_tile<3>(task, pixel);
   for (; pixel < task.pixels; ++pixel) depthwise_tile<1>(task, pixel);
 }
 
@@ -213,11 +250,12 @@ void winograd_output(const WinogradOutput& task) {
       winograd_out(tile + 6 * h, 1, line, 1);
       float* out = task.out + h * task.row + channel;
       const float* residual = task.residual ? task.residual + h * task.residual_row + channel : nullptr;
-      for (int w = 0; w < task.width; ++w) {
-        Vector y = line[w] + bias;
-        if (residual) y += load(residual + w * task.residual_pitch);
-        store(out + w * task.pitch, activate(y, task.activation));
+      for (int w = 0; w < 4; ++w) line[w] += bias;
+      if (residual) {
+        for (int w = 0; w < task.width; ++w) line[w] += load(residual + w * task.residual_pitch);
       }
+      activate(line, task.activation);
+      for (int w = 0; w < task.width; ++w) store(out + w * task.pitch, line[w]);
     }
   }
 }
@@ -243,8 +281,9 @@ void pool_sum(const float* const* in, int64_t count, float scale, float* out, in
 
 void add(const float* a, const float* b, float* out, int64_t count, Activation activation) {
   for (int64_t i = 0; i < count; i += kWidth) {
-    const Vector x = load(a + i);
-    store(out + i, activate(b ? x + load(b + i) : x, activation));
+    Vector x[1] = {b ? load(a + i) + load(b + i) : load(a + i)};
+    activate(x, activation);
+    store(out + i, x[0]);
   }
 }
 

@@ -243,7 +243,9 @@ class FrozenNetwork(nn.Module):
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"x must be a tensor [N, C, H, W], got {found}")
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.dtype)
+        if not self.segments:  # the engine reads any layout
+            x = x.contiguous(memory_format=torch.channels_last)
         if decisions is None:
             if self.policy is None:
                 raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
@@ -253,7 +255,7 @@ class FrozenNetwork(nn.Module):
         return (y, decisions) if return_decisions else y
 
     def run_in_parts(self, x, decisions):
-        """``x`` channels_last in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""
+        """``x`` in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""
         parts = list(zip(*self._split(x, decisions), strict=True))
         return self.run(*parts[0]) if len(parts) == 1 else torch.cat([self.run(*part) for part in parts])
 
