@@ -13,6 +13,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dynexec {
 namespace {
 
@@ -25,6 +29,19 @@ constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and out
 constexpr int64_t kDepthwiseChannels = 32;  // at a time: a multiple of every width
 constexpr int64_t kMaxWindow = 64 * 64;    // inputs of a pooling: their pointers are on the stack
 constexpr int64_t kMaxSize = int64_t(1) << 24;
+
+// With AddressSanitizer, forbidden floats behind every slot, and NaN in memory that nothing was written to.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGap = 64;
+void poison(float* from, int64_t count) { __asan_poison_memory_region(from, count * sizeof(float)); }
+void unpoison(float* from, int64_t count) { __asan_unpoison_memory_region(from, count * sizeof(float)); }
+void fill_with_nan(float* from, int64_t count) { std::fill(from, from + count, __builtin_nanf("")); }
+#else
+constexpr int64_t kGap = 0;
+void poison(float*, int64_t) {}
+void unpoison(float*, int64_t) {}
+void fill_with_nan(float*, int64_t) {}
+#endif
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
 
@@ -59,6 +76,7 @@ struct Program::Memory {
         arena(static_cast<float*>(std::aligned_alloc(64, std::max<int64_t>(64, round_up(4 * floats, 64))))),
         counter(new Counter[counters]) {
     if (!arena) throw std::bad_alloc();
+    fill_with_nan(arena.get(), floats);
   }
 };
 
@@ -330,7 +348,7 @@ std::vector<int64_t> Program::place_slots(int64_t group) const {
     const int64_t samples = buffer.phase < 0 ? group : std::min(group, phases_[buffer.phase].samples);
     begin[buffer.slot + 1] = std::max(begin[buffer.slot + 1], samples * buffer.sample());
   }
-  for (int64_t slot = 0; slot < num_slots_; ++slot) begin[slot + 1] += begin[slot];
+  for (int64_t slot = 0; slot < num_slots_; ++slot) begin[slot + 1] += begin[slot] + kGap;
   return begin;
 }
 
@@ -369,6 +387,10 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   const int64_t counters = together ? groups * steps(group) : 0;
   const int64_t shared = arena * (together ? 1 : workers);
   std::unique_ptr<Memory> memory = take_memory(shared + scratch_ * workers, counters);
+  unpoison(memory->arena.get(), memory->floats);
+  for (int64_t a = 0; kGap && a < shared; a += arena) {
+    for (int64_t slot = 1; slot <= num_slots_; ++slot) poison(memory->arena.get() + a + slots[slot] - kGap, kGap);
+  }
   for (int64_t i = 0; i < counters; ++i) {
     memory->counter[i].started.store(0, std::memory_order_relaxed);
     memory->counter[i].done.store(0, std::memory_order_relaxed);

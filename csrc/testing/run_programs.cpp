@@ -1,0 +1,113 @@
+// Runs programs of the CPU engine from files, alone, without torch and Python: made to be built with sanitizers.
+//
+//   run_programs FILE...
+//
+// A file has int64 values: magic, sizes of code and weights, samples, columns, input [C, H, W], output [C, H, W]; then
+// the code, the weights, the input batch, the decisions (a byte each) and the expected output, both batches NHWC. Every
+// set of kernels whose vector width the program was made for runs it: by one thread and by four, in groups of several
+// sizes, each thread on its own and all together, and several calls at once. Exit status 1: an output was wrong.
+
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cpu/engine.h"
+
+namespace {
+
+constexpr int64_t kMagic = 0x64796e65786563;
+
+struct Case {
+  int64_t samples, columns, in[3], out[3];
+  std::vector<int64_t> code;
+  std::vector<float> weights, x, expected;
+  std::vector<uint8_t> decisions;
+
+  explicit Case(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    file.exceptions(std::ios::failbit | std::ios::badbit);
+    int64_t header[11];
+    file.read(reinterpret_cast<char*>(header), sizeof(header));
+    if (header[0] != kMagic) throw std::runtime_error(path + " is no program");
+    const auto read = [&](auto& values, int64_t size) {
+      values.resize(size);
+      if (size > 0) file.read(reinterpret_cast<char*>(values.data()), size * sizeof(values[0]));
+    };
+    samples = header[3];
+    columns = header[4];
+    for (int i = 0; i < 3; ++i) in[i] = header[5 + i], out[i] = header[8 + i];
+    read(code, header[1]);
+    read(weights, header[2]);
+    read(x, samples * in[0] * in[1] * in[2]);
+    read(decisions, samples * columns);
+    read(expected, samples * out[0] * out[1] * out[2]);
+  }
+};
+
+dynexec::Images view(float* data, const int64_t* shape) {
+  return {data, {shape[0] * shape[1] * shape[2], 1, shape[0] * shape[2], shape[0]}};
+}
+
+void parallel(int64_t threads, const std::function<void()>& work) {
+  std::vector<std::thread> team;
+  for (int64_t i = 1; i < threads; ++i) team.emplace_back(work);
+  work();
+  for (std::thread& thread : team) thread.join();
+}
+
+// Whether the program gives what is expected, the same bits every time.
+bool check(const std::string& path, Case& test, const dynexec::Kernels& kernels) {
+  const dynexec::Program program(test.code.data(), test.code.size(), test.weights.data(), test.weights.size(), kernels);
+  std::vector<float> first;
+  bool good = true;
+  const auto run = [&](int64_t threads, int64_t group, bool together) {
+    std::vector<float> y(test.expected.size(), NAN);
+    program.run({test.samples, view(test.x.data(), test.in), view(y.data(), test.out), test.decisions.data()}, threads,
+                group, together, parallel);
+    return y;
+  };
+  for (const int64_t threads : {1, 4}) {
+    for (const int64_t group : {0, 1, 3, 64}) {
+      for (const bool together : {false, true}) {
+        const std::vector<float> y = run(threads, group, together);
+        float largest = 0, error = 0;
+        for (size_t i = 0; i < y.size(); ++i) {
+          largest = std::max(largest, std::fabs(test.expected[i]));
+          error = std::fmax(error, std::isfinite(y[i]) ? std::fabs(y[i] - test.expected[i]) : INFINITY);
+        }
+        if (first.empty()) first = y;
+        if (error > 1e-4f * std::max(largest, 1e-3f) || y != first) {
+          std::printf("%s: %ld threads, groups of %ld, together %d: error %g of %g, same bits %d\n", path.c_str(),
+                      long(threads), long(group), together, error, largest, y == first);
+          good = false;
+        }
+      }
+    }
+  }
+  std::vector<std::thread> callers;
+  std::vector<std::vector<float>> results(3);
+  for (auto& result : results) callers.emplace_back([&] { result = run(2, 0, &result == &results[0]); });
+  for (std::thread& caller : callers) caller.join();
+  for (const auto& result : results) good = good && result == first;
+  return good;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool good = argc > 1;
+  int ran = 0;
+  for (int i = 1; i < argc; ++i) {
+    Case test(argv[i]);
+    for (const dynexec::Kernels* kernels : dynexec::Program::all_kernels()) {
+      if (test.code.size() < 2 || kernels->width != test.code[1]) continue;
+      good = check(argv[i], test, *kernels) && good;
+      ++ran;
+    }
+  }
+  std::printf("%d programs ran\n", ran);
+  return good && ran == argc - 1 ? 0 : 1;
+}
