@@ -1,0 +1,149 @@
+"""Baselines compute what the network computes, and what does not is found before it is timed."""
+
+import json
+
+import pytest
+import torch
+import toys
+from bench_toys import EAGER, TINY, ShiftsColumns, run, tiny
+
+from dynexec import convert, decide
+from dynexec.report import baselines, nets, rows, tables
+
+
+@pytest.fixture(autouse=True, scope="module")
+def private_cost_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nets.build(TINY)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return nets.make_images(4, 16)
+
+
+def converted(style):
+    model = toys.STYLES[style]()
+    return model, convert(model).num_blocks
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+@pytest.mark.parametrize("baseline", [*EAGER, baselines.DenseFrozen, baselines.Dynexec], ids=lambda b: b.name)
+def test_baselines_compute_the_same(style, baseline):
+    model, num_blocks = converted(style)
+    images = toys.images(5)
+    candidate = baseline(model, images, threads=1)
+    choices = [torch.rand(5, num_blocks) < 0.5, torch.zeros(5, num_blocks) > 0, torch.ones(5, num_blocks) > 0]
+    for decisions in choices:
+        with torch.inference_mode(), decide(torch.ones_like(decisions) if baseline.dense else decisions):
+            expected = model(images)
+        with torch.inference_mode():
+            torch.testing.assert_close(candidate(images, decisions), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_baselines_leave_the_model_alone(model, images):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(model, images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("baseline", [baselines.OnnxRuntime, baselines.OpenVino], ids=lambda b: b.name)
+@pytest.mark.parametrize("own", [True, False])
+def test_exported_baselines_compute_the_same(model, baseline, own):
+    if baseline.missing():
+        pytest.skip(baseline.missing())
+    network = model if own else converted("mobilenet")[0]
+    images = nets.make_images(3, 16)
+    with torch.inference_mode():
+        expected = getattr(network, "backbone", network)(images)
+        output = baseline(network, images, threads=1)(images, None)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_baseline_computes_the_same():
+    if baselines.DenseCompiled.missing():
+        pytest.skip(baselines.DenseCompiled.missing())
+    model, images = nets.build(nets.Net(lambda: tiny((1,) * 2), 8, (2,))), nets.make_images(2, 8)
+    with torch.inference_mode():
+        output = baselines.DenseCompiled(model, images, threads=1)(images, None)
+        torch.testing.assert_close(output, model.backbone(images), rtol=1e-4, atol=1e-4)
+
+
+def test_missing_packages_and_failures_are_said(model, images):
+    class Absent(baselines.DenseEager):
+        name, needs = "absent", ("no_such_package",)
+
+    class Broken(baselines.DenseEager):
+        name = "broken"
+
+        def prepare(self, model, images, threads):
+            raise NotImplementedError("no such layer\nand more")
+
+    (row,) = run(model, images, baselines=(*EAGER, Absent, Broken))
+    assert row["unavailable"] == {
+        "absent": "not installed: no_such_package",
+        "broken": "NotImplementedError: no such layer",
+    }
+    assert "not installed" in tables.markdown([row])
+
+
+class IgnoresDecisions(baselines.Dynexec):
+    def __call__(self, images, decisions):
+        return super().__call__(images, torch.ones_like(decisions))
+
+
+class SwapsSamples(baselines.Dynexec):
+    def __call__(self, images, decisions):
+        return super().__call__(images, decisions).flip(0)
+
+
+class LosesOneSample(baselines.Dynexec):
+    def __call__(self, images, decisions):
+        logits = super().__call__(images, decisions).clone()
+        logits[-1] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("wrong", [IgnoresDecisions, ShiftsColumns, SwapsSamples, LosesOneSample])
+def test_gate_catches_a_wrong_executor(model, images, wrong):
+    (row,) = run(model, images, executor=wrong)
+    assert row["failed"] == ["dynexec"]
+    assert "dynexec" not in row["milliseconds"] and "masked eager" in row["milliseconds"]
+    assert (row["realised"], row["efficiency"], row["saved_share"], row["planning_share"]) == (None,) * 4
+    assert row["realised_against"] == {}
+    assert "WRONG: dynexec" in tables.markdown([row])
+    rows.check_row(json.loads(json.dumps(row, allow_nan=False)))
+
+
+def test_gate_catches_a_wrong_baseline(model, images):
+    class Fast(baselines.DenseEager):
+        name = "fast"
+
+        def __call__(self, images, decisions):
+            return torch.zeros(len(images), 5)
+
+    (row,) = run(model, images, baselines=(*EAGER, Fast))
+    assert row["failed"] == ["fast"] and "fast" not in row["milliseconds"]
+    assert row["strongest_dense"] == "dense eager" and row["realised"] is not None
+
+
+def test_gate_passes_a_right_executor(model, images):
+    for row in run(model, images, keeps=(0.0, 0.5, 1.0)):
+        assert row["failed"] == [] and row["max_error"]["dynexec"] < 1e-5
+        assert row["realised"] > 0
+
+
+def test_gate_needs_decisions_that_matter(images):
+    model = nets.build(TINY)
+    for block in (block for segment in model.backbone.blocks for block in segment):
+        block.bn2.weight.zero_()
+        block.bn2.bias.zero_()
+    with pytest.raises(ValueError, match="prove nothing"):
+        run(model, images)
