@@ -48,8 +48,9 @@ class decide:
     ----------
     decisions : bool tensor ``[N, L]`` or ``[L]``, or Route
         True where sample n keeps block l; one column per dynamic block, in registration order (that of
-        ``model.modules()``). ``[L]`` holds for every sample. A two-choice :class:`Route` is used as it is. In exact mode the tensor is copied here, so that
-        changing it afterwards changes nothing; in capacity mode every block reads it when it runs.
+        ``model.modules()``). ``[L]`` holds for every sample. A two-choice :class:`Route` is used as it is. In exact
+        mode the tensor is copied here, so that changing it afterwards changes nothing; in capacity mode every block
+        reads it when it runs.
     mode : {"exact", "capacity"}
         "exact" reads the counts on the host, once for all blocks, and computes only kept samples. "capacity" never
         waits for the device and keeps every shape fixed: blocks compute all samples and select, so it saves no time
