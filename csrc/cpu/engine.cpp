@@ -80,7 +80,7 @@ struct Program::Memory {
   }
 };
 
-// Where a thread is in a call: its group, the samples of the phase that it works on, and those that a gate lets through.
+// Where a thread is in a call: its group, the samples of the phase that it works on, those that a gate lets through.
 struct Program::Frame {
   const Batch& batch;
   const std::vector<int64_t>& slots;      // where they begin
@@ -297,7 +297,8 @@ void Program::prepare(Step& step) {
   const Buffer& in = buffers_[step.in];
   if (step.op == Op::kWinograd) {
     const int64_t width = kernels_.width;
-    const int64_t floats = kWinogradPlanes * (round_up(in.channels, width) + round_up(buffers_[step.out].channels, width));
+    const int64_t out_channels = buffers_[step.out].channels;
+    const int64_t floats = kWinogradPlanes * (round_up(in.channels, width) + round_up(out_channels, width));
     step.tiles = std::clamp(kWinogradFloats / floats / 12 * 12, int64_t(12), kWinogradTiles);
     scratch_ = std::max(scratch_, step.tiles * floats + 2 * kWinogradPlanes * 16);
     return;
@@ -483,16 +484,22 @@ int64_t winograd_tiles(const Buffer& out) {
   return divide_up(out.height, kWinogradOutput) * divide_up(out.width, kWinogradOutput);
 }
 
-// How Winograd's tiles are divided among items.
+// How Winograd's tiles and panels are divided among items; every item transforms the inputs of its tiles itself.
 struct TileDivision {
-  int64_t tiles, items;
+  int64_t tiles;  // of an item
+  int64_t tile_items, panel_items;
 };
 
-TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t threads) {
-  int64_t items = divide_up(tiles, most);
-  if (threads > 1) items = std::min(tiles, round_up(items, threads));
-  const int64_t each = divide_up(tiles, items);
-  return {each, divide_up(tiles, each)};
+TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t panels, int64_t threads) {
+  TileDivision division = {0, divide_up(tiles, most), 1};
+  if (threads > 1 && tiles < 12 * threads && panels >= threads) {
+    division.panel_items = threads;
+  } else if (threads > 1) {
+    division.tile_items = std::min(tiles, round_up(division.tile_items, threads));
+  }
+  division.tiles = divide_up(tiles, division.tile_items);
+  division.tile_items = divide_up(tiles, division.tiles);
+  return division;
 }
 
 void clear_border(const Buffer& b, float* data) {
@@ -548,10 +555,16 @@ int64_t Program::items(const Step& step, const Frame& frame) const {
   if (step.op == Op::kStore) return frame.count * buffers_[step.in].height;
   const Buffer& out = buffers_[step.out];
   const int64_t borders = out.has_border() && step.out != step.other ? frame.count : 0;
-  if (step.op == Op::kWinograd) return borders + divide_winograd(frame.count * winograd_tiles(out), step.tiles, frame.helpers).items;
-  if (step.op != Op::kConv) return borders + frame.count * divide_up(out.height, rows_at_once(step, out));
-  const Division division =
-      divide_conv(frame.count * out.pixels(), divide_channels(kernels_, out.channels).count, frame.helpers);
+  if (step.op != Op::kConv && step.op != Op::kWinograd) {
+    return borders + frame.count * divide_up(out.height, rows_at_once(step, out));
+  }
+  const int64_t panels = divide_channels(kernels_, out.channels).count;
+  if (step.op == Op::kWinograd) {
+    const TileDivision division =
+        divide_winograd(frame.count * winograd_tiles(out), step.tiles, panels, frame.helpers);
+    return borders + division.tile_items * division.panel_items;
+  }
+  const Division division = divide_conv(frame.count * out.pixels(), panels, frame.helpers);
   return borders + division.pixel_items * division.panel_items;
 }
 
@@ -664,8 +677,12 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
   const int64_t across = divide_up(out.width, kWinogradOutput), of_sample = winograd_tiles(out);
   const int64_t total = frame.count * of_sample;
-  const TileDivision division = divide_winograd(total, step.tiles, frame.helpers);
-  const int64_t first = item * division.tiles, count = std::min(division.tiles, total - first);
+  const Panels panels = divide_channels(kernels_, out.channels);
+  const TileDivision division = divide_winograd(total, step.tiles, panels.count, frame.helpers);
+  const int64_t first = item % division.tile_items * division.tiles, count = std::min(division.tiles, total - first);
+  const int64_t share = item / division.tile_items;
+  const int64_t first_panel = panels.count * share / division.panel_items;
+  const int64_t last_panel = panels.count * (share + 1) / division.panel_items;
   const int64_t in_channels = round_up(in.channels, kernels_.width);
   const int64_t out_channels = round_up(out.channels, kernels_.width);
   // 16 floats between the planes, so that they do not all fall into the same lines of the cache.
@@ -686,7 +703,6 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   }
 
   static const float zeros[64] = {};
-  const Panels panels = divide_channels(kernels_, out.channels);
   ConvTask task;
   task.in = from;
   task.out = to;
@@ -698,7 +714,7 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     const Run run = {plane * in_plane, in.channels};
     task.runs = &run;
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t channel = panel * kernels_.panel * kernels_.width;
       task.vectors = panel == panels.count - 1 ? panels.last : kernels_.panel;
       task.channel = plane * out_plane + channel;
@@ -707,25 +723,28 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
     }
   }
 
+  const int64_t channel = first_panel * kernels_.panel * kernels_.width;
+  const int64_t end = last_panel == panels.count ? out_channels : last_panel * kernels_.panel * kernels_.width;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
     const int64_t row = tile / across * kWinogradOutput, column = tile % across * kWinogradOutput;
     WinogradOutput output;
-    output.in = to[i];
+    output.in = to[i] + channel;
     output.plane = out_plane;
-    output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch;
+    output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch + channel;
     output.row = out.row();
     output.pitch = out.pitch;
     output.residual = nullptr;
     if (other) {
-      output.residual = frame.at(*other, sample) + other->origin() + row * other->row() + column * other->pitch;
+      output.residual =
+          frame.at(*other, sample) + other->origin() + row * other->row() + column * other->pitch + channel;
       output.residual_row = other->row();
       output.residual_pitch = other->pitch;
     }
     output.height = std::min(kWinogradOutput, out.height - row);
     output.width = std::min(kWinogradOutput, out.width - column);
-    output.channels = out_channels;
-    output.bias = weights_ + step.bias;
+    output.channels = end - channel;
+    output.bias = weights_ + step.bias + channel;
     output.activation = step.activation;
     kernels_.winograd_output(output);
   }
@@ -734,7 +753,8 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
 void Program::run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t first) const {
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
-  const int64_t channels = round_up(out.channels, kernels_.width), end = std::min(out.height, first + rows_at_once(step, out));
+  const int64_t channels = round_up(out.channels, kernels_.width);
+  const int64_t end = std::min(out.height, first + rows_at_once(step, out));
   const float* from = frame.at(in, sample) + in.origin() - step.padding[0] * in.row() - step.padding[1] * in.pitch;
   float* to = frame.at(out, sample) + out.origin();
   DepthwiseTask task;

@@ -46,7 +46,9 @@ Tensor engine_facts(const Tensor& like) {
 }
 
 int64_t make_program(const Tensor& code, const Tensor& weights) {
-  if (code.scalar_type() != ScalarType::Long || !code.is_contiguous()) throw std::invalid_argument("code must be int64");
+  if (code.scalar_type() != ScalarType::Long || !code.is_contiguous()) {
+    throw std::invalid_argument("code must be contiguous int64");
+  }
   if (weights.scalar_type() != ScalarType::Float || !weights.is_contiguous()) {
     throw std::invalid_argument("weights must be contiguous float32");
   }
