@@ -16,8 +16,8 @@ _library.define("scatter_rows_(Tensor(a!) destination, Tensor index, Tensor rows
 _library.define("plan(Tensor decisions, int choices) -> (Tensor, Tensor)")
 # The CPU engine, native only: see dynexec/executors/program.py.
 _library.define("engine_facts(Tensor like) -> Tensor")
+_library.define("peak_rate(Tensor like) -> float")
 _library.define("make_program(Tensor code, Tensor weights) -> int")
-_library.define("free_program(int program, Tensor code) -> ()")
 _library.define("run_program(Tensor x, Tensor decisions, int program, int group, bool together) -> Tensor")
 
 

@@ -1,5 +1,6 @@
 """Loads the native part, if it was built, and knows why not."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def load():
     except OSError as error:
         return f"{library.name} does not load: {error}"
     return None
+
+
+def free_program(handle):
+    """Give up a program of the CPU engine."""
+    ctypes.CDLL(str(next(PACKAGE.glob("libdynexec_cpu.*")))).dynexec_free_program(ctypes.c_int64(handle))
 
 
 def build_facts():

@@ -1,5 +1,6 @@
 """The CPU engine against float64 PyTorch: geometries, values that are no numbers, batches, threads, broken programs."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynexec.executors.packing import ACTIVATIONS, PackedConv
 from dynexec.executors.program import Builder, Program, Weights, engine_missing
@@ -250,6 +252,17 @@ def test_several_python_threads_share_a_program():
         parts = [slice(i, i + 1 + i % 3) for i in range(37)] * 3
         results = list(pool.map(lambda part: made(x[part], decisions[part]), parts))
     assert all(torch.equal(result, whole[part]) for result, part in zip(results, parts, strict=True))
+
+
+def test_programs_are_given_up_whatever_torch_is_doing():
+    x = torch.randn(1, 3, 6, 6)
+    made, _ = block_program(16, (6, 6))
+    handle = made.handle
+    with FakeTensorMode():
+        del made
+        gc.collect()
+    with pytest.raises(ValueError, match="there is no program"):
+        torch.ops.dynexec.run_program(x, torch.ones(1, 3, dtype=torch.bool), handle, 0, False)
 
 
 def test_bad_inputs_are_named():

@@ -86,6 +86,9 @@ struct Kernels {
   void (*add)(const float* a, const float* b, float* out, int64_t count, Activation activation);
   // out = a * b
   void (*multiply)(const float* a, const float* b, float* out, int64_t count);
+  // `rounds` times as many multiplications with addition, all in registers, as it returns: what a core can do at most.
+  // `values`: 32 floats to work on, and room for the result.
+  int64_t (*multiply_add)(int64_t rounds, float* values);
 };
 
 extern const Kernels kGenericKernels;

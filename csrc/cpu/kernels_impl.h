@@ -291,9 +291,22 @@ void multiply(const float* a, const float* b, float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store(out + i, load(a + i) * load(b + i));
 }
 
+int64_t multiply_add(int64_t rounds, float* values) {
+  constexpr int count = DYNEXEC_REGISTERS == 32 ? 24 : 12;
+  Vector sums[count];
+  for (int i = 0; i < count; ++i) sums[i] = broadcast(values[2 + i]);  // all different, for the compiler
+  const Vector factor = broadcast(values[0]), term = broadcast(values[1]);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int i = 0; i < count; ++i) sums[i] = sums[i] * factor + term;
+  }
+  for (int i = 0; i < count; ++i) store(values, load(values) + sums[i]);
+  return count * kWidth;
+}
+
 }  // namespace
 
-const Kernels DYNEXEC_TABLE = {kWidth,          kPanel,   conv,     depthwise, winograd_input,
-                               winograd_output, pool_max, pool_sum, add,       multiply};
+const Kernels DYNEXEC_TABLE = {kWidth,   kPanel,   conv, depthwise, winograd_input, winograd_output,
+                               pool_max, pool_sum, add,  multiply,  multiply_add};
 
 }  // namespace dynexec

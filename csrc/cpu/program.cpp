@@ -1,8 +1,9 @@
-// The CPU engine as ops: make_program, run_program, free_program, engine_facts. Meaning: dynexec/executors/program.py.
+// The CPU engine as ops: make_program, run_program and facts. Meaning: dynexec/executors/program.py.
 
 #include "common.h"
 #include "engine.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -45,6 +46,20 @@ Tensor engine_facts(const Tensor& like) {
   return facts;
 }
 
+// Floating-point operations per second of one thread: the best of several short runs.
+double peak_rate(const Tensor&) {
+  double best = 0;
+  for (int run = 0; run < 50; ++run) {
+    float values[32];
+    for (int i = 0; i < 32; ++i) values[i] = 0.5f + i / 64.0f;
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t per_round = kernels().multiply_add(100000, values);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, 2e5 * per_round / seconds.count());
+  }
+  return best;
+}
+
 int64_t make_program(const Tensor& code, const Tensor& weights) {
   if (code.scalar_type() != ScalarType::Long || !code.is_contiguous()) {
     throw std::invalid_argument("code must be contiguous int64");
@@ -56,11 +71,6 @@ int64_t make_program(const Tensor& code, const Tensor& weights) {
   const std::lock_guard lock(mutex);
   programs.emplace(next_handle, std::move(held));
   return next_handle++;
-}
-
-void free_program(int64_t handle, const Tensor&) {
-  const std::lock_guard lock(mutex);
-  programs.erase(handle);
 }
 
 Images view(const Tensor& x) {
@@ -102,10 +112,16 @@ Tensor run_program(const Tensor& x, const Tensor& decisions, int64_t handle, int
 
 STABLE_TORCH_LIBRARY_IMPL(dynexec, CPU, library) {
   library.impl("engine_facts", TORCH_BOX(&engine_facts));
+  library.impl("peak_rate", TORCH_BOX(&peak_rate));
   library.impl("make_program", TORCH_BOX(&make_program));
-  library.impl("free_program", TORCH_BOX(&free_program));
   library.impl("run_program", TORCH_BOX(&run_program));
 }
 
 }  // namespace
 }  // namespace dynexec
+
+// No op: Python collects garbage at any time, also while torch traces what its ops do.
+extern "C" __attribute__((visibility("default"))) void dynexec_free_program(int64_t handle) {
+  const std::lock_guard lock(dynexec::mutex);
+  dynexec::programs.erase(handle);
+}

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from dynexec import dispatch
+from dynexec import dispatch, native
 
 _VERSION = 1
 _OPS = (
@@ -59,6 +59,11 @@ def instruction_set():
         return None
     baseline = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "SSE2"
     return {4: baseline, 8: "AVX2", 16: "AVX-512"}[_facts()[0]]
+
+
+def peak_rate():
+    """Floating-point operations per second that one thread can do at most with this instruction set, measured."""
+    return torch.ops.dynexec.peak_rate(torch.zeros(1, dtype=torch.int64))
 
 
 def _facts():
@@ -368,7 +373,7 @@ class Program:
     def __init__(self, code, weights):
         self.code, self.num_weights = code, weights.numel()
         self.handle = torch.ops.dynexec.make_program(code, weights)
-        weakref.finalize(self, torch.ops.dynexec.free_program, self.handle, code)
+        weakref.finalize(self, native.free_program, self.handle)
 
     def __call__(self, x, decisions, group=0, together=False):
         """Run it.

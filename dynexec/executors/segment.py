@@ -95,6 +95,7 @@ class Segment:
         if not emit_nodes(builder, self.nodes, self.modules, values):
             raise ValueError(f"x {[None, *shape]} is too small for this network")
         builder.store(values[self.result])
+        self.operations = [instruction.op for instruction in builder.instructions]
         return Program(builder.finish(), self.weights.tensor())
 
 
