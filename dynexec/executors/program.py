@@ -39,7 +39,7 @@ _OPS = (
     "gate",
 )  # their places are the codes
 _ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
-_PIXELS = 192  # of a phase's samples, so that weights are read often enough for each time they are fetched
+_PIXELS = 512  # of a phase's samples, so that weights are read often enough for each time they are fetched
 _LARGEST_GROUP = 8
 _LARGEST_WINDOW = 4096  # inputs of a pooling
 # Winograd's weights are four times as large: of wide layers they would not come from memory as fast as they are used.

@@ -42,10 +42,17 @@ class Segment:
 
     def __init__(self, number, nodes, source, result, modules, columns, winograd):
         self.__name__ = f"segment_{number}"  # what generated code calls it
-        self.number, self.nodes, self.source, self.result = number, nodes, source, result
-        self.modules, self.columns, self.winograd = modules, columns, winograd
-        self.weights = Weights()
-        self.programs = {}
+        self.number, self.columns, self.winograd = number, columns, winograd
+        # A graph of its own: the network's would keep all weights of the original alive.
+        graph = fx.Graph()
+        copies = {source: graph.placeholder("x")}
+        for node in nodes:
+            route = [value for value in node.all_input_nodes if value.op == "placeholder" and value not in copies]
+            copies.update({value: graph.placeholder(value.name) for value in route})
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        self.nodes, self.source, self.result = [copies[node] for node in nodes], copies[source], copies[result]
+        self.modules = {node.target: modules[node.target] for node in nodes if node.op == "call_module"}
+        self.weights, self.programs = Weights(), {}
         self.group, self.together = 0, False
         shape = tuple(source.meta["tensor_meta"].shape[1:])
         self.programs[shape] = self._program(shape)
@@ -70,14 +77,15 @@ class Segment:
 
     def release(self):
         """Give up what only the layers' own executors need of the weights."""
-        graphs = [node.graph for node in self.nodes[:1]]
+        targets = [node.target for node in self.nodes]
         for stage in self.stages:
             for block in stage.blocks:
-                graphs += [f.__self__.graph for f in (block.shortcut, block.body) if f is not None]
-        for graph in graphs:
-            for node in graph.nodes:
-                if isinstance(node.target, PackedConv) and (graph is not self.nodes[0].graph or node in self.nodes):
-                    node.target.release()
+                for function in (block.shortcut, block.body):
+                    if function is not None:
+                        targets += [node.target for node in function.__self__.graph.nodes]
+        for target in targets:
+            if isinstance(target, PackedConv):
+                target.release()
 
     def __call__(self, x, route):
         """Run on ``x`` with a Route or bool decisions ``[N, L]``; None where nothing is decided."""
