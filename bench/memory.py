@@ -44,9 +44,9 @@ def measure(name, batch, kind):
     """MB above the bare process."""
     torch.set_num_threads(1)
     images = make_images(batch, NETS[name].size)
-    warm_up = torch.nn.Conv2d(3, 8, 3)  # libraries that torch loads with the first convolution
-    warm_up(images)
-    del warm_up
+    small = build(NETS["resnet32"]).backbone
+    freeze(small, make_images(1, 32))  # what Python and torch load with the first network
+    del small
     trim()
     before = resident("VmRSS")
     network = build(NETS[name])

@@ -281,3 +281,16 @@ def test_bad_arguments():
         dynexec.freeze(model, toys.images(2), executor="fastest")
     with pytest.raises(TypeError, match="save the original model"):
         pickle.dumps(dynexec.freeze(model, toys.images(2)))
+
+
+@pytest.mark.skipif(engine_missing() is not None, reason="no engine")
+@pytest.mark.parametrize("fastest", ["resident", "fused", "layers"])
+def test_the_fastest_way_to_run_stays(monkeypatch, fastest):
+    model, num_blocks = converted("torchvision")
+    times = dict.fromkeys(("resident", "fused", "layers"), 2.0) | {fastest: 1.0}
+    monkeypatch.setattr(freezing, "_race", lambda *_: times)
+    frozen = dynexec.freeze(model, toys.images(4))
+    assert f"-> {fastest}" in frozen.explain()
+    assert bool(frozen.segments) == (fastest != "layers") and bool(frozen.stages) == (fastest == "layers")
+    x, decisions = toys.images(5), torch.rand(5, num_blocks) < 0.5
+    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE

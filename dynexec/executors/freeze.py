@@ -126,9 +126,11 @@ def _freeze_backbone(backbone, images, executor, winograd, cache):
     if engine is None:
         layers.notes.append(f"engine not used: {reason}")
         return layers.keep_only()
-    times = _race({"engine": engine, "layers": layers}, images, cache)
+    times = _race(engine, layers, images, cache)
     fastest = min(times, key=times.get)
-    chosen = {"engine": engine, "layers": layers}[fastest]
+    chosen = layers if fastest == "layers" else engine
+    for segment in engine.segments:
+        segment.together = fastest == "fused"
     compared = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
     chosen.notes.append(f"batch {len(images)}, keep 0.5 and 1 together: {compared} (measured) -> {fastest}")
     return chosen.keep_only()
@@ -185,22 +187,24 @@ def _freeze_policy(policy, images, executor, winograd, cache):
     return engine.forward
 
 
-def _race(networks, images, cache):
-    """Seconds by name: each network on the images, once with half of the blocks and once with all."""
-    first = next(iter(networks.values()))
+def _race(engine, layers, images, cache):
+    """Seconds of every way to run: the images once with half of the blocks and once with all."""
     generator = torch.Generator().manual_seed(0)
-    keeps = [torch.rand(len(images), first.num_blocks, generator=generator) < keep for keep in (0.5, 1.0)]
-    parts = [part for network in networks.values() for part in (*network.segments, *network.stages)]
+    keeps = [torch.rand(len(images), layers.num_blocks, generator=generator) < keep for keep in (0.5, 1.0)]
+    # Fewer samples than threads are shared by all of them in any case.
+    several = 1 < torch.get_num_threads() <= len(images)
+    names = ("resident", *(("fused",) if several else ()), "layers")
+
+    def measure(name):
+        for segment in engine.segments:
+            segment.together = name == "fused"
+        network = layers if name == "layers" else engine
+        return sum(seconds(lambda d=d: network.run_in_parts(images, d)) for d in keeps)
+
+    parts = [part for network in (engine, layers) for part in (*network.segments, *network.stages)]
     signature = " ".join(part.signature for part in parts)
-    key = cache.key("race", _digest(signature), tuple(images.shape), first.dtype)
-
-    def measure():
-        return {
-            name: sum(seconds(lambda d=d, network=network: network.run_in_parts(images, d)) for d in keeps)
-            for name, network in networks.items()
-        }
-
-    return cache.get(key, _are_times(networks), measure)
+    key = cache.key("race", _digest(signature), tuple(images.shape), layers.dtype)
+    return cache.get(key, _are_times(names), lambda: {name: measure(name) for name in names})
 
 
 def _are_times(names):
