@@ -9,6 +9,7 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.nn import ResidualBlock, assign_columns
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +125,28 @@ def test_a_cost_cache_with_foreign_entries_is_measured_anew(tmp_path, entries):
     dynexec.freeze(model, toys.images(2), cost_cache=path)
     assert set(json.loads(path.read_text())["entries"]) == kept
     assert "null" not in path.read_text()
+
+
+class View(nn.Module):
+    def forward(self, x):
+        return x.view_as(x)
+
+
+@pytest.mark.parametrize("shortcut", [nn.Identity(), View()])
+@pytest.mark.parametrize("executor", [None, "masked", "compact", "grouped"])
+def test_a_shortcut_that_shares_its_inputs_memory(shortcut, executor):
+    class Single(ResidualBlock):
+        def __init__(self):
+            super().__init__(shortcut)
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def residual_layers(self):
+            return [self.conv]
+
+    model = toys.finish(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Single(), Single()))
+    assign_columns(model)
+    frozen = dynexec.freeze(model, toys.images(2), executor=executor)
+    x, decisions = toys.images(4), torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+    with torch.no_grad(), dynexec.decide(decisions):
+        expected = model(x)
+    assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)

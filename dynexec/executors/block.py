@@ -34,6 +34,8 @@ class FrozenBlock:
         s = x
         if block.shortcut_layers():
             self.shortcut = pack_module(_Shortcut(block), x)
+            if self.shortcut(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                self.shortcut = pack_module(_Copied(block), x)  # bodies write where the shortcut is, and still read x
             s = self.shortcut(x)
         overwritten = ("s",) if self.shortcut else ("x", "s")
         self.body = pack_module(_Body(block, args, kwargs or {}), x, s, may_overwrite=overwritten)
@@ -83,6 +85,11 @@ class _Shortcut(nn.Module):
 
     def forward(self, x):
         return apply_layers(self.block.shortcut_layers(), x)
+
+
+class _Copied(_Shortcut):
+    def forward(self, x):
+        return super().forward(x).clone()
 
 
 class _Body(_Shortcut):

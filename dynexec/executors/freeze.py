@@ -265,7 +265,11 @@ class FrozenNetwork(nn.Module):
 
     def run(self, x, decisions):
         """The whole batch at once."""
-        return self.network(x, Route.from_decisions(decisions) if self.stages else decisions)
+        return self.network(x, self.plan(decisions))
+
+    def plan(self, decisions):
+        """What the network gets for bool decisions ``[N, L]``: a Route, or the decisions where only the engine runs."""
+        return Route.from_decisions(decisions) if self.stages else decisions
 
     def keep_only(self):
         """Give up the weights that this way to run does not need; return the network."""

@@ -3,6 +3,7 @@
 import torch
 
 from dynexec import ops
+from dynexec.reference import empty_rows
 
 
 def prepare(stage, route):
@@ -26,7 +27,7 @@ def run(stage, x, parts):
         index = torch.tensor(samples, dtype=torch.int32)
         rows = _run_static(stage, ops.gather_rows(x, index), kept)
         if y is None:
-            y = rows.new_empty_strided((len(x), *rows.shape[1:]), rows.stride())
+            y = empty_rows(rows, len(x))
         ops.scatter_rows_(y, index, rows)
     return y
 

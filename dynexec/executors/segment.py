@@ -189,6 +189,8 @@ def _emit_call(builder, node, x, others, out):
         return builder.add(x, activation="sigmoid", out=out)
     if out is not None:
         return None
+    if target == "clone":
+        return builder.add(x)
     if target is F.adaptive_avg_pool2d and _argument(node, 1, "output_size", None) in (1, (1, 1)):
         return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
     if target in (torch.mean, "mean") and _argument(node, 2, "keepdim", False) is True:

@@ -12,7 +12,6 @@ from dynexec.measure.timing import compare
 from dynexec.nn.residual import dynamic_blocks
 from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec
 from dynexec.report.rows import environment, now, speed_up
-from dynexec.route import Route
 
 BERNOULLI, PUBLISHED = "bernoulli", "published"
 # At least this many samples are decided for: at small batches a timed call goes through several draws.
@@ -102,7 +101,8 @@ def run_experiment(
         candidates, unavailable = _prepare(model, images, (executor, *baselines), progress)
         progress(0.0, "comparing outputs")
         errors = _errors(model, images, settings, candidates)
-        calls = _calls(candidates, images, settings)
+        frozen = next(candidate.model for candidate in candidates if isinstance(candidate, executor))
+        calls = _calls(candidates, images, settings, frozen)
         comparison = compare(
             calls,
             baseline=next((key for key in calls if key[0] == "dense eager"), None),
@@ -113,7 +113,6 @@ def run_experiment(
     common = {"net": name, "image_size": images.shape[-1], "batch": len(images), "unavailable": unavailable}
     dense = [candidate.name for candidate in candidates if candidate.dense and not candidate.own]
     rows = [_row(common, setting, errors[setting.label], comparison, flops, dense) for setting in settings]
-    frozen = next(candidate.model for candidate in candidates if isinstance(candidate, executor))
     for row, setting in zip(rows, settings, strict=True):
         row["losses"] = _losses(row, setting, frozen)
     return rows
@@ -166,7 +165,7 @@ def relative_error(output, reference):
     return float((output - reference).abs().max() / reference.abs().max())
 
 
-def _calls(candidates, images, settings):
+def _calls(candidates, images, settings, frozen):
     """What to time, by (candidate, label of the setting or None where the time holds for all)."""
     calls = {}
     for candidate in candidates:
@@ -177,7 +176,7 @@ def _calls(candidates, images, settings):
             key = candidate.name, setting.label if per_setting else None
             calls.setdefault(key, partial(_forward, candidate, policy, images, draws))
     for setting in settings:
-        calls[("planning", setting.label)] = partial(_plan, setting.draws)
+        calls[("planning", setting.label)] = partial(_plan, frozen, setting.draws)
     return calls
 
 
@@ -188,9 +187,9 @@ def _forward(candidate, policy, images, draws):
         candidate(images, draw)
 
 
-def _plan(draws):
+def _plan(frozen, draws):
     for draw in draws:
-        Route.from_decisions(draw)
+        frozen.plan(draw)
 
 
 def _row(common, setting, errors, comparison, flops, dense):
