@@ -27,6 +27,7 @@ constexpr int64_t kReduction = 512;        // floats of a reduction at a time: a
 constexpr int64_t kWinogradTiles = 48;     // at most at once; a multiple of every tile's rows
 constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kDepthwiseChannels = 32;  // at a time: a multiple of every width
+constexpr int64_t kDepthwiseRows = 8;
 constexpr int64_t kMaxWindow = 64 * 64;    // inputs of a pooling: their pointers are on the stack
 constexpr int64_t kMaxSize = int64_t(1) << 24;
 
@@ -546,8 +547,8 @@ void store_row(const float* from, const Buffer& b, const Images& y, int64_t samp
 }  // namespace
 
 // Rows of an item: a depthwise convolution reads its inputs again for the next row, while they are in the cache.
-int64_t Program::rows_at_once(const Step& step, const Buffer& out) {
-  return step.op == Op::kDepthwise ? std::min<int64_t>(out.height, 8) : 1;
+int64_t Program::rows_at_once(const Step& step, const Frame& frame, const Buffer& out) {
+  return step.op == Op::kDepthwise ? std::min(divide_up(out.height, frame.helpers), kDepthwiseRows) : 1;
 }
 
 // The work of a step in pieces: first the borders of its output, then what it computes.
@@ -556,7 +557,7 @@ int64_t Program::items(const Step& step, const Frame& frame) const {
   const Buffer& out = buffers_[step.out];
   const int64_t borders = out.has_border() && step.out != step.other ? frame.count : 0;
   if (step.op != Op::kConv && step.op != Op::kWinograd) {
-    return borders + frame.count * divide_up(out.height, rows_at_once(step, out));
+    return borders + frame.count * divide_up(out.height, rows_at_once(step, frame, out));
   }
   const int64_t panels = divide_channels(kernels_, out.channels).count;
   if (step.op == Op::kWinograd) {
@@ -576,8 +577,8 @@ void Program::run_item(const Step& step, const Frame& frame, int64_t item) const
   }
   if (step.op == Op::kConv) return run_conv(step, frame, item);
   if (step.op == Op::kWinograd) return run_winograd(step, frame, item);
-  const int64_t bands = divide_up(out.height, rows_at_once(step, out));
-  const int64_t sample = frame.active[item / bands], row = item % bands * rows_at_once(step, out);
+  const int64_t bands = divide_up(out.height, rows_at_once(step, frame, out));
+  const int64_t sample = frame.active[item / bands], row = item % bands * rows_at_once(step, frame, out);
   float* to = frame.at(out, sample) + out.origin() + row * out.row();
   const int64_t number = frame.group + frame.first + sample;  // in the batch
   switch (step.op) {
@@ -754,7 +755,7 @@ void Program::run_depthwise(const Step& step, const Frame& frame, int64_t sample
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
   const int64_t channels = round_up(out.channels, kernels_.width);
-  const int64_t end = std::min(out.height, first + rows_at_once(step, out));
+  const int64_t end = std::min(out.height, first + rows_at_once(step, frame, out));
   const float* from = frame.at(in, sample) + in.origin() - step.padding[0] * in.row() - step.padding[1] * in.pitch;
   float* to = frame.at(out, sample) + out.origin();
   DepthwiseTask task;

@@ -111,7 +111,7 @@ class Program {
   std::vector<int64_t> place_slots(int64_t group) const;
   int64_t steps(int64_t group) const;
   void run_group(Frame& frame) const;
-  static int64_t rows_at_once(const Step& step, const Buffer& out);
+  static int64_t rows_at_once(const Step& step, const Frame& frame, const Buffer& out);
   int64_t items(const Step& step, const Frame& frame) const;
   void run_item(const Step& step, const Frame& frame, int64_t item) const;
   void run_conv(const Step& step, const Frame& frame, int64_t item) const;
