@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dynexec.executors.block import pack_module
-from dynexec.executors.program import instruction_set, peak_rate
+from dynexec.executors.engine import instruction_set, peak_rate
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.segment import make_segments
 from dynexec.measure.environment import processor_name

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from dynexec import dispatch, native
-from dynexec.executors.program import instruction_set
+from dynexec.executors.engine import instruction_set
 from dynexec.measure.environment import processor_name
 
 # Used where installed, never required.

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dynexec.executors.engine import Program, engine_missing
 from dynexec.executors.packing import ACTIVATIONS, PackedConv
-from dynexec.executors.program import Builder, Program, Weights, engine_missing
+from dynexec.executors.program import Builder
+from dynexec.executors.weights import Weights
 
 pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
 

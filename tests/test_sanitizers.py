@@ -12,7 +12,7 @@ import toys
 from torch import nn
 
 import dynexec
-from dynexec.executors.program import engine_missing
+from dynexec.executors.engine import engine_missing
 from dynexec.models import create_model
 
 ROOT = Path(__file__).parent.parent

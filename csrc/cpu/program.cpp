@@ -1,4 +1,4 @@
-// The CPU engine as ops: make_program, run_program and facts. Meaning: dynexec/executors/program.py.
+// The CPU engine as ops: make_program, run_program and facts. Meaning: dynexec/executors/engine.py.
 
 #include "common.h"
 #include "engine.h"

@@ -1,5 +1,6 @@
 """Strategies to run a frozen chain of blocks, and ``freeze``, which picks among them."""
 
-from dynexec.executors.freeze import FrozenNetwork, freeze
+from dynexec.executors.freeze import freeze
+from dynexec.executors.frozen import FrozenNetwork
 
 __all__ = ["FrozenNetwork", "freeze"]

@@ -7,18 +7,17 @@ import torch
 from torch import fx, nn
 
 from dynexec.executors.block import pack_module
-from dynexec.executors.choose import CAUSES
 from dynexec.executors.costs import CostCache, seconds
+from dynexec.executors.engine import engine_missing
+from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
-from dynexec.executors.program import engine_missing, instruction_set
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.segment import make_segments
 from dynexec.executors.stage import EXECUTORS
-from dynexec.nn.context import check_decisions, decide
+from dynexec.nn.context import decide
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import apply_layers, dynamic_blocks
-from dynexec.policy import threshold
 from dynexec.route import Route
 
 _PROOF_SAMPLES = 3
@@ -218,112 +217,6 @@ def _are_times(names):
 
 def _digest(value):
     return sha256(str(value).encode()).hexdigest()
-
-
-class FrozenNetwork(nn.Module):
-    """What :func:`freeze` returns: ``frozen(x, decisions)`` or, with a policy, ``frozen(x)``.
-
-    It belongs to the processor and thread count it was made on: save the original model and freeze it again.
-    """
-
-    def __init__(self, network, stages, segments, num_blocks, dtype):
-        super().__init__()
-        self.network, self.dtype, self.num_blocks = network, dtype, num_blocks
-        self.stages, self.segments = tuple(stages), tuple(segments)
-        self.policy, self.samples_at_once, self.notes = None, None, []
-
-    @torch.no_grad()
-    def forward(self, x, decisions=None, *, return_decisions=False):
-        """Run the network on the blocks that the decisions keep, without gradients.
-
-        Parameters
-        ----------
-        x : float tensor ``[N, C, H, W]``
-        decisions : bool tensor ``[N, L]`` or ``[L]``, optional
-            None: the policy decides, keeping a block where its probability is at least 0.5.
-        return_decisions : bool
-            Also return the decisions, bool ``[N, L]``.
-        """
-        if not isinstance(x, torch.Tensor) or x.dim() != 4:
-            found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor [N, C, H, W], got {found}")
-        x = x.to(self.dtype)
-        if not self.segments:  # the engine reads any layout
-            x = x.contiguous(memory_format=torch.channels_last)
-        if decisions is None:
-            if self.policy is None:
-                raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
-            decisions = threshold(self.policy(x))
-        decisions = self._check_decisions(decisions, x)
-        y = self.run_in_parts(x, decisions)
-        return (y, decisions) if return_decisions else y
-
-    def run_in_parts(self, x, decisions):
-        """``x`` in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""
-        parts = list(zip(*self._split(x, decisions), strict=True))
-        return self.run(*parts[0]) if len(parts) == 1 else torch.cat([self.run(*part) for part in parts])
-
-    def run(self, x, decisions):
-        """The whole batch at once."""
-        return self.network(x, self.plan(decisions))
-
-    def plan(self, decisions):
-        """What the network gets for bool decisions ``[N, L]``: a Route, or the decisions where only the engine runs."""
-        return Route.from_decisions(decisions) if self.stages else decisions
-
-    def keep_only(self):
-        """Give up the weights that this way to run does not need; return the network."""
-        for segment in self.segments:
-            segment.release()
-        for stage in self.stages:
-            stage.used = dict.fromkeys(stage.used, 0)  # so far it was tried, not used
-        self.network.__self__.delete_all_unused_submodules()
-        return self
-
-    def _split(self, *tensors):
-        size = self.samples_at_once or max(len(tensors[0]), 1)
-        return [tensor.split(size) for tensor in tensors]
-
-    def _check_decisions(self, decisions, x):
-        decisions = check_decisions(decisions)
-        expected = (len(x), self.num_blocks)
-        if tuple(decisions.shape) not in (expected, expected[1:]):
-            raise ValueError(
-                f"decisions must be bool [{expected[0]}, {expected[1]}] or [{expected[1]}] for this batch and network, "
-                f"got {tuple(decisions.shape)}"
-            )
-        if decisions.device != x.device:
-            raise ValueError(f"decisions is on {decisions.device}, but x is on {x.device}: move it there")
-        return decisions.expand(expected)
-
-    def predict_losses(self, decisions):
-        """Where time is expected to be lost against dense speed on the kept rows: seconds by cause.
-
-        The causes are those of the executors that would be chosen for ``decisions``, bool ``[N, L]``.
-        """
-        routes = [Route.from_decisions(part) for part in self._split(decisions)[0]]
-        found = [stage.predict_losses(route) for route in routes for stage in self.stages]
-        return {cause: sum(losses[cause] for losses in found) for cause in CAUSES}  # the engine has none of them
-
-    def explain(self):
-        """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
-        lines = [
-            f"{self.num_blocks} blocks, {len(self.segments)} segments of the engine ({instruction_set()}), "
-            f"{len(self.stages)} stages by layer, {self.dtype}, {self.samples_at_once or 'all'} samples at once, "
-            f"policy: {self._policy_name()}",
-            *self.notes,
-        ]
-        for part in (*self.segments, *self.stages):
-            lines += part.explain()
-        return "\n".join(lines)
-
-    def _policy_name(self):
-        if self.policy is None:
-            return "none, decisions must be given"
-        return "packed" if isinstance(getattr(self.policy, "__self__", None), fx.GraphModule) else "as it is"
-
-    def __getstate__(self):
-        raise TypeError("a FrozenNetwork cannot be pickled or copied: save the original model and freeze it again")
 
 
 def _check(model, example_input, dtype, executor, policy):

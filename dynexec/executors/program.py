@@ -16,28 +16,13 @@ of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels 
 Those of Winograd's F(4x4, 3x3) are 36 matrices ``[panel][channels in][channels of the panel]``.
 """
 
-import platform
-import weakref
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-
-from dynexec import dispatch, native
 
 _VERSION = 1
-_OPS = (
-    "load",
-    "store",
-    "conv",
-    "winograd",
-    "depthwise",
-    "max",
-    "sum",
-    "add",
-    "multiply",
-    "gate",
-)  # their places are the codes
+# Their places are the codes.
+_OPS = ("load", "store", "conv", "winograd", "depthwise", "max", "sum", "add", "multiply", "gate")
 _ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
 _PIXELS = 512  # of a phase's samples, so that weights are read often enough for each time they are fetched
 _LARGEST_GROUP = 8
@@ -46,93 +31,6 @@ _LARGEST_WINDOW = 4096  # inputs of a pooling
 # Of narrow ones the transforms would take longer than what they save.
 _WINOGRAD_CHANNELS = 16
 _WINOGRAD_WEIGHTS = 256 * 256
-
-
-def engine_missing():
-    """Why there is no engine here, or None."""
-    return dispatch.native_missing
-
-
-def instruction_set():
-    """Name of what the engine's inner loops were compiled for, or None without an engine."""
-    if engine_missing():
-        return None
-    baseline = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "SSE2"
-    return {4: baseline, 8: "AVX2", 16: "AVX-512"}[_facts()[0]]
-
-
-def peak_rate():
-    """Floating-point operations per second that one thread can do at most with this instruction set, measured."""
-    return torch.ops.dynexec.peak_rate(torch.zeros(1, dtype=torch.int64))
-
-
-def _facts():
-    return torch.ops.dynexec.engine_facts(torch.zeros(1, dtype=torch.int64)).tolist()
-
-
-class Weights:
-    """Packed weights of a program, shared by the programs for all image sizes."""
-
-    def __init__(self):
-        self.width, self.panel = _facts()
-        self._parts, self._size, self._tensor = [], 0, None
-        self._positions = {}  # of convolutions, which their programs keep alive, by identity
-
-    def conv(self, conv, op):
-        """Positions of the weights and the bias of a :class:`PackedConv` that runs as ``op``."""
-        if (id(conv), op) not in self._positions:
-            if op == "depthwise":
-                weight = self._pad(conv.weight.permute(1, 2, 3, 0))
-            elif op == "winograd":
-                planes = _winograd(conv.weight).permute(2, 3, 1, 0).flatten(0, 1)
-                weight = torch.cat([self._pack(plane) for plane in planes])
-            else:
-                weight = self._pack(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
-            self._positions[id(conv), op] = self._add(weight), self._add(self._pad(conv.bias))
-        return self._positions[id(conv), op]
-
-    def tensor(self):
-        """All of them, float32; nothing can be added any more."""
-        if self._tensor is None:
-            self._tensor = torch.cat([torch.zeros(0), *self._parts])
-            self._parts = None
-        return self._tensor
-
-    def _add(self, values):
-        self._parts.append(values.reshape(-1))
-        self._size += values.numel()
-        return self._size - values.numel()
-
-    def _pad(self, values):
-        return F.pad(values, (0, -values.shape[-1] % self.width))
-
-    def _pack(self, rows):
-        """[reduction, channels] as panels, flat."""
-        rows = self._pad(rows)
-        vectors = rows.shape[1] // self.width
-        count = max(1, vectors // 2) if self.panel == 2 else -(-vectors // self.panel)
-        widths = [self.panel * self.width] * (count - 1)
-        widths.append(rows.shape[1] - sum(widths))
-        return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
-
-
-# From a kernel of 3 to 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, 4.3.
-_WINOGRAD = torch.tensor(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
-
-
-def _winograd(weight):
-    """[channels out, channels in, 3, 3] to [..., 6, 6]."""
-    return (_WINOGRAD @ weight.double() @ _WINOGRAD.t()).float()
 
 
 @dataclass(eq=False)
@@ -365,31 +263,3 @@ def _place(instructions, phases, phase_of, width):
         slots[slot] = [last, max(slots[slot][1], floats)]
         placed[key] = value, slot, phase
     return placed
-
-
-class Program:
-    """A program that the engine has checked and holds: ``program(x, decisions)``."""
-
-    def __init__(self, code, weights):
-        self.code, self.num_weights = code, weights.numel()
-        self.handle = torch.ops.dynexec.make_program(code, weights)
-        weakref.finalize(self, native.free_program, self.handle)
-
-    def __call__(self, x, decisions, group=0, together=False):
-        """Run it.
-
-        Parameters
-        ----------
-        x : float32 tensor ``[N, C, H, W]``
-            In any memory format.
-        decisions : bool tensor ``[N, columns]``
-        group : int
-            Samples that go through the program together; 0: what suits the batch.
-        together : bool
-            Whether all threads work on one group, instead of each on its own.
-
-        Returns
-        -------
-        float32 tensor ``[N, C, H, W]``, channels_last
-        """
-        return torch.ops.dynexec.run_program(x, decisions, self.handle, group, together)

@@ -1,25 +1,14 @@
 """Parts of a packed graph as programs for the CPU engine."""
 
-import operator
-
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
+from dynexec.executors.emit import emit_nodes
+from dynexec.executors.engine import Program, engine_missing
 from dynexec.executors.packing import PackedConv
-from dynexec.executors.program import Builder, Program, Value, Weights, engine_missing
-from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS
+from dynexec.executors.program import Builder, Value
 from dynexec.executors.stage import Stage
-
-_SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-
-
-class _Padded:
-    """A value with zeros around it: top, left, bottom, right. Only convolutions read it."""
-
-    def __init__(self, value, zeros):
-        self.value, self.zeros = value, zeros
+from dynexec.executors.weights import Weights
 
 
 class Segment:
@@ -105,169 +94,6 @@ class Segment:
         builder.store(values[self.result])
         self.operations = [instruction.op for instruction in builder.instructions]
         return Program(builder.finish(), self.weights.tensor())
-
-
-def emit_nodes(builder, nodes, modules, values, out=None):
-    """Emit instructions for ``nodes`` until one cannot be, keep the values they make; whether all could.
-
-    ``out`` is the value that the last node must write to.
-    """
-    for node in nodes:
-        mark = builder.mark()
-        builder.begin_unit()
-        value = _emit(builder, node, modules, values, out if node is nodes[-1] else None)
-        if value is None:
-            builder.back(mark)
-            return False
-        values[node] = value
-    return True
-
-
-def _emit(builder, node, modules, values, out):
-    """The value of ``node``, or None if the engine cannot make it."""
-    target = modules.get(node.target) if node.op == "call_module" else node.target
-    inputs = [values.get(arg) for arg in node.args if isinstance(arg, fx.Node)]
-    if isinstance(target, Stage):
-        return _emit_stage(builder, target, inputs[0]) if out is None else None
-    if not inputs or None in inputs or node.op not in ("call_function", "call_method", "call_module"):
-        return None
-    x, *others = inputs
-    if isinstance(target, PackedConv):
-        zeros = (0, 0, 0, 0)
-        if isinstance(x, _Padded):
-            x, zeros = x.value, x.zeros
-        if any(isinstance(other, _Padded) for other in others):
-            return None
-        return builder.conv(target, x, *others, out=out if out is not x else None, zeros=zeros)
-    if any(isinstance(value, _Padded) for value in inputs):
-        return None
-    if isinstance(target, nn.Module):
-        return None if others else _emit_module(builder, target, x, out)
-    return _emit_call(builder, node, x, others, out)
-
-
-def _emit_module(builder, module, x, out):
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    kind = type(module)
-    if kind in ACTIVATION_MODULES or kind is nn.Sigmoid:
-        return builder.add(x, activation=ACTIVATION_MODULES.get(kind, "sigmoid"), out=out)
-    if out is not None:
-        return None
-    if kind is nn.MaxPool2d:
-        if module.return_indices or _pair(module.dilation) != (1, 1):
-            return None
-        geometry = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
-        return builder.pool(x, "max", *geometry, ceil=module.ceil_mode)
-    if kind is nn.AvgPool2d:
-        geometry = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
-        divisor = module.divisor_override
-        if divisor is None and module.count_include_pad and any(geometry[2]):
-            if module.ceil_mode:  # windows at the end count less padding
-                return None
-            divisor = geometry[0][0] * geometry[0][1]
-        return builder.pool(x, "sum", *geometry, divisor or 0, module.ceil_mode)
-    if kind is nn.AdaptiveAvgPool2d and _pair(module.output_size) == (1, 1):
-        return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
-    if kind is nn.ZeroPad2d:
-        left, right, top, bottom = module.padding
-        return _Padded(x, (top, left, bottom, right)) if min(module.padding) >= 0 else None
-    return None
-
-
-def _emit_call(builder, node, x, others, out):
-    target, constants = node.target, [arg for arg in node.args if not isinstance(arg, fx.Node)]
-    if target in ADDITIONS and len(others) == 1 and not constants and not node.kwargs:
-        return builder.add(x, others[0], out=out)
-    if target in _PRODUCTS and len(others) == 1 and not constants and not node.kwargs and out is None:
-        return builder.multiply(x, others[0]) or builder.multiply(others[0], x)
-    if others:
-        return None
-    if target in ACTIVATION_CALLS and not constants:
-        return builder.add(x, activation=ACTIVATION_CALLS[target], out=out)
-    if target in _SIGMOIDS and not constants and not node.kwargs:
-        return builder.add(x, activation="sigmoid", out=out)
-    if out is not None:
-        return None
-    if target == "clone":
-        return builder.add(x)
-    if target is F.adaptive_avg_pool2d and _argument(node, 1, "output_size", None) in (1, (1, 1)):
-        return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
-    if target in (torch.mean, "mean") and _argument(node, 2, "keepdim", False) is True:
-        if sorted(d % 4 for d in _argument(node, 1, "dim", ())) == [2, 3]:
-            return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
-    if target is F.pad and _argument(node, 2, "mode", "constant") == "constant":
-        pad = tuple(_argument(node, 1, "pad", ()))
-        if _argument(node, 3, "value", None) in (None, 0) and all(isinstance(p, int) and p >= 0 for p in pad):
-            if len(pad) == 6 and not any(pad[:5]):
-                return builder.add(x, channels=x.channels + pad[5])
-            if len(pad) == 4:
-                return _Padded(x, (pad[2], pad[0], pad[3], pad[1]))
-    return None
-
-
-def _emit_stage(builder, stage, x):
-    for block in stage.blocks:
-        x = _emit_block(builder, block, x)
-        if x is None:
-            return None
-    return x
-
-
-def _emit_block(builder, block, x):
-    """All samples get the block's shortcut; those that keep it have its result put in the same place."""
-    builder.begin_unit()
-    s = x
-    if block.shortcut is not None:
-        s = _emit_function(builder, block.shortcut, [x])
-    if s is None:
-        return None
-    gate = builder.gate(block.column)
-    inputs = [x, s]
-    y = _emit_function(builder, block.body, inputs, out=s)
-    if y is None or y.shape != s.shape:
-        return None
-    if y is not s:
-        builder.add(y, out=s)
-    builder.end_gate(gate)
-    return s
-
-
-def _emit_function(builder, function, inputs, out=None):
-    """What a packed function makes of ``inputs``; in ``out`` if it can be written there."""
-    module = getattr(function, "__self__", None)
-    if not isinstance(module, fx.GraphModule):
-        return None
-    nodes = list(module.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    values = dict(zip(placeholders, inputs, strict=True))
-    (result,) = nodes[-1].args
-    work = [node for node in nodes if node.op not in ("placeholder", "output")]
-    # The last node may overwrite `out` only where that is its other input or nothing reads it any more.
-    if out is not None and (not work or work[-1] is not result or _reads(work[-1], values, out) == "input"):
-        out = None
-    modules = dict(module.named_modules())
-    units = len(builder.units)
-    if not emit_nodes(builder, work, modules, values, out):
-        return None
-    del builder.units[units:]  # a block stays in one phase
-    return values.get(result) if isinstance(result, fx.Node) else None
-
-
-def _reads(node, values, out):
-    """Whether ``node`` reads ``out`` as its first "input", as an "other" one, or not at all (None)."""
-    read = [values.get(arg) is out for arg in node.args if isinstance(arg, fx.Node)]
-    if not any(read):
-        return None
-    return "input" if read[0] and isinstance(node.target, PackedConv) else "other"
-
-
-def _argument(node, position, name, default):
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def make_segments(module, columns, winograd=True):

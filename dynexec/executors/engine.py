@@ -1,0 +1,59 @@
+"""The native engine for CPUs: whether it is there, what it runs on, and the programs that it holds."""
+
+import platform
+import weakref
+
+import torch
+
+from dynexec import dispatch, native
+
+
+def engine_missing():
+    """Why there is no engine here, or None."""
+    return dispatch.native_missing
+
+
+def instruction_set():
+    """Name of what the engine's inner loops were compiled for, or None without an engine."""
+    if engine_missing():
+        return None
+    baseline = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "SSE2"
+    return {4: baseline, 8: "AVX2", 16: "AVX-512"}[engine_facts()[0]]
+
+
+def peak_rate():
+    """Floating-point operations per second that one thread can do at most with this instruction set, measured."""
+    return torch.ops.dynexec.peak_rate(torch.zeros(1, dtype=torch.int64))
+
+
+def engine_facts():
+    """Floats per vector, vectors per panel of weights."""
+    return torch.ops.dynexec.engine_facts(torch.zeros(1, dtype=torch.int64)).tolist()
+
+
+class Program:
+    """A program that the engine has checked and holds: ``program(x, decisions)``."""
+
+    def __init__(self, code, weights):
+        self.code, self.num_weights = code, weights.numel()
+        self.handle = torch.ops.dynexec.make_program(code, weights)
+        weakref.finalize(self, native.free_program, self.handle)
+
+    def __call__(self, x, decisions, group=0, together=False):
+        """Run it.
+
+        Parameters
+        ----------
+        x : float32 tensor ``[N, C, H, W]``
+            In any memory format.
+        decisions : bool tensor ``[N, columns]``
+        group : int
+            Samples that go through the program together; 0: what suits the batch.
+        together : bool
+            Whether all threads work on one group, instead of each on its own.
+
+        Returns
+        -------
+        float32 tensor ``[N, C, H, W]``, channels_last
+        """
+        return torch.ops.dynexec.run_program(x, decisions, self.handle, group, together)

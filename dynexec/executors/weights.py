@@ -1,0 +1,71 @@
+"""Weights in the order in which the engine reads them."""
+
+import torch
+import torch.nn.functional as F
+
+from dynexec.executors.engine import engine_facts
+
+
+class Weights:
+    """Packed weights of a program, shared by the programs for all image sizes."""
+
+    def __init__(self):
+        self.width, self.panel = engine_facts()
+        self._parts, self._size, self._tensor = [], 0, None
+        self._positions = {}  # of convolutions, which their programs keep alive, by identity
+
+    def conv(self, conv, op):
+        """Positions of the weights and the bias of a :class:`PackedConv` that runs as ``op``."""
+        if (id(conv), op) not in self._positions:
+            if op == "depthwise":
+                weight = self._pad(conv.weight.permute(1, 2, 3, 0))
+            elif op == "winograd":
+                planes = _winograd(conv.weight).permute(2, 3, 1, 0).flatten(0, 1)
+                weight = torch.cat([self._pack(plane) for plane in planes])
+            else:
+                weight = self._pack(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
+            self._positions[id(conv), op] = self._add(weight), self._add(self._pad(conv.bias))
+        return self._positions[id(conv), op]
+
+    def tensor(self):
+        """All of them, float32; nothing can be added any more."""
+        if self._tensor is None:
+            self._tensor = torch.cat([torch.zeros(0), *self._parts])
+            self._parts = None
+        return self._tensor
+
+    def _add(self, values):
+        self._parts.append(values.reshape(-1))
+        self._size += values.numel()
+        return self._size - values.numel()
+
+    def _pad(self, values):
+        return F.pad(values, (0, -values.shape[-1] % self.width))
+
+    def _pack(self, rows):
+        """[reduction, channels] as panels, flat."""
+        rows = self._pad(rows)
+        vectors = rows.shape[1] // self.width
+        count = max(1, vectors // 2) if self.panel == 2 else -(-vectors // self.panel)
+        widths = [self.panel * self.width] * (count - 1)
+        widths.append(rows.shape[1] - sum(widths))
+        return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
+
+
+# From a kernel of 3 to 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, 4.3.
+_WINOGRAD = torch.tensor(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+
+
+def _winograd(weight):
+    """[channels out, channels in, 3, 3] to [..., 6, 6]."""
+    return (_WINOGRAD @ weight.double() @ _WINOGRAD.t()).float()
