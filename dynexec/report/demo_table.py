@@ -76,7 +76,7 @@ def plot_results(results, path):
     axes.grid(alpha=0.3)
     axes.set_xlabel("theoretical speed-up: dense FLOPs / needed FLOPs, policy network included")
     axes.set_ylabel("realised speed-up")
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     return path
 

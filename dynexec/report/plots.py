@@ -47,7 +47,7 @@ def plot_speed_up(rows, path, *, against="strongest dense"):
         axes.set_title(title, fontsize=8)
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
-    panels[0].legend(fontsize=7, loc="upper left")
+    panels[0].legend(fontsize=7, loc="lower right")
     figure.supxlabel("theoretical speed-up: dense FLOPs / needed FLOPs", fontsize=10)
     figure.supylabel(f"realised speed-up over {_described(against)}", fontsize=10)
     figure.savefig(path, dpi=130)
