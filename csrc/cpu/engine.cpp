@@ -125,8 +125,6 @@ struct Program::Frame {
 
 Program::~Program() = default;
 
-const Kernels& Program::best_kernels() { return *all_kernels().back(); }
-
 std::vector<const Kernels*> Program::all_kernels() {
   std::vector<const Kernels*> found = {&kGenericKernels};
 #if defined(__x86_64__)

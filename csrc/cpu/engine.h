@@ -71,8 +71,7 @@ using Parallel = std::function<void(int64_t threads, const std::function<void()>
 
 class Program {
  public:
-  // The kernels that suit this processor best, and all that it can run.
-  static const Kernels& best_kernels();
+  // The kernels that this processor can run, the best ones last.
   static std::vector<const Kernels*> all_kernels();
 
   // Throws std::invalid_argument for anything that would not run. The weights must outlive the program.

@@ -63,11 +63,9 @@ class PackedConv:
         kind = "oneDNN" if self.onednn else "aten"
         return f"{kind} {self.shape} {self.geometry} {self.activation} overwrites_other={self.overwrites_other}"
 
-    def release(self, packed=True):
-        """Give up the plain weights, and with ``packed`` those that calls need."""
-        self.weight = self.bias = None
-        if packed:
-            self._constants = None
+    def release(self):
+        """Give up all weights; it cannot be called any more."""
+        self.weight = self.bias = self._constants = None
 
     def __call__(self, x, other=None):
         if not self.onednn:
