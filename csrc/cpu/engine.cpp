@@ -662,10 +662,12 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
       task.num_runs = step.parts[part + 1] - step.parts[part];
       task.bias = part == 0 ? weights_ + step.bias + task.channel : nullptr;
       task.activation = part == parts - 1 ? step.activation : Activation::kNone;
+      task.length = 0;
+      for (int64_t run = 0; run < task.num_runs; ++run) task.length += task.runs[run].length;
+      const int64_t floats = task.length * task.vectors * kernels_.width;
+      task.ahead = task.weights + floats;
       kernels_.conv(task);
-      for (int64_t run = 0; run < task.num_runs; ++run) {
-        task.weights += task.runs[run].length * task.vectors * kernels_.width;
-      }
+      task.weights += floats;
     }
   }
 }
@@ -710,6 +712,7 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   task.bias = zeros;
   task.activation = Activation::kNone;
   task.num_runs = 1;
+  task.length = in.channels;
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     const Run run = {plane * in_plane, in.channels};
     task.runs = &run;
@@ -718,6 +721,7 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
       task.vectors = panel == panels.count - 1 ? panels.last : kernels_.panel;
       task.channel = plane * out_plane + channel;
       task.weights = weights_ + step.weights + (plane * out_channels + channel) * in.channels;
+      task.ahead = task.weights + in.channels * task.vectors * kernels_.width;
       kernels_.conv(task);
     }
   }

@@ -27,6 +27,8 @@ struct ConvTask {
   const float* weights;  // [sum of the runs' lengths][vectors * width]
   const float* bias;     // of the panel; null: go on with the sums in `out`
   Activation activation;
+  int64_t length;      // of all the runs
+  const float* ahead;  // as many weights, that are fetched into the cache meanwhile
 };
 
 // One row of output pixels of a depthwise convolution, some of its channels.

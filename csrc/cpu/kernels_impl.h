@@ -102,7 +102,7 @@ inline void activate(Vector (&x)[count], Activation activation) {
 
 // `rows` pixels x `vectors` vectors of channels, all in registers.
 template <int rows, int vectors>
-void conv_tile(const ConvTask& task, int64_t pixel) {
+void conv_tile(const ConvTask& task, int64_t pixel, const char* ahead, int64_t step) {
   const float* const* in = task.in + pixel;
   float* const* out = task.out + pixel;
   Vector sums[rows * vectors];
@@ -126,6 +126,8 @@ void conv_tile(const ConvTask& task, int64_t pixel) {
       Vector w[vectors];
       for (int v = 0; v < vectors; ++v) w[v] = load(weights + v * kWidth);
       weights += vectors * kWidth;
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += step;
 #pragma GCC unroll 8
       for (int p = 0; p < rows; ++p) {
         const float value = x[p][k];
@@ -139,20 +141,27 @@ void conv_tile(const ConvTask& task, int64_t pixel) {
   }
 }
 
-// What is left of the pixels, fewer than a tile has; a sum is made in the same order in every tile.
+// A tile of any number of rows; a sum is made in the same order in every tile.
 template <int rows, int vectors>
-void conv_rest(const ConvTask& task, int64_t pixel, int64_t count) {
+void conv_rows(const ConvTask& task, int64_t pixel, int64_t count, const char* ahead, int64_t step) {
   if constexpr (rows > 0) {
-    if (count == rows) return conv_tile<rows, vectors>(task, pixel);
-    conv_rest<rows - 1, vectors>(task, pixel, count);
+    if (count == rows) return conv_tile<rows, vectors>(task, pixel, ahead, step);
+    conv_rows<rows - 1, vectors>(task, pixel, count, ahead, step);
   }
 }
 
 template <int rows, int vectors>
 void conv_panel(const ConvTask& task) {
+  // As few tiles as can be, of about equal size: a small one would wait for its additions.
+  const int64_t tiles = (task.pixels + rows - 1) / rows;
+  const char* ahead = reinterpret_cast<const char*>(task.ahead);
+  const int64_t step = (4 * kWidth * vectors + tiles - 1) / tiles;
   int64_t pixel = 0;
-  for (; pixel + rows <= task.pixels; pixel += rows) conv_tile<rows, vectors>(task, pixel);
-  conv_rest<rows - 1, vectors>(task, pixel, task.pixels - pixel);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t end = task.pixels * (tile + 1) / tiles;
+    conv_rows<rows, vectors>(task, pixel, end - pixel, ahead + tile * step * task.length, step);
+    pixel = end;
+  }
 }
 
 // Tiles fill the registers: with 16 of them, 12 sums, up to 3 weights and an input; with 32, 24 sums.
