@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynexec.executors.engine import Program, engine_missing
 from dynexec.executors.packing import ACTIVATIONS, PackedConv
-from dynexec.executors.program import Builder
+from dynexec.executors.program import WINOGRAD_TILES, Builder
 from dynexec.executors.weights import Weights
 
 pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
@@ -28,7 +28,7 @@ def packed(weight, bias, stride=1, padding=0, dilation=1, groups=1, activation=N
     return PackedConv("conv", weight, bias, *pairs, groups, activation, False, (1, weight.shape[1] * groups, 32, 32))
 
 
-def program(emit, shape, columns=0, winograd=True):
+def program(emit, shape, columns=0, winograd=WINOGRAD_TILES):
     """The program that ``emit(builder, x)`` makes of a batch of ``shape`` [C, H, W]."""
     weights = Weights()
     builder = Builder(weights, columns, winograd)
@@ -110,9 +110,10 @@ def test_convolutions(
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     samples=st.integers(0, 5),
     activation=st.sampled_from(list(ACTIVATIONS)),
+    tile=st.sampled_from([2, 4]),
     seed=st.integers(0, 2**31),
 )
-def test_winograd(channels, outputs, size, padding, samples, activation, seed):
+def test_winograd(channels, outputs, size, padding, samples, activation, tile, seed):
     if min(size[0] + 2 * padding[0], size[1] + 2 * padding[1]) < 3:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -125,8 +126,8 @@ def test_winograd(channels, outputs, size, padding, samples, activation, seed):
         stream = builder.conv(second, value)
         return builder.conv(first, value, stream, out=stream if seed % 2 else None)
 
-    made = program(emit, (channels, *size))
-    assert made.code.tolist() != program(emit, (channels, *size), winograd=False).code.tolist()
+    made = program(emit, (channels, *size), winograd={tile: 1 << 20})
+    assert made.code.tolist() != program(emit, (channels, *size), winograd={}).code.tolist()
     convolve = lambda conv: F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=padding)  # noqa: E731
     expected = convolve(first) + convolve(second)
     scale = float(expected.abs().max()) if samples else 1.0
@@ -165,7 +166,7 @@ def test_activations_at_their_ends(activation):
     assert torch.allclose(output[good], expected[good].float(), rtol=2e-6, atol=1e-6)
 
 
-def block_program(channels, size, columns=3, winograd=True):
+def block_program(channels, size, columns=3, winograd=WINOGRAD_TILES):
     """Stem, three gated blocks, global pooling; and the weights."""
     draw = lambda out, inputs, k: packed(  # noqa: E731
         torch.randn(out, inputs, k, k) * (1.5 / (inputs * k * k)) ** 0.5, torch.randn(out) * 0.1, padding=k // 2,
@@ -205,7 +206,7 @@ def test_gates(channels, size, samples):
         close(made(x, decisions), expected(x.double(), decisions))
 
 
-@pytest.mark.parametrize("winograd", [False, True])
+@pytest.mark.parametrize("winograd", [{}, {2: 1 << 20}, {4: 1 << 20}])
 def test_same_sample_same_bits(winograd):
     made, _ = block_program(24, (9, 8), winograd=winograd)
     x, decisions = torch.randn(20, 3, 9, 8), torch.rand(20, 3) < 0.6
@@ -228,7 +229,7 @@ def test_same_sample_same_bits(winograd):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("winograd", [False, True])
+@pytest.mark.parametrize("winograd", [{}, {2: 1 << 20}, {4: 1 << 20}])
 def test_dropped_samples_keep_their_bits_and_others_never_see_them(winograd):
     made, _ = block_program(16, (6, 6), winograd=winograd)
     x = torch.randn(6, 3, 6, 6)

@@ -250,12 +250,13 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
     return;
   }
   require(alone, "input and output share memory");
+  if (step.op == Op::kWinograd) require(step.divisor == 2 || step.divisor == 4, "no tile of Winograd's");
   // The border must hold every tap of the first and the last pixel, but of a pooling, which leaves padding out.
   for (int d = 0; d < 2; ++d) {
     const int64_t size_in = d ? in.width : in.height, size_out = d ? out.width : out.height;
     const int64_t before = d ? in.left : in.top, after = d ? in.right : in.bottom;
     // Winograd's tiles end where the last whole one does.
-    const int64_t computed = step.op == Op::kWinograd ? round_up(size_out, kWinogradOutput) : size_out;
+    const int64_t computed = step.op == Op::kWinograd ? round_up(size_out, step.divisor) : size_out;
     const int64_t last = (computed - 1) * step.stride[d] - step.padding[d];
     const int64_t reach = last + (step.kernel[d] - 1) * step.dilation[d];
     if (step.op == Op::kPoolMax || step.op == Op::kPoolSum) {
@@ -277,7 +278,7 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
       require(step.kernel[d] == 3 && step.stride[d] == 1 && step.dilation[d] == 1, "no 3x3 convolution of stride 1");
     }
     require(whole(in), "input without whole vectors");
-    reduction = kWinogradPlanes * in.channels;
+    reduction = winograd_planes(step.divisor) * in.channels;
   }
   require(step.weights + reduction * channels <= num_weights, "weights end too early");
   require(step.bias + channels <= num_weights, "bias ends too early");
@@ -295,11 +296,12 @@ void Program::prepare(Step& step) {
   if (step.op != Op::kConv && step.op != Op::kDepthwise && step.op != Op::kWinograd) return;
   const Buffer& in = buffers_[step.in];
   if (step.op == Op::kWinograd) {
-    const int64_t width = kernels_.width;
+    const int64_t width = kernels_.width, planes = winograd_planes(step.divisor);
     const int64_t out_channels = buffers_[step.out].channels;
-    const int64_t floats = kWinogradPlanes * (round_up(in.channels, width) + round_up(out_channels, width));
+    const int64_t floats = planes * (round_up(in.channels, width) + round_up(out_channels, width));
+    step.tile = step.divisor;
     step.tiles = std::clamp(kWinogradFloats / floats / 12 * 12, int64_t(12), kWinogradTiles);
-    scratch_ = std::max(scratch_, step.tiles * floats + 2 * kWinogradPlanes * 16);
+    scratch_ = std::max(scratch_, step.tiles * floats + 2 * planes * 16);
     return;
   }
   // Taps beside each other are one stretch of memory where nothing lies between the pixels.
@@ -479,8 +481,8 @@ Division divide_conv(int64_t pixels, int64_t panels, int64_t threads) {
   return division;
 }
 
-int64_t winograd_tiles(const Buffer& out) {
-  return divide_up(out.height, kWinogradOutput) * divide_up(out.width, kWinogradOutput);
+int64_t winograd_tiles(const Buffer& out, int64_t tile) {
+  return divide_up(out.height, tile) * divide_up(out.width, tile);
 }
 
 // How Winograd's tiles and panels are divided among items; every item transforms the inputs of its tiles itself.
@@ -560,7 +562,7 @@ int64_t Program::items(const Step& step, const Frame& frame) const {
   const int64_t panels = divide_channels(kernels_, out.channels).count;
   if (step.op == Op::kWinograd) {
     const TileDivision division =
-        divide_winograd(frame.count * winograd_tiles(out), step.tiles, panels, frame.helpers);
+        divide_winograd(frame.count * winograd_tiles(out, step.tile), step.tiles, panels, frame.helpers);
     return borders + division.tile_items * division.panel_items;
   }
   const Division division = divide_conv(frame.count * out.pixels(), panels, frame.helpers);
@@ -676,7 +678,8 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
   const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
-  const int64_t across = divide_up(out.width, kWinogradOutput), of_sample = winograd_tiles(out);
+  const int64_t across = divide_up(out.width, step.tile), of_sample = winograd_tiles(out, step.tile);
+  const int64_t planes = winograd_planes(step.tile);
   const int64_t total = frame.count * of_sample;
   const Panels panels = divide_channels(kernels_, out.channels);
   const TileDivision division = divide_winograd(total, step.tiles, panels.count, frame.helpers);
@@ -689,17 +692,17 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   // 16 floats between the planes, so that they do not all fall into the same lines of the cache.
   const int64_t in_plane = count * in_channels + 16, out_plane = count * out_channels + 16;
   float* inputs = frame.scratch;
-  float* outputs = inputs + kWinogradPlanes * in_plane;
+  float* outputs = inputs + planes * in_plane;
 
   const float* from[kWinogradTiles];
   float* to[kWinogradTiles];
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
-    const int64_t row = tile / across * kWinogradOutput - step.padding[0];
-    const int64_t column = tile % across * kWinogradOutput - step.padding[1];
+    const int64_t row = tile / across * step.tile - step.padding[0];
+    const int64_t column = tile % across * step.tile - step.padding[1];
     from[i] = inputs + i * in_channels;
     to[i] = outputs + i * out_channels;
-    kernels_.winograd_input({frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
+    kernels_.winograd_input({step.tile, frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
                              in.pitch, inputs + i * in_channels, in_plane, in_channels});
   }
 
@@ -713,7 +716,7 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   task.activation = Activation::kNone;
   task.num_runs = 1;
   task.length = in.channels;
-  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
+  for (int64_t plane = 0; plane < planes; ++plane) {
     const Run run = {plane * in_plane, in.channels};
     task.runs = &run;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
@@ -730,8 +733,9 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   const int64_t end = last_panel == panels.count ? out_channels : last_panel * kernels_.panel * kernels_.width;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
-    const int64_t row = tile / across * kWinogradOutput, column = tile % across * kWinogradOutput;
+    const int64_t row = tile / across * step.tile, column = tile % across * step.tile;
     WinogradOutput output;
+    output.tile = step.tile;
     output.in = to[i] + channel;
     output.plane = out_plane;
     output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch + channel;
@@ -744,8 +748,8 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
       output.residual_row = other->row();
       output.residual_pitch = other->pitch;
     }
-    output.height = std::min(kWinogradOutput, out.height - row);
-    output.width = std::min(kWinogradOutput, out.width - column);
+    output.height = std::min(step.tile, out.height - row);
+    output.width = std::min(step.tile, out.width - column);
     output.channels = end - channel;
     output.bias = weights_ + step.bias + channel;
     output.activation = step.activation;

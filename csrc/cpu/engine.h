@@ -57,7 +57,8 @@ struct Instruction {
   int64_t weights, bias;   // positions in the weights
   Activation activation;
   int64_t kernel[2], stride[2], dilation[2], padding[2];  // height, width; padding at the top and on the left
-  int64_t divisor;  // kPoolSum: by what sums are divided; 0: by the number of inputs that are no padding
+  // kPoolSum: by what sums are divided, 0: by the number of inputs that are no padding. kWinograd: its tile, 2 or 4.
+  int64_t divisor;
 };
 constexpr int64_t kInstructionFields = 16;
 
@@ -100,7 +101,8 @@ class Program {
     std::vector<int64_t> parts;    // first run of each part of it that is done at once, and their number
     std::vector<int64_t> offsets;  // of a depthwise convolution's taps
     int64_t reduction = 0;         // floats
-    int64_t tiles = 0;             // of Winograd's that are done at once
+    int64_t tile = 0;              // Winograd's: output pixels in a row
+    int64_t tiles = 0;             // of these that are done at once, at most
   };
   struct Memory;  // of one call
   struct Frame;   // where a thread is

@@ -47,11 +47,13 @@ struct DepthwiseTask {
   Activation activation;
 };
 
-// A 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016, section 4.3): 4x4 output pixels from 36
-// products instead of 144. Both transforms work on one tile, all channels; its 36 values lie `plane` floats apart.
-constexpr int64_t kWinogradOutput = 4, kWinogradInput = 6, kWinogradPlanes = 36;
+// A 3x3 convolution of stride 1 by Winograd's F(2x2, 3x3) or F(4x4, 3x3) (Lavin and Gray, 2016, sections 4.1 and 4.3):
+// 4 or 16 output pixels from 16 products instead of 36, or 36 instead of 144. Both transforms work on one tile, all
+// channels; its 16 or 36 values lie `plane` floats apart.
+constexpr int64_t winograd_planes(int64_t tile) { return (tile + 2) * (tile + 2); }
 
 struct WinogradInput {
+  int64_t tile;     // output pixels in a row: 2 or 4
   const float* in;  // the tile's first input
   int64_t row, pitch;
   float* out;
@@ -60,13 +62,14 @@ struct WinogradInput {
 };
 
 struct WinogradOutput {
+  int64_t tile;
   const float* in;
   int64_t plane;
   float* out;  // the tile's first output
   int64_t row, pitch;
   const float* residual;  // of that output, or null
   int64_t residual_row, residual_pitch;
-  int64_t height, width;  // of the tile that exist: 1 to 4
+  int64_t height, width;  // of the tile that exist
   int64_t channels;
   const float* bias;
   Activation activation;

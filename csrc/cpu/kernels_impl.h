@@ -205,68 +205,91 @@ void depthwise(const DepthwiseTask& task) {
   for (; pixel < task.pixels; ++pixel) depthwise_tile<1>(task, pixel);
 }
 
-// One dimension of the transforms: from 6 values that lie `step` apart.
-inline void winograd_in(const Vector* d, int step, Vector* t) {
-  const Vector d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  const Vector even = d4 - 4.0f * d2, odd = d3 - 4.0f * d1;
-  const Vector outer = d4 - d2, inner = 2.0f * (d3 - d1);
-  t[0] = 4.0f * d0 - 5.0f * d2 + d4;
-  t[step] = even + odd;
-  t[2 * step] = even - odd;
-  t[3 * step] = outer + inner;
-  t[4 * step] = outer - inner;
-  t[5 * step] = 4.0f * d1 - 5.0f * d3 + d5;
+// One dimension of the transforms, for tiles of 4.
+inline void winograd_in(const Vector (&d)[6], Vector (&t)[6]) {
+  const Vector even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+  const Vector outer = d[4] - d[2], inner = 2.0f * (d[3] - d[1]);
+  t[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
+  t[1] = even + odd;
+  t[2] = even - odd;
+  t[3] = outer + inner;
+  t[4] = outer - inner;
+  t[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
 }
 
-inline void winograd_out(const Vector* m, int step, Vector* y, int y_step) {
-  const Vector sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
-  const Vector far_sum = m[3 * step] + m[4 * step], far_difference = m[3 * step] - m[4 * step];
+inline void winograd_out(const Vector (&m)[6], Vector (&y)[4]) {
+  const Vector sum = m[1] + m[2], difference = m[1] - m[2];
+  const Vector far_sum = m[3] + m[4], far_difference = m[3] - m[4];
   y[0] = m[0] + sum + far_sum;
-  y[y_step] = difference + 2.0f * far_difference;
-  y[2 * y_step] = sum + 4.0f * far_sum;
-  y[3 * y_step] = difference + 8.0f * far_difference + m[5 * step];
+  y[1] = difference + 2.0f * far_difference;
+  y[2] = sum + 4.0f * far_sum;
+  y[3] = difference + 8.0f * far_difference + m[5];
+}
+
+// And for tiles of 2.
+inline void winograd_in(const Vector (&d)[4], Vector (&t)[4]) {
+  t[0] = d[0] - d[2];
+  t[1] = d[1] + d[2];
+  t[2] = d[2] - d[1];
+  t[3] = d[1] - d[3];
+}
+
+inline void winograd_out(const Vector (&m)[4], Vector (&y)[2]) {
+  y[0] = m[0] + m[1] + m[2];
+  y[1] = m[1] - m[2] - m[3];
+}
+
+template <int tile>
+void winograd_input_of(const WinogradInput& task) {
+  constexpr int size = tile + 2;
+  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
+    Vector half[size][size], line[size], result[size];
+    for (int h = 0; h < size; ++h) {
+      for (int w = 0; w < size; ++w) line[w] = load(task.in + h * task.row + w * task.pitch + channel);
+      winograd_in(line, half[h]);
+    }
+    for (int w = 0; w < size; ++w) {
+      for (int h = 0; h < size; ++h) line[h] = half[h][w];
+      winograd_in(line, result);
+      for (int h = 0; h < size; ++h) store(task.out + (size * h + w) * task.plane + channel, result[h]);
+    }
+  }
+}
+
+template <int tile>
+void winograd_output_of(const WinogradOutput& task) {
+  constexpr int size = tile + 2;
+  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
+    Vector half[size][tile], line[size], result[tile];
+    for (int h = 0; h < size; ++h) {
+      for (int w = 0; w < size; ++w) line[w] = load(task.in + (size * h + w) * task.plane + channel);
+      winograd_out(line, half[h]);
+    }
+    const Vector bias = load(task.bias + channel);
+    Vector pixels[tile][tile];
+    for (int w = 0; w < tile; ++w) {
+      for (int h = 0; h < size; ++h) line[h] = half[h][w];
+      winograd_out(line, result);
+      for (int h = 0; h < tile; ++h) pixels[h][w] = result[h] + bias;
+    }
+    for (int h = 0; h < task.height; ++h) {
+      float* out = task.out + h * task.row + channel;
+      const float* residual = task.residual ? task.residual + h * task.residual_row + channel : nullptr;
+      if (residual) {
+        for (int w = 0; w < task.width; ++w) pixels[h][w] += load(residual + w * task.residual_pitch);
+      }
+      activate(pixels[h], task.activation);
+      for (int w = 0; w < task.width; ++w) store(out + w * task.pitch, pixels[h][w]);
+    }
+  }
 }
 
 void winograd_input(const WinogradInput& task) {
-  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
-    Vector tile[36];
-    for (int h = 0; h < 6; ++h) {
-      Vector line[6];
-      for (int w = 0; w < 6; ++w) line[w] = load(task.in + h * task.row + w * task.pitch + channel);
-      winograd_in(line, 1, tile + 6 * h);
-    }
-    for (int w = 0; w < 6; ++w) {
-      Vector line[6];
-      for (int h = 0; h < 6; ++h) line[h] = tile[6 * h + w];
-      Vector result[6];
-      winograd_in(line, 1, result);
-      for (int h = 0; h < 6; ++h) store(task.out + (6 * h + w) * task.plane + channel, result[h]);
-    }
-  }
+  task.tile == 2 ? winograd_input_of<2>(task) : winograd_input_of<4>(task);
 }
 
 void winograd_output(const WinogradOutput& task) {
-  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
-    Vector tile[24];
-    for (int w = 0; w < 6; ++w) {
-      Vector line[6];
-      for (int h = 0; h < 6; ++h) line[h] = load(task.in + (6 * h + w) * task.plane + channel);
-      winograd_out(line, 1, tile + w, 6);
-    }
-    const Vector bias = load(task.bias + channel);
-    for (int h = 0; h < task.height; ++h) {
-      Vector line[4];
-      winograd_out(tile + 6 * h, 1, line, 1);
-      float* out = task.out + h * task.row + channel;
-      const float* residual = task.residual ? task.residual + h * task.residual_row + channel : nullptr;
-      for (int w = 0; w < 4; ++w) line[w] += bias;
-      if (residual) {
-        for (int w = 0; w < task.width; ++w) line[w] += load(residual + w * task.residual_pitch);
-      }
-      activate(line, task.activation);
-      for (int w = 0; w < task.width; ++w) store(out + w * task.pitch, line[w]);
-    }
-  }
+  task.tile == 2 ? winograd_output_of<2>(task) : winograd_output_of<4>(task);
 }
 
 void pool_max(const float* const* in, int64_t count, float* out, int64_t channels) {

@@ -13,7 +13,8 @@ pointers (the indirect convolution of Dukhan, 2019). A program is a list of inte
 
 Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
 of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
-Those of Winograd's F(4x4, 3x3) are 36 matrices ``[panel][channels in][channels of the panel]``.
+Those of Winograd's F(2x2, 3x3) and F(4x4, 3x3) are 16 and 36 matrices ``[panel][channels in][channels of the panel]``;
+its tile, 2 or 4, is in the place of the divisor.
 """
 
 from dataclasses import dataclass, field
@@ -27,10 +28,10 @@ _ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
 _PIXELS = 512  # of a phase's samples, so that weights are read often enough for each time they are fetched
 _LARGEST_GROUP = 8
 _LARGEST_WINDOW = 4096  # inputs of a pooling
-# Winograd's weights are four times as large: of wide layers they would not come from memory as fast as they are used.
-# Of narrow ones the transforms would take longer than what they save.
-_WINOGRAD_CHANNELS = 16
-_WINOGRAD_WEIGHTS = 256 * 256
+_WINOGRAD_CHANNELS = 16  # at least: of fewer, the transforms would take longer than what they save
+# At most how many channels in x channels out for Winograd's tiles, the fastest first. Weights are 4 times as large for
+# tiles of 4, 16/9 times for tiles of 2: of wide layers they would not come from memory as fast as they are used.
+WINOGRAD_TILES = {4: 128 * 128, 2: 512 * 512}
 
 
 @dataclass(eq=False)
@@ -65,7 +66,7 @@ class _Instruction:
     stride: tuple = (1, 1)
     dilation: tuple = (1, 1)
     padding: tuple = (0, 0)
-    divisor: int = 0
+    divisor: int = 0  # or Winograd's tile
     column: int = 0  # gate
     gated: int = 0  # gate: how many instructions
 
@@ -82,12 +83,12 @@ class Builder:
     weights : Weights
     columns : int
         Of the decisions.
-    winograd : bool
-        Whether 3x3 convolutions may run by Winograd's F(4x4, 3x3).
+    winograd : dict
+        How 3x3 convolutions may run by Winograd's algorithm, like ``WINOGRAD_TILES``.
     """
 
-    def __init__(self, weights, columns, winograd=True):
-        self.weights, self.columns, self.allow_winograd = weights, columns, winograd
+    def __init__(self, weights, columns, winograd=WINOGRAD_TILES):
+        self.weights, self.columns, self.winograd = weights, columns, winograd
         self.instructions, self.units = [], []  # units: first instruction and pixels of what one phase must hold
 
     def load(self, channels, height, width):
@@ -111,26 +112,27 @@ class Builder:
         size = _output_size(x, kernel, stride, dilation, before, after)
         if min(size) < 1 or (other is not None and other.shape != (channels, *size)):
             return None
-        op = "depthwise" if depthwise else "conv"
-        if self._by_winograd(conv):
-            op = "winograd"
+        tile = self._winograd_tile(conv)
+        op = "winograd" if tile else "depthwise" if depthwise else "conv"
         for d in (0, 1):
-            computed = size[d] + -size[d] % 4 if op == "winograd" else size[d]  # in whole tiles
+            computed = size[d] + -size[d] % tile if tile else size[d]  # in whole tiles
             reach = (computed - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
             x.border[d] = max(x.border[d], before[d])
             x.border[d + 2] = max(x.border[d + 2], reach - before[d] - x.shape[d + 1])
         x.packed &= op == "conv"
         value = out if out is not None else Value(channels, *size)
-        positions = self.weights.conv(conv, op)
+        positions = self.weights.conv(conv, op, tile)
         return self._emit(
-            _Instruction(op, x, value, other, *positions, conv.activation, kernel, stride, dilation, before)
+            _Instruction(op, x, value, other, *positions, conv.activation, kernel, stride, dilation, before, tile)
         )
 
-    def _by_winograd(self, conv):
+    def _winograd_tile(self, conv):
+        """Output pixels in a row of the tiles that suit; 0: none does."""
         _, stride, dilation, groups = conv.geometry
         channels, depth, *kernel = conv.shape
-        fits = (kernel, list(stride), list(dilation), groups) == ([3, 3], [1, 1], [1, 1], 1)
-        return self.allow_winograd and fits and depth >= _WINOGRAD_CHANNELS and channels * depth <= _WINOGRAD_WEIGHTS
+        if (kernel, list(stride), list(dilation), groups) != ([3, 3], [1, 1], [1, 1], 1) or depth < _WINOGRAD_CHANNELS:
+            return 0
+        return next((tile for tile, most in self.winograd.items() if channels * depth <= most), 0)
 
     def pool(self, x, kind, kernel, stride, padding=(0, 0), divisor=0, ceil=False):
         """Pooling: ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by how many inputs they have."""

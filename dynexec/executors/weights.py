@@ -14,13 +14,13 @@ class Weights:
         self._parts, self._size, self._tensor = [], 0, None
         self._positions = {}  # of convolutions, which their programs keep alive, by identity
 
-    def conv(self, conv, op):
-        """Positions of the weights and the bias of a :class:`PackedConv` that runs as ``op``."""
+    def conv(self, conv, op, tile=0):
+        """Positions of the weights and the bias of a :class:`PackedConv` that runs as ``op``, Winograd's by ``tile``."""
         if (id(conv), op) not in self._positions:
             if op == "depthwise":
                 weight = self._pad(conv.weight.permute(1, 2, 3, 0))
             elif op == "winograd":
-                planes = _winograd(conv.weight).permute(2, 3, 1, 0).flatten(0, 1)
+                planes = _winograd(conv.weight, tile).permute(2, 3, 1, 0).flatten(0, 1)
                 weight = torch.cat([self._pack(plane) for plane in planes])
             else:
                 weight = self._pack(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
@@ -52,9 +52,11 @@ class Weights:
         return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
 
 
-# From a kernel of 3 to 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, 4.3.
-_WINOGRAD = torch.tensor(
-    [
+# By tile, from a kernel of 3 to 4 or 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016,
+# 4.1 and 4.3.
+_WINOGRAD = {
+    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    4: [
         [1 / 4, 0, 0],
         [-1 / 6, -1 / 6, -1 / 6],
         [-1 / 6, 1 / 6, -1 / 6],
@@ -62,10 +64,10 @@ _WINOGRAD = torch.tensor(
         [1 / 24, -1 / 12, 1 / 6],
         [0, 0, 1],
     ],
-    dtype=torch.float64,
-)
+}
 
 
-def _winograd(weight):
-    """[channels out, channels in, 3, 3] to [..., 6, 6]."""
-    return (_WINOGRAD @ weight.double() @ _WINOGRAD.t()).float()
+def _winograd(weight, tile):
+    """[channels out, channels in, 3, 3] to [..., tile + 2, tile + 2]."""
+    transform = torch.tensor(_WINOGRAD[tile], dtype=torch.float64)
+    return (transform @ weight.double() @ transform.t()).float()
