@@ -768,6 +768,8 @@ void Program::run_depthwise(const Step& step, const Frame& frame, int64_t sample
   task.in_step = step.stride[1] * in.pitch;
   task.offsets = step.offsets.data();
   task.taps = step.offsets.size();
+  task.kernel = step.dilation[1] == 1 ? step.kernel[1] : 0;
+  task.stride = step.stride[1];
   task.out_step = out.pitch;
   task.pixels = out.width;
   task.weight_step = channels;

@@ -37,6 +37,7 @@ struct DepthwiseTask {
   int64_t in_step;         // floats from one pixel's first tap to the next one's
   const int64_t* offsets;  // [taps] from a pixel's first tap
   int64_t taps;
+  int64_t kernel, stride;  // width of the kernel, 0 with dilation; and stride along the row
   float* out;
   int64_t out_step;
   int64_t pixels;

@@ -85,60 +85,77 @@ __attribute__((noinline)) void activate_slowly(Vector* x, int count, Activation 
   }
 }
 
+// work(0), ..., work(count - 1), unrolled before anything else is optimised: arrays that only such loops index stay in
+// registers.
+template <int count, int i = 0, class Work>
+__attribute__((always_inline)) inline void repeat(const Work& work) {
+  if constexpr (i < count) {
+    work(i);
+    repeat<count, i + 1>(work);
+  }
+}
+
 // NaN passes every activation, as in torch.
 template <int count>
-inline void activate(Vector (&x)[count], Activation activation) {
+__attribute__((always_inline)) inline void activate(Vector (&x)[count], Activation activation) {
   if (activation == Activation::kRelu) {
-    for (int i = 0; i < count; ++i) x[i] = at_least(x[i], Vector{});
+    repeat<count>([&](int i) __attribute__((always_inline)) { x[i] = at_least(x[i], Vector{}); });
   } else if (activation == Activation::kRelu6) {
-    for (int i = 0; i < count; ++i) x[i] = relu6(x[i]);
+    repeat<count>([&](int i) __attribute__((always_inline)) { x[i] = relu6(x[i]); });
   } else if (activation != Activation::kNone) {
     Vector copy[count];
-    for (int i = 0; i < count; ++i) copy[i] = x[i];
+    repeat<count>([&](int i) __attribute__((always_inline)) { copy[i] = x[i]; });
     activate_slowly(copy, count, activation);
-    for (int i = 0; i < count; ++i) x[i] = copy[i];
+    repeat<count>([&](int i) __attribute__((always_inline)) { x[i] = copy[i]; });
   }
 }
 
 // `rows` pixels x `vectors` vectors of channels, all in registers.
 template <int rows, int vectors>
 void conv_tile(const ConvTask& task, int64_t pixel, const char* ahead, int64_t step) {
-  const float* const* in = task.in + pixel;
-  float* const* out = task.out + pixel;
+  const float* in[rows];
+  float* out[rows];
   Vector sums[rows * vectors];
-  for (int p = 0; p < rows; ++p) {
-    const float* start = task.bias ? task.bias : out[p] + task.channel;
-    for (int v = 0; v < vectors; ++v) sums[p * vectors + v] = load(start + v * kWidth);
-  }
-  if (task.bias && task.residual) {
-    for (int p = 0; p < rows; ++p) {
-      const float* added = task.residual[pixel + p] + task.channel;
-      for (int v = 0; v < vectors; ++v) sums[p * vectors + v] += load(added + v * kWidth);
+  repeat<rows>([&](int p) __attribute__((always_inline)) {
+    in[p] = task.in[pixel + p];
+    out[p] = task.out[pixel + p] + task.channel;
+  });
+  if (task.bias) {
+    repeat<rows * vectors>([&](int i) __attribute__((always_inline)) {
+      sums[i] = load(task.bias + i % vectors * kWidth);
+    });
+    if (task.residual) {
+      repeat<rows * vectors>([&](int i) __attribute__((always_inline)) {
+        sums[i] += load(task.residual[pixel + i / vectors] + task.channel + i % vectors * kWidth);
+      });
     }
+  } else {
+    repeat<rows * vectors>([&](int i) __attribute__((always_inline)) {
+      sums[i] = load(out[i / vectors] + i % vectors * kWidth);
+    });
   }
   const float* weights = task.weights;
   for (int64_t run = 0; run < task.num_runs; ++run) {
     const float* x[rows];
-    for (int p = 0; p < rows; ++p) x[p] = in[p] + task.runs[run].offset;
+    repeat<rows>([&](int p) __attribute__((always_inline)) { x[p] = in[p] + task.runs[run].offset; });
     const int64_t length = task.runs[run].length;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < length; ++k) {
       Vector w[vectors];
-      for (int v = 0; v < vectors; ++v) w[v] = load(weights + v * kWidth);
+      repeat<vectors>([&](int v) __attribute__((always_inline)) { w[v] = load(weights + v * kWidth); });
       weights += vectors * kWidth;
       __builtin_prefetch(ahead, 0, 2);
       ahead += step;
-#pragma GCC unroll 8
-      for (int p = 0; p < rows; ++p) {
+      repeat<rows>([&](int p) __attribute__((always_inline)) {
         const float value = x[p][k];
-        for (int v = 0; v < vectors; ++v) sums[p * vectors + v] += value * w[v];
-      }
+        repeat<vectors>([&](int v) __attribute__((always_inline)) { sums[p * vectors + v] += value * w[v]; });
+      });
     }
   }
   activate(sums, task.activation);
-  for (int p = 0; p < rows; ++p) {
-    for (int v = 0; v < vectors; ++v) store(out[p] + task.channel + v * kWidth, sums[p * vectors + v]);
-  }
+  repeat<rows * vectors>([&](int i) __attribute__((always_inline)) {
+    store(out[i / vectors] + i % vectors * kWidth, sums[i]);
+  });
 }
 
 // A tile of any number of rows; a sum is made in the same order in every tile.
@@ -179,28 +196,64 @@ void conv(const ConvTask& task) {
 
 template <int rows>
 void depthwise_tile(const DepthwiseTask& task, int64_t pixel) {
-  const float* in[rows];
-  for (int p = 0; p < rows; ++p) in[p] = task.in + (pixel + p) * task.in_step;
+  const float* in = task.in + pixel * task.in_step;
   float* out = task.out + pixel * task.out_step;
   for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
     Vector sums[rows];
     const Vector bias = load(task.bias + channel);
-    for (int p = 0; p < rows; ++p) sums[p] = bias;
+    repeat<rows>([&](int p) __attribute__((always_inline)) { sums[p] = bias; });
     const float* weights = task.weights + channel;
     for (int64_t tap = 0; tap < task.taps; ++tap, weights += task.weight_step) {
       const Vector w = load(weights);
-      const int64_t offset = task.offsets[tap] + channel;
-#pragma GCC unroll 8
-      for (int p = 0; p < rows; ++p) sums[p] += load(in[p] + offset) * w;
+      const float* x = in + task.offsets[tap] + channel;
+      repeat<rows>([&](int p) __attribute__((always_inline)) { sums[p] += load(x + p * task.in_step) * w; });
     }
     activate(sums, task.activation);
-    for (int p = 0; p < rows; ++p) store(out + p * task.out_step + channel, sums[p]);
+    repeat<rows>([&](int p) __attribute__((always_inline)) { store(out + p * task.out_step + channel, sums[p]); });
+  }
+}
+
+// The same sums, with every input loaded once for all of the taps that it meets in a row of the kernel.
+template <int rows, int kernel, int stride>
+void depthwise_window(const DepthwiseTask& task, int64_t pixel) {
+  const float* in = task.in + pixel * task.in_step;
+  float* out = task.out + pixel * task.out_step;
+  const int64_t pitch = task.offsets[1];
+  for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
+    Vector sums[rows];
+    const Vector bias = load(task.bias + channel);
+    repeat<rows>([&](int p) __attribute__((always_inline)) { sums[p] = bias; });
+    const float* weights = task.weights + channel;
+    for (int64_t tap = 0; tap < task.taps; tap += kernel) {
+      Vector w[kernel];
+      repeat<kernel>([&](int t) __attribute__((always_inline)) {
+        w[t] = load(weights);
+        weights += task.weight_step;
+      });
+      const float* x = in + task.offsets[tap] + channel;
+      repeat<(rows - 1) * stride + kernel>([&](int i) __attribute__((always_inline)) {
+        const Vector value = load(x);
+        x += pitch;
+        repeat<rows>([&](int p) __attribute__((always_inline)) {
+          const int t = i - p * stride;
+          if (t >= 0 && t < kernel) sums[p] += value * w[t];
+        });
+      });
+    }
+    activate(sums, task.activation);
+    repeat<rows>([&](int p) __attribute__((always_inline)) { store(out + p * task.out_step + channel, sums[p]); });
   }
 }
 
 void depthwise(const DepthwiseTask& task) {
+  using Tile = void (*)(const DepthwiseTask&, int64_t);
+  Tile tile = depthwise_tile<7>;
+  if (task.kernel == 3 && task.stride == 1) tile = depthwise_window<7, 3, 1>;
+  if (task.kernel == 3 && task.stride == 2) tile = depthwise_window<7, 3, 2>;
+  if (task.kernel == 5 && task.stride == 1) tile = depthwise_window<7, 5, 1>;
+  if (task.kernel == 5 && task.stride == 2) tile = depthwise_window<7, 5, 2>;
   int64_t pixel = 0;
-  for (; pixel + 7 <= task.pixels; pixel += 7) depthwise_tile<7>(task, pixel);
+  for (; pixel + 7 <= task.pixels; pixel += 7) tile(task, pixel);
   for (; pixel + 3 <= task.pixels; pixel += 3) depthwise_tile<3>(task, pixel);
   for (; pixel < task.pixels; ++pixel) depthwise_tile<1>(task, pixel);
 }
