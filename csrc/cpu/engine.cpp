@@ -55,7 +55,7 @@ inline void pause() {
 #endif
 }
 
-// How often the items of a step were started and finished.
+// How many items of a thread's part of a step were started; the first thread's: and how many of the step are finished.
 struct alignas(64) Counter {
   std::atomic<int64_t> started{0}, done{0};
 };
@@ -88,7 +88,7 @@ struct Program::Frame {
   float* arena = nullptr;
   float* scratch = nullptr;               // of this thread
   Counter* counter = nullptr;             // of the next step; null: this thread works alone
-  int64_t helpers = 1;                    // threads that share a step
+  int64_t helpers = 1, helper = 0;        // threads that share a step, number of this one
   int64_t group = 0, group_size = 0;      // first sample and number of samples
   int64_t first = 0, size = 0;            // of the phase, within the group
   int64_t count = 0, active[kMaxGroup];   // samples of the phase
@@ -100,20 +100,27 @@ struct Program::Frame {
     return arena + slots[buffer.slot] + ((buffer.phase < 0 ? first : 0) + sample) * buffer.sample();
   }
 
-  // Do every item once, with the other threads that are at this step. Nobody waits for a thread that has not started
-  // an item: it works as well if the threads come one after the other.
+  // Do every item once, with the other threads that are at this step. Each begins with its own part of the items, which
+  // is the same part of an image in all steps and in its own cache, then helps with the others'. Nobody waits for a
+  // thread that has not started an item: it works as well if the threads come one after the other.
   template <class Work>
   void share(int64_t items, const Work& work) {
     if (!counter) {
       for (int64_t item = 0; item < items; ++item) work(item);
       return;
     }
-    Counter& step = *counter++;
-    for (int64_t item; (item = step.started.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      work(item);
-      step.done.fetch_add(1, std::memory_order_release);
+    Counter* const step = counter;
+    counter += helpers;
+    int64_t finished = 0;
+    for (int64_t turn = 0; turn < helpers; ++turn) {
+      const int64_t part = (helper + turn) % helpers;
+      const int64_t first = items * part / helpers, end = items * (part + 1) / helpers;
+      for (int64_t item; (item = first + step[part].started.fetch_add(1, std::memory_order_relaxed)) < end; ++finished) {
+        work(item);
+      }
     }
-    for (int64_t spins = 0; step.done.load(std::memory_order_acquire) < items; ++spins) {
+    if (finished) step->done.fetch_add(finished, std::memory_order_release);
+    for (int64_t spins = 0; step->done.load(std::memory_order_acquire) < items; ++spins) {
       if (spins < 4000) {
         pause();
       } else {
@@ -386,7 +393,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   const int64_t workers = together ? threads : std::min(threads, groups);
   const std::vector<int64_t> slots = place_slots(group);
   const int64_t arena = slots.back();
-  const int64_t counters = together ? groups * steps(group) : 0;
+  const int64_t counters = together ? groups * steps(group) * threads : 0;
   const int64_t shared = arena * (together ? 1 : workers);
   std::unique_ptr<Memory> memory = take_memory(shared + scratch_ * workers, counters);
   unpoison(memory->arena.get(), memory->floats);
@@ -405,7 +412,10 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     frame.arena = memory->arena.get() + (together ? 0 : worker * arena);
     frame.scratch = memory->arena.get() + shared + worker * scratch_;
     frame.counter = together ? memory->counter.get() : nullptr;
-    frame.helpers = together ? threads : 1;
+    if (together) {
+      frame.helpers = threads;
+      frame.helper = worker;
+    }
     for (int64_t i = 0; (i = together ? i : next_group.fetch_add(1)) < groups; ++i) {
       frame.group = i * group;
       frame.group_size = std::min(group, batch.samples - frame.group);
