@@ -81,7 +81,7 @@ def cases(tmp_path_factory):
 
 def build(folder, sanitizer):
     """run_programs, built with a sanitizer."""
-    names = [path.stem for path in (SOURCES / "cpu").glob("kernels_*.cpp")] + ["engine"]
+    names = [path.stem for kind in ("engine", "kernels_") for path in (SOURCES / "cpu").glob(f"{kind}*.cpp")]
     objects = []
     for name in names:
         objects.append(folder / f"{name}.o")

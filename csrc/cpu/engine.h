@@ -77,7 +77,6 @@ class Program {
 
   // Throws std::invalid_argument for anything that would not run. The weights must outlive the program.
   Program(const int64_t* code, int64_t size, const float* weights, int64_t num_weights, const Kernels& kernels);
-  ~Program();
 
   // What is read and what is written, as channels, height and width.
   const Buffer& input() const { return buffers_[input_]; }
@@ -127,9 +126,9 @@ class Program {
   std::vector<Buffer> buffers_;
   std::vector<Step> steps_;
 
-  std::unique_ptr<Memory> take_memory(int64_t floats, int64_t counters) const;
+  std::shared_ptr<Memory> take_memory(int64_t floats, int64_t counters) const;
   mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Memory>> unused_;  // kept for the next call
+  mutable std::vector<std::shared_ptr<Memory>> unused_;  // kept for the next call
 };
 
 }  // namespace dynexec
