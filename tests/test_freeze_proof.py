@@ -1,5 +1,6 @@
 """freeze gives what the model gives, or says that it cannot: odd code around blocks, hooks, NaN, half precision."""
 
+import copy
 import json
 
 import pytest
@@ -9,12 +10,21 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.executors.proof import relative_error
 from dynexec.nn import ResidualBlock, assign_columns
 
 
 @pytest.fixture(autouse=True)
 def cost_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_error_is_relative_and_never_nan():
+    reference = torch.tensor([1.0, -4.0])
+    assert relative_error(reference, reference) == 0.0
+    assert relative_error(torch.tensor([2.0, -4.0]), reference) == pytest.approx(0.25)
+    for wrong in (torch.tensor([float("nan"), -4.0]), torch.tensor([1.0]), torch.tensor([float("inf"), -4.0])):
+        assert relative_error(wrong, reference) == float("inf")
 
 
 class Around(nn.Module):
@@ -77,6 +87,40 @@ def test_a_diverged_network_is_refused():
         model.layers[0][0].conv1.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(RuntimeError, match="differs by inf"):
         dynexec.freeze(model, toys.images(2), executor="compact")
+
+
+class Amplified(nn.Module):
+    """Rounding errors of its network, times some thousand."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return torch.sin(5000 * self.network(x) / 3)
+
+
+def test_rounding_that_the_network_amplifies_is_no_difference():
+    model = toys.torchvision_style()
+    num_blocks = dynexec.convert(model).num_blocks
+    model = Amplified(model)
+    frozen = dynexec.freeze(model, toys.images(2))
+    x, decisions = toys.images(3), torch.rand(3, num_blocks) < 0.5
+    with torch.no_grad(), dynexec.decide(decisions):
+        expected = model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+    rounding = (expected - exact).abs().max()
+    assert rounding > 1e-5
+    assert (frozen(x, decisions) - exact).abs().max() < 20 * rounding
+
+
+def test_no_more_than_rounding_is_let_through():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    model = Amplified(model)
+    model.register_forward_hook(lambda module, inputs, output: output + 0.05)
+    with pytest.raises(RuntimeError, match="differs by"):
+        dynexec.freeze(model, toys.images(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from dynexec.executors.proof import TOLERANCE
+from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.measure.flops import count_flops
 from dynexec.measure.timing import compare
 from dynexec.nn.residual import dynamic_blocks
@@ -140,6 +140,8 @@ def _errors(model, images, settings, candidates):
     reference = REFERENCE(model, images, threads=torch.get_num_threads())
     full = torch.ones_like(settings[0].draws[0])
     dense_output = reference(images, full)
+    if not dense_output.isfinite().all():
+        raise ValueError("the model's output must be finite, or equal outputs would prove nothing")
     dense_errors = {c.name: relative_error(c(images, full), dense_output) for c in candidates if c.dense}
     errors = {}
     for setting in settings:
@@ -156,13 +158,6 @@ def _errors(model, images, settings, candidates):
                     for draw, output in zip(setting.draws, outputs, strict=True)
                 )
     return errors
-
-
-def relative_error(output, reference):
-    """Largest absolute difference over the reference's largest absolute value; infinite if anything is not finite."""
-    if output.shape != reference.shape or not (output.isfinite().all() and reference.isfinite().all()):
-        return float("inf")
-    return float((output - reference).abs().max() / reference.abs().max())
 
 
 def _calls(candidates, images, settings, frozen):
