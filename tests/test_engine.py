@@ -166,6 +166,28 @@ def test_activations_at_their_ends(activation):
     assert torch.allclose(output[good], expected[good].float(), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4, 6, 8, 16])
+def test_the_input_is_read_and_overwritten_by_every_instruction(channels):
+    """Its pixels follow each other without gaps only where convolutions alone read them."""
+    conv = packed(torch.randn(channels, channels, 3, 3), torch.randn(channels), padding=1)
+    depthwise = packed(torch.randn(channels, 1, 3, 3), torch.randn(channels), padding=1, groups=channels)
+    x = torch.randn(2, channels, 5, 7)
+    y = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    z = F.conv2d(x.double(), depthwise.weight.double(), depthwise.bias.double(), padding=1, groups=channels)
+    uses = {
+        "sum": (lambda b, v: b.conv(conv, v, v), y + x),
+        "in place": (lambda b, v: b.conv(conv, b.conv(conv, v), v, out=v), F.conv2d(
+            y, conv.weight.double(), conv.bias.double(), padding=1) + x),
+        "overwritten": (lambda b, v: b.add(b.conv(conv, v), v, out=v), y + x),
+        "product": (lambda b, v: b.multiply(b.conv(conv, v), b.pool(v, "max", (5, 7), (5, 7))),
+                    y * x.amax((2, 3), keepdim=True)),
+    }  # fmt: skip
+    if channels > 1:
+        uses["depthwise"] = lambda b, v: b.add(b.conv(depthwise, v), b.conv(conv, v)), z + y
+    for emit, expected in uses.values():
+        close(run(program(emit, x.shape[1:]), x), expected)
+
+
 def block_program(channels, size, columns=3, winograd=WINOGRAD_TILES):
     """Stem, three gated blocks, global pooling; and the weights."""
     draw = lambda out, inputs, k: packed(  # noqa: E731
@@ -307,7 +329,7 @@ def test_broken_programs_are_refused_or_run():
 @pytest.mark.parametrize("kernels", ["0", "1"])
 def test_every_instruction_set_that_runs_here(kernels):
     """The same tests with narrower vectors, in a process of their own: the choice is made once."""
-    names = "gates or activations or convolutions or winograd or pooling"
+    names = "input or gates or activations or convolutions or winograd or pooling"
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names, "-p", "no:cacheprovider"]
     result = subprocess.run(command, env={**os.environ, "DYNEXEC_KERNELS": kernels}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

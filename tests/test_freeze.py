@@ -112,13 +112,14 @@ def test_model_and_example_are_not_changed():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("channels", [7, 8])
 @pytest.mark.parametrize("executor", ALL_EXECUTORS)
-def test_a_stage_input_that_others_read_is_not_overwritten(executor):
+def test_a_stage_input_that_others_read_is_not_overwritten(executor, channels):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem = nn.Conv2d(3, 8, 3, padding=1)
-            self.block = toys.BasicBlock(8, 8)
+            self.stem = nn.Conv2d(3, channels, 3, padding=1)
+            self.block = toys.BasicBlock(channels, channels)
 
         def forward(self, x):
             x = self.stem(x)

@@ -119,7 +119,6 @@ class Builder:
             reach = (computed - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
             x.border[d] = max(x.border[d], before[d])
             x.border[d + 2] = max(x.border[d + 2], reach - before[d] - x.shape[d + 1])
-        x.packed &= op == "conv"
         value = out if out is not None else Value(channels, *size)
         positions = self.weights.conv(conv, op, tile)
         return self._emit(
@@ -145,7 +144,6 @@ class Builder:
         size = _output_size(x, kernel, stride, (1, 1), padding, after)
         if min(size) < 1 or kernel[0] * kernel[1] > _LARGEST_WINDOW:
             return None
-        x.packed = False
         return self._emit(
             _Instruction(kind, x, Value(x.channels, *size), None, 0, 0, None, kernel, stride, (1, 1), padding, divisor)
         )
@@ -154,9 +152,6 @@ class Builder:
         """``activation(x + other)``, with zeros for further ``channels``."""
         if other is not None and other.shape != x.shape:
             return None
-        for value in (x, other):
-            if value is not None:
-                value.packed = False
         value = out if out is not None else Value(channels or x.channels, x.height, x.width)
         return self._emit(_Instruction("add", x, value, other, activation=activation))
 
@@ -164,7 +159,6 @@ class Builder:
         """``x`` times one factor per sample and channel."""
         if factors.shape != (x.channels, 1, 1):
             return None
-        x.packed = factors.packed = False
         return self._emit(_Instruction("multiply", x, Value(*x.shape), factors))
 
     def gate(self, column):
@@ -214,6 +208,9 @@ class Builder:
         return torch.tensor(code, dtype=torch.int64)
 
     def _emit(self, instruction):
+        for value in instruction.values if instruction.op != "load" else ():
+            # Only convolutions read packed pixels, as what they convolve; nothing writes them but a load.
+            value.packed &= instruction.op == "conv" and value is instruction.input and value is not instruction.other
         self.instructions.append(instruction)
         return instruction.output
 
