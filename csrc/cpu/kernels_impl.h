@@ -144,7 +144,9 @@ void conv_tile(const ConvTask& task, int64_t pixel, const char* ahead, int64_t s
       Vector w[vectors];
       repeat<vectors>([&](int v) __attribute__((always_inline)) { w[v] = load(weights + v * kWidth); });
       weights += vectors * kWidth;
-      __builtin_prefetch(ahead, 0, 2);
+      repeat<(4 * kWidth * vectors + 63) / 64>([&](int line) __attribute__((always_inline)) {
+        __builtin_prefetch(ahead + 64 * line, 0, 2);
+      });
       ahead += step;
       repeat<rows>([&](int p) __attribute__((always_inline)) {
         const float value = x[p][k];
