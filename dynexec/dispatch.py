@@ -15,7 +15,7 @@ _library.define("gather_rows_out(Tensor x, Tensor index, Tensor(a!) out) -> ()")
 _library.define("scatter_rows_(Tensor(a!) destination, Tensor index, Tensor rows, bool add, bool relu) -> ()")
 _library.define("plan(Tensor decisions, int choices) -> (Tensor, Tensor)")
 # The CPU engine, native only: see dynexec/executors/engine.py.
-_library.define("engine_facts(Tensor like) -> Tensor")
+_library.define("vector_width(Tensor like) -> int")
 _library.define("peak_rate(Tensor like) -> float")
 _library.define("make_program(Tensor code, Tensor weights) -> int")
 _library.define("run_program(Tensor x, Tensor decisions, int program, int group, bool together) -> Tensor")

@@ -11,16 +11,15 @@ constexpr int64_t kPixels = 192;            // of a convolution at a time: a mul
 constexpr int64_t kDepthwiseChannels = 32;  // at a time: a multiple of every width
 constexpr int64_t kDepthwiseRows = 8;
 
-// How the output channels are divided: panels of the kernels' width, but for the last one.
+// How the output channels are divided into panels.
 struct Panels {
   int64_t count, last;
 };
 
-Panels divide_channels(const Kernels& kernels, int64_t channels) {
-  const int64_t vectors = divide_up(channels, kernels.width);
-  // 3 vectors are no wider than two panels of 2 and 1, and faster.
-  const int64_t count = kernels.panel == 2 ? std::max<int64_t>(1, vectors / 2) : divide_up(vectors, kernels.panel);
-  return {count, vectors - kernels.panel * (count - 1)};
+Panels divide_channels(int64_t channels, int64_t width) {
+  const int64_t vectors = divide_up(channels, width);
+  const int64_t count = std::max<int64_t>(1, vectors / kPanel);
+  return {count, vectors - kPanel * (count - 1)};
 }
 
 // How the pixels and panels of a convolution are divided among items.
@@ -112,7 +111,7 @@ int64_t Program::rows_at_once(const Step& step, const Frame& frame, const Buffer
   return step.op == Op::kDepthwise ? std::min(divide_up(out.height, frame.helpers), kDepthwiseRows) : 1;
 }
 
-// The work of a step in pieces: first the borders of its output, then what it computes.
+// The work of a step in pieces: what it computes, then the borders of its output.
 int64_t Program::items(const Step& step, const Frame& frame) const {
   if (step.op == Op::kStore) return frame.count * buffers_[step.in].height;
   const Buffer& out = buffers_[step.out];
@@ -120,7 +119,7 @@ int64_t Program::items(const Step& step, const Frame& frame) const {
   if (step.op != Op::kConv && step.op != Op::kWinograd) {
     return borders + frame.count * divide_up(out.height, rows_at_once(step, frame, out));
   }
-  const int64_t panels = divide_channels(kernels_, out.channels).count;
+  const int64_t panels = divide_channels(out.channels, kernels_.width).count;
   if (step.op == Op::kWinograd) {
     const TileDivision division =
         divide_winograd(frame.count * winograd_tiles(out, step.tile), step.tiles, panels, frame.helpers);
@@ -133,8 +132,8 @@ int64_t Program::items(const Step& step, const Frame& frame) const {
 void Program::run_item(const Step& step, const Frame& frame, int64_t item) const {
   const Buffer& out = buffers_[step.op == Op::kStore ? step.in : step.out];
   if (step.op != Op::kStore && out.has_border() && step.out != step.other) {
-    if (item < frame.count) return clear_border(out, frame.at(out, frame.active[item]));
-    item -= frame.count;
+    const int64_t border = item - (items(step, frame) - frame.count);
+    if (border >= 0) return clear_border(out, frame.at(out, frame.active[border]));
   }
   if (step.op == Op::kConv) return run_conv(step, frame, item);
   if (step.op == Op::kWinograd) return run_winograd(step, frame, item);
@@ -176,7 +175,7 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
   const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
-  const Panels panels = divide_channels(kernels_, out.channels);
+  const Panels panels = divide_channels(out.channels, kernels_.width);
   const int64_t total = frame.count * out.pixels();
   const Division division = divide_conv(total, panels.count, frame.helpers);
   const int64_t first = item % division.pixel_items * division.pixels;
@@ -217,8 +216,8 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
   const int64_t parts = static_cast<int64_t>(step.parts.size()) - 1;
   for (int64_t panel = panels.count * share / division.panel_items;
        panel < panels.count * (share + 1) / division.panel_items; ++panel) {
-    task.vectors = panel == panels.count - 1 ? panels.last : kernels_.panel;
-    task.channel = panel * kernels_.panel * kernels_.width;
+    task.vectors = panel == panels.count - 1 ? panels.last : kPanel;
+    task.channel = panel * kPanel * kernels_.width;
     task.weights = weights_ + step.weights + task.channel * step.reduction;
     for (int64_t part = 0; part < parts; ++part) {
       task.runs = &step.runs[step.parts[part]];
@@ -242,7 +241,7 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   const int64_t across = divide_up(out.width, step.tile), of_sample = winograd_tiles(out, step.tile);
   const int64_t planes = winograd_planes(step.tile);
   const int64_t total = frame.count * of_sample;
-  const Panels panels = divide_channels(kernels_, out.channels);
+  const Panels panels = divide_channels(out.channels, kernels_.width);
   const TileDivision division = divide_winograd(total, step.tiles, panels.count, frame.helpers);
   const int64_t first = item % division.tile_items * division.tiles, count = std::min(division.tiles, total - first);
   const int64_t share = item / division.tile_items;
@@ -281,8 +280,8 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
     const Run run = {plane * in_plane, in.channels};
     task.runs = &run;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t channel = panel * kernels_.panel * kernels_.width;
-      task.vectors = panel == panels.count - 1 ? panels.last : kernels_.panel;
+      const int64_t channel = panel * kPanel * kernels_.width;
+      task.vectors = panel == panels.count - 1 ? panels.last : kPanel;
       task.channel = plane * out_plane + channel;
       task.weights = weights_ + step.weights + (plane * out_channels + channel) * in.channels;
       task.ahead = task.weights + in.channels * task.vectors * kernels_.width;
@@ -290,8 +289,8 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
     }
   }
 
-  const int64_t channel = first_panel * kernels_.panel * kernels_.width;
-  const int64_t end = last_panel == panels.count ? out_channels : last_panel * kernels_.panel * kernels_.width;
+  const int64_t channel = first_panel * kPanel * kernels_.width;
+  const int64_t end = last_panel == panels.count ? out_channels : last_panel * kPanel * kernels_.width;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
     const int64_t row = tile / across * step.tile, column = tile % across * step.tile;

@@ -76,11 +76,12 @@ struct WinogradOutput {
   Activation activation;
 };
 
+// Vectors of a panel; the last one of an odd number has 3, of 1 vector 1.
+constexpr int64_t kPanel = 2;
+
 // Convolutions want the floats of `channels` in whole vectors: memory behind the last one is written, as zeros.
 struct Kernels {
   int64_t width;  // floats per vector
-  // Panels are `panel` vectors wide, but for the last one.
-  int64_t panel;
   void (*conv)(const ConvTask&);
   void (*depthwise)(const DepthwiseTask&);
   void (*winograd_input)(const WinogradInput&);

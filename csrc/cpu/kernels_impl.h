@@ -185,9 +185,9 @@ void conv_panel(const ConvTask& task) {
 
 // Tiles fill the registers: with 16 of them, 12 sums, up to 3 weights and an input; with 32, 24 sums.
 #if DYNEXEC_REGISTERS >= 32
-constexpr int kPanel = 3, kRows2 = 8, kRows3 = 8;
+constexpr int kRows2 = 12, kRows3 = 8;
 #else
-constexpr int kPanel = 2, kRows2 = 6, kRows3 = 4;
+constexpr int kRows2 = 6, kRows3 = 4;
 #endif
 
 void conv(const ConvTask& task) {
@@ -393,7 +393,7 @@ int64_t multiply_add(int64_t rounds, float* values) {
 
 }  // namespace
 
-const Kernels DYNEXEC_TABLE = {kWidth,   kPanel,   conv, depthwise, winograd_input, winograd_output,
-                               pool_max, pool_sum, add,  multiply,  multiply_add};
+const Kernels DYNEXEC_TABLE = {kWidth,   conv,     depthwise, winograd_input, winograd_output,
+                               pool_max, pool_sum, add,       multiply,       multiply_add};
 
 }  // namespace dynexec

@@ -37,14 +37,7 @@ std::mutex mutex;
 std::unordered_map<int64_t, std::shared_ptr<const Held>> programs;
 int64_t next_handle = 1;
 
-// Vectors of how many floats, panels of how many vectors.
-Tensor engine_facts(const Tensor& like) {
-  const Tensor facts = empty_strided({2}, {1}, like.scalar_type());
-  int64_t* values = static_cast<int64_t*>(facts.mutable_data_ptr());
-  values[0] = kernels().width;
-  values[1] = kernels().panel;
-  return facts;
-}
+int64_t vector_width(const Tensor&) { return kernels().width; }
 
 // Floating-point operations per second of one thread: the best of several short runs.
 double peak_rate(const Tensor&) {
@@ -111,7 +104,7 @@ Tensor run_program(const Tensor& x, const Tensor& decisions, int64_t handle, int
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynexec, CPU, library) {
-  library.impl("engine_facts", TORCH_BOX(&engine_facts));
+  library.impl("vector_width", TORCH_BOX(&vector_width));
   library.impl("peak_rate", TORCH_BOX(&peak_rate));
   library.impl("make_program", TORCH_BOX(&make_program));
   library.impl("run_program", TORCH_BOX(&run_program));

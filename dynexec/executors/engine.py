@@ -18,7 +18,7 @@ def instruction_set():
     if engine_missing():
         return None
     baseline = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "SSE2"
-    return {4: baseline, 8: "AVX2", 16: "AVX-512"}[engine_facts()[0]]
+    return {4: baseline, 8: "AVX2", 16: "AVX-512"}[vector_width()]
 
 
 def peak_rate():
@@ -26,9 +26,9 @@ def peak_rate():
     return torch.ops.dynexec.peak_rate(torch.zeros(1, dtype=torch.int64))
 
 
-def engine_facts():
-    """Floats per vector, vectors per panel of weights."""
-    return torch.ops.dynexec.engine_facts(torch.zeros(1, dtype=torch.int64)).tolist()
+def vector_width():
+    """Floats per vector."""
+    return torch.ops.dynexec.vector_width(torch.zeros(1, dtype=torch.int64))
 
 
 class Program:

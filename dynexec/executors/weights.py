@@ -3,14 +3,14 @@
 import torch
 import torch.nn.functional as F
 
-from dynexec.executors.engine import engine_facts
+from dynexec.executors.engine import vector_width
 
 
 class Weights:
     """Packed weights of a program, shared by the programs for all image sizes."""
 
     def __init__(self):
-        self.width, self.panel = engine_facts()
+        self.width = vector_width()
         self._parts, self._size, self._tensor = [], 0, None
         self._positions = {}  # of convolutions, which their programs keep alive, by identity
 
@@ -46,8 +46,7 @@ class Weights:
         """[reduction, channels] as panels, flat."""
         rows = self._pad(rows)
         vectors = rows.shape[1] // self.width
-        count = max(1, vectors // 2) if self.panel == 2 else -(-vectors // self.panel)
-        widths = [self.panel * self.width] * (count - 1)
+        widths = [2 * self.width] * (max(1, vectors // 2) - 1)
         widths.append(rows.shape[1] - sum(widths))
         return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
 
