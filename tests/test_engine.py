@@ -9,42 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_programs import close, packed, program, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynexec.executors.engine import Program, engine_missing
-from dynexec.executors.packing import ACTIVATIONS, PackedConv
-from dynexec.executors.program import WINOGRAD_TILES, Builder
-from dynexec.executors.weights import Weights
+from dynexec.executors.packing import ACTIVATIONS
+from dynexec.executors.program import WINOGRAD_TILES
 
 pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
-
-NOTHING = torch.zeros(0, 0, dtype=torch.bool)
-
-
-def packed(weight, bias, stride=1, padding=0, dilation=1, groups=1, activation=None):
-    pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)]
-    return PackedConv("conv", weight, bias, *pairs, groups, activation, False, (1, weight.shape[1] * groups, 32, 32))
-
-
-def program(emit, shape, columns=0, winograd=WINOGRAD_TILES):
-    """The program that ``emit(builder, x)`` makes of a batch of ``shape`` [C, H, W]."""
-    weights = Weights()
-    builder = Builder(weights, columns, winograd)
-    builder.begin_unit()
-    builder.store(emit(builder, builder.load(*shape)))
-    return Program(builder.finish(), weights.tensor())
-
-
-def run(made, x, **schedule):
-    return made(x, NOTHING.new_empty(len(x), 0), **schedule)
-
-
-def close(actual, expected, tolerance=1e-5, scale=None):
-    scale = scale or (float(expected.abs().max()) if expected.numel() else 1.0)
-    assert actual.shape == expected.shape
-    assert float((actual.double() - expected).abs().max() if expected.numel() else 0.0) <= tolerance * max(scale, 1e-3)
 
 
 def smooth(activation, x):

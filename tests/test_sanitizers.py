@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from engine_programs import Inverted
+from engine_programs import build as build_program
 from torch import nn
 
 import dynexec
-from dynexec.executors.engine import engine_missing
+from dynexec.executors.engine import Program, engine_missing
 from dynexec.models import create_model
 
 ROOT = Path(__file__).parent.parent
@@ -46,22 +48,38 @@ def networks():
     yield "blockdrop", toys.finish(create_model("blockdrop_resnet32_cifar10")).backbone, (3, 32, 32)
 
 
-def write_case(path, name, model, shape):
-    """The engine's segment of a network, its input, decisions and output in a file for run_programs."""
+def write_network(path, name, model, shape):
+    """The engine's segment of a network."""
     columns = dynexec.convert(model).num_blocks if name != "blockdrop" else 15
-    samples = 5
-    images = torch.randn(samples, *shape)
-    frozen = dynexec.freeze(model, images[:2], executor="resident")
+    frozen = dynexec.freeze(model, torch.randn(2, *shape), executor="resident")
     (segment,) = frozen.segments
-    decisions = torch.rand(samples, columns) < 0.6
-    output = segment(images, decisions)
     # The frozen network was compared with the model; the segment's output is what the file expects.
-    program = segment.programs[shape]
-    weights = segment.weights.tensor()
-    header = (0x64796E65786563, len(program.code), len(weights), samples, columns, *shape, *output.shape[1:])
+    write_case(path, segment.programs[shape].code, segment.weights.tensor(), columns, shape)
+
+
+def write_bands(path):
+    """Inverted residual blocks on bands of rows, in place and with stride 2."""
+    block, smaller = Inverted(12, 200, 12, 5, 1, 1, True, True, True), Inverted(12, 40, 9, 3, 2, 1, True, True, False)
+
+    def emit(builder, x):
+        x = builder.add(x)
+        gate = builder.gate(0)
+        block.emit(builder, x, in_place=True)
+        builder.end_gate(gate)
+        return smaller.emit(builder, x)
+
+    write_case(path, *build_program(emit, (12, 29, 23), 1, band_floats=1), 1, (12, 29, 23))
+
+
+def write_case(path, code, weights, columns, shape):
+    """A program, its input, decisions and output in a file for run_programs."""
+    samples = 5
+    images, decisions = torch.randn(samples, *shape), torch.rand(samples, columns) < 0.6
+    output = Program(code, weights)(images, decisions)
+    header = (0x64796E65786563, len(code), len(weights), samples, columns, *shape, *output.shape[1:])
     path.write_bytes(
         struct.pack("<11q", *header)
-        + program.code.numpy().tobytes()
+        + code.numpy().tobytes()
         + weights.numpy().tobytes()
         + images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
         + decisions.byte().contiguous().numpy().tobytes()
@@ -72,10 +90,11 @@ def write_case(path, name, model, shape):
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
-    paths = []
+    paths = [folder / "bands"]
+    write_bands(paths[0])
     for name, model, shape in networks():
         paths.append(folder / name)
-        write_case(paths[-1], name, model, shape)
+        write_network(paths[-1], name, model, shape)
     return paths
 
 

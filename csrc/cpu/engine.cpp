@@ -59,6 +59,7 @@ std::vector<const Kernels*> Program::all_kernels() {
 std::vector<int64_t> Program::place_slots(int64_t group) const {
   std::vector<int64_t> begin(num_slots_ + 1, 0);
   for (const Buffer& buffer : buffers_) {
+    if (buffer.slot < 0) continue;
     const int64_t samples = buffer.phase < 0 ? group : std::min(group, phases_[buffer.phase].samples);
     begin[buffer.slot + 1] = std::max(begin[buffer.slot + 1], samples * buffer.sample());
   }
@@ -100,7 +101,8 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   const int64_t arena = slots.back();
   const int64_t counters = together ? groups * steps(group) * threads : 0;
   const int64_t shared = arena * (together ? 1 : workers);
-  std::shared_ptr<Memory> memory = take_memory(shared + scratch_ * workers, counters);
+  const int64_t between = together ? shared_ * threads * group : 0;
+  std::shared_ptr<Memory> memory = take_memory(shared + between + scratch_ * workers, counters);
   unpoison(memory->arena.get(), memory->floats);
   for (int64_t a = 0; kGap && a < shared; a += arena) {
     for (int64_t slot = 1; slot <= num_slots_; ++slot) poison(memory->arena.get() + a + slots[slot] - kGap, kGap);
@@ -115,7 +117,8 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     if (worker >= workers) return;
     Frame frame(batch, slots);
     frame.arena = memory->arena.get() + (together ? 0 : worker * arena);
-    frame.scratch = memory->arena.get() + shared + worker * scratch_;
+    frame.shared = memory->arena.get() + shared;
+    frame.scratch = frame.shared + between + worker * scratch_;
     frame.counter = together ? memory->counter.get() : nullptr;
     if (together) {
       frame.helpers = threads;
@@ -157,7 +160,12 @@ void Program::run_group(Frame& frame) const {
           frame.count = frame.size;
           for (int64_t sample = 0; sample < frame.size; ++sample) frame.active[sample] = sample;
         }
-        frame.share(items(step, frame), [&](int64_t item) { run_item(step, frame, item); });
+        if (step.bands) {
+          run_bands(i, frame);
+          i += step.bands;
+          continue;
+        }
+        run_step(step, frame);
       }
     }
   }

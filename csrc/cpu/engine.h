@@ -23,7 +23,7 @@ struct Images {
 
 // [height][width][channels] per sample, with borders of zeros around height and width for convolutions to read.
 struct Buffer {
-  int64_t slot;      // buffers of one slot share memory, at different times
+  int64_t slot;      // buffers of one slot share memory, at different times; -1: only some of its rows exist at a time
   int64_t phase;     // that uses it, or -1: several do
   int64_t channels;
   int64_t pitch;     // floats from pixel to pixel
@@ -59,8 +59,10 @@ struct Instruction {
   int64_t kernel[2], stride[2], dilation[2], padding[2];  // height, width; padding at the top and on the left
   // kPoolSum: by what sums are divided, 0: by the number of inputs that are no padding. kWinograd: its tile, 2 or 4.
   int64_t divisor;
+  // How many of the next instructions run with this one on a band of rows at a time: a 1x1 convolution, a depthwise one,
+  // a 1x1 one, or two of these. What lies between them, slot -1, stays in the cache.
+  int64_t bands;
 };
-constexpr int64_t kInstructionFields = 16;
 
 // Instructions that run for `samples` samples together, before they run for the next ones of the group.
 struct Phase {
@@ -102,26 +104,53 @@ class Program {
     int64_t reduction = 0;         // floats
     int64_t tile = 0;              // Winograd's: output pixels in a row
     int64_t tiles = 0;             // of these that are done at once, at most
+    int64_t rows = 0;              // of a band, where bands are
   };
   struct Memory;  // of one call
   struct Frame;   // where a thread is
 
+  // Rows of a sample's buffer, or of a part of it: pixel (row, column) is at data + (row - first) * row() + column * pitch.
+  struct Rows {
+    float* data;
+    int64_t first;
+  };
+  // The instructions that run on bands from one on; where there is no such one, null.
+  struct Bands {
+    const Step *expand, *depthwise, *project;
+    int64_t overlap;  // rows of the depthwise convolution's input that two bands beside each other share
+  };
+
   void check(const Step& step, int64_t number, int64_t num_weights) const;
+  void check_bands(int64_t number) const;
   void prepare(Step& step);
+  void prepare_bands(int64_t number);
+  Bands bands(int64_t number) const;
   std::vector<int64_t> place_slots(int64_t group) const;
   int64_t steps(int64_t group) const;
   void run_group(Frame& frame) const;
   static int64_t rows_at_once(const Step& step, const Frame& frame, const Buffer& out);
-  int64_t items(const Step& step, const Frame& frame) const;
-  void run_item(const Step& step, const Frame& frame, int64_t item) const;
+  int64_t borders(const Step& step, const Frame& frame) const;
+  int64_t pieces(const Step& step, const Frame& frame) const;
+  int64_t conv_pieces(const Step& step, const Frame& frame) const;
+  int64_t winograd_pieces(const Step& step, const Frame& frame) const;
+  void run_step(const Step& step, Frame& frame) const;
+  void run_piece(const Step& step, const Frame& frame, int64_t item) const;
   void run_conv(const Step& step, const Frame& frame, int64_t item) const;
+  void convolve(const Step& step, const float* const* from, float* const* to, const float* const* residual,
+                int64_t count, int64_t first_panel, int64_t last_panel) const;
+  void convolve_rows(const Step& step, Rows from, Rows to, const Rows* residual, int64_t begin, int64_t end) const;
+  void run_bands(int64_t number, Frame& frame) const;
+  void run_stretch(const Bands& group, const Frame& frame, int64_t sample, int64_t stretch, int64_t stretches,
+                   const float* shared) const;
+  void expand_rows(const Step& step, const Frame& frame, int64_t sample, Rows to, int64_t begin, int64_t end) const;
   void run_winograd(const Step& step, const Frame& frame, int64_t item) const;
-  void run_depthwise(const Step& step, const Frame& frame, int64_t sample, int64_t first) const;
+  void run_depthwise(const Step& step, Rows from, Rows to, int64_t begin, int64_t end) const;
   void run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
 
   const Kernels& kernels_;
   const float* weights_;
-  int64_t columns_ = 0, input_ = -1, output_ = -1, num_slots_ = 0, longest_phase_ = 1, scratch_ = 0;
+  int64_t columns_ = 0, input_ = -1, output_ = -1, num_slots_ = 0, longest_phase_ = 1;
+  int64_t scratch_ = 0, shared_ = 0;  // floats per thread, and per thread and sample of a group, besides the slots
   std::vector<Phase> phases_;
   std::vector<Buffer> buffers_;
   std::vector<Step> steps_;

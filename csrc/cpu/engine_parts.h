@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "engine.h"
@@ -19,6 +21,10 @@ constexpr int64_t kWinogradTiles = 48;   // at most at once; a multiple of every
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
+
+void clear_border(const Buffer& b, float* data);
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -37,6 +43,7 @@ struct Program::Frame {
   const std::vector<int64_t>& slots;      // where they begin
   float* arena = nullptr;
   float* scratch = nullptr;               // of this thread
+  float* shared = nullptr;                // of all
   Counter* counter = nullptr;             // of the next step; null: this thread works alone
   int64_t helpers = 1, helper = 0;        // threads that share a step, number of this one
   int64_t group = 0, group_size = 0;      // first sample and number of samples

@@ -1,8 +1,5 @@
 // Reading and checking a program: what the constructor accepts stays within its memory.
 
-#include <stdexcept>
-#include <string>
-
 #include "engine_parts.h"
 
 namespace dynexec {
@@ -12,8 +9,6 @@ constexpr int64_t kVersion = 1;
 constexpr int64_t kReduction = 512;             // floats of a reduction at a time: a panel of weights stays in the L1 cache
 constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kMaxSize = int64_t(1) << 24;
-
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
 
 }  // namespace
 
@@ -45,7 +40,7 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
   if (expected != num_steps) fail("its phases do not cover it");
   for (int64_t i = 0; i < num_buffers; ++i) {
     Buffer buffer;
-    buffer.slot = next(0, num_slots_ - 1, "slot");
+    buffer.slot = next(-1, num_slots_ - 1, "slot");
     buffer.phase = next(-1, num_phases - 1, "phase of a buffer");
     buffer.channels = next(1, kMaxSize, "channels");
     buffer.pitch = next(buffer.channels, kMaxSize, "pitch");
@@ -74,17 +69,19 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
     }
     for (int64_t& padding : step.padding) padding = next(0, 4096, "padding");
     step.divisor = next(0, kMaxSize, "divisor");
+    step.bands = next(0, 2, "number of instructions on bands");
     steps_.push_back(step);
   }
   if (position != size) fail("it is longer than it says");
   for (size_t p = 0; p < phases_.size(); ++p) {
-    int64_t gated = 0;
+    int64_t gated = 0, banded = 0;  // ends
     for (int64_t i = phases_[p].first; i < phases_[p].end; ++i) {
       Step& step = steps_[i];
       if (step.op == Op::kGate) {
         if (step.in < 0 || step.in >= columns_) fail("a gate has no column");
         if (i < gated || step.out <= i || step.out > phases_[p].end) fail("a gate ends nowhere");
         gated = step.out;
+        if (i < banded) fail("a gate is among instructions on bands");
         continue;
       }
       for (const int64_t b : {step.in, step.out, step.other}) {
@@ -94,8 +91,22 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
       }
       check(step, i, num_weights);
       prepare(step);
+      if (step.bands) {
+        banded = i + step.bands + 1;
+        if (banded > (i < gated ? gated : phases_[p].end)) fail("instructions on bands end nowhere");
+      } else if (i >= banded) {
+        for (const int64_t b : {step.in, step.out, step.other}) {
+          if (b >= 0 && buffers_[b].slot < 0) fail("a buffer of some rows is used alone");
+        }
+      }
       if (step.op == Op::kLoad) input_ = step.out;
       if (step.op == Op::kStore) output_ = step.in;
+    }
+    for (int64_t i = phases_[p].first; i < phases_[p].end; ++i) {
+      if (steps_[i].op == Op::kGate || !steps_[i].bands) continue;
+      check_bands(i);
+      prepare_bands(i);
+      i += steps_[i].bands;
     }
   }
   if (input_ < 0 || output_ < 0) fail("it loads or stores nothing");
@@ -114,7 +125,7 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
   require(whole(out), "output without whole vectors");
-  const bool alone = in.slot != out.slot;
+  const bool alone = in.slot != out.slot || in.slot < 0;
   const bool same = in.height == out.height && in.width == out.width;
   if (step.op == Op::kAdd || step.op == Op::kMultiply) {
     require(same && alone && whole(in) && in.channels <= out.channels, "input does not fit output");

@@ -6,10 +6,11 @@ pointers (the indirect convolution of Dukhan, 2019). A program is a list of inte
 
 * version, floats per vector, columns of the decisions, number of slots, of phases, of buffers, of instructions;
 * per phase: first instruction, end, samples that run through it together;
-* per buffer: slot, phase or -1, channels, pitch, height, width, border at the top, left, bottom, right;
+* per buffer: slot or -1, phase or -1, channels, pitch, height, width, border at the top, left, bottom, right;
 * per instruction: operation, input, output, other input, position of weights and of bias, activation, kernel (2),
-  stride (2), dilation (2), padding at the top and on the left, divisor. A gate has its column as input, and as output
-  the first instruction behind those that only the samples run which keep that column's block.
+  stride (2), dilation (2), padding at the top and on the left, divisor, how many of the next ones run with it on bands
+  of rows. A gate has its column as input, and as output the first instruction behind those that only the samples run
+  which keep that column's block.
 
 Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
 of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
@@ -17,6 +18,7 @@ Those of Winograd's F(2x2, 3x3) and F(4x4, 3x3) are 16 and 36 matrices ``[panel]
 its tile, 2 or 4, is in the place of the divisor.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +34,9 @@ _WINOGRAD_CHANNELS = 16  # at least: of fewer, the transforms would take longer 
 # At most how many channels in x channels out for Winograd's tiles, the fastest first. Weights are 4 times as large for
 # tiles of 4, 16/9 times for tiles of 2: of wide layers they would not come from memory as fast as they are used.
 WINOGRAD_TILES = {4: 128 * 128, 2: 512 * 512}
+# Where a 1x1, a depthwise and a 1x1 convolution follow each other with at least this many floats between them, they run
+# on bands of rows: what is between them would leave the cache.
+BAND_FLOATS = 256 * 1024
 
 
 @dataclass(eq=False)
@@ -69,6 +74,7 @@ class _Instruction:
     divisor: int = 0  # or Winograd's tile
     column: int = 0  # gate
     gated: int = 0  # gate: how many instructions
+    bands: int = 0  # how many of the next ones run with this one on bands of rows
 
     @property
     def values(self):
@@ -85,10 +91,12 @@ class Builder:
         Of the decisions.
     winograd : dict
         How 3x3 convolutions may run by Winograd's algorithm, like ``WINOGRAD_TILES``.
+    band_floats : int
+        Between instructions that run on bands of rows, at least.
     """
 
-    def __init__(self, weights, columns, winograd=WINOGRAD_TILES):
-        self.weights, self.columns, self.winograd = weights, columns, winograd
+    def __init__(self, weights, columns, winograd=WINOGRAD_TILES, band_floats=BAND_FLOATS):
+        self.weights, self.columns, self.winograd, self.band_floats = weights, columns, winograd, band_floats
         self.instructions, self.units = [], []  # units: first instruction and pixels of what one phase must hold
 
     def load(self, channels, height, width):
@@ -190,6 +198,7 @@ class Builder:
         """The program as int64 tensor."""
         phases = self._phases()
         phase_of = [number for number, (first, end, _) in enumerate(phases) for _ in range(first, end)]
+        _find_bands(self.instructions, phase_of, self.band_floats)
         buffers = _place(self.instructions, phases, phase_of, self.weights.width)
         code = [_VERSION, self.weights.width, self.columns, 1 + max(slot for _, slot, _ in buffers.values())]
         code += [len(phases), len(buffers), len(self.instructions)]
@@ -204,7 +213,7 @@ class Builder:
             if step.op == "gate":
                 of = [step.column, number + 1 + step.gated, -1]
             code += [_OPS.index(step.op), *of, step.weights, step.bias, _ACTIVATIONS.index(step.activation)]
-            code += [*step.kernel, *step.stride, *step.dilation, *step.padding, step.divisor]
+            code += [*step.kernel, *step.stride, *step.dilation, *step.padding, step.divisor, step.bands]
         return torch.tensor(code, dtype=torch.int64)
 
     def _emit(self, instruction):
@@ -235,16 +244,52 @@ def _output_size(x, kernel, stride, dilation, before, after):
     return tuple((size + first + last - (k - 1) * step - 1) // s + 1 for size, k, s, step, first, last in sizes)
 
 
-def _place(instructions, phases, phase_of, width):
-    """``{id: (value, slot, phase or -1)}``: values whose lives do not overlap may share a slot."""
-    lives = {}
+def _find_bands(instructions, phase_of, floats):
+    """Mark where a 1x1, a depthwise and a 1x1 convolution follow each other, or two of these."""
+    readers = Counter(id(value) for step in instructions for value in (step.input, step.other) if value is not None)
+    ends = {number + step.gated for number, step in enumerate(instructions) if step.op == "gate"}
+
+    def follows(number):
+        """Whether the next instruction, and nothing else, reads what this one makes, and they may run together."""
+        step, after = instructions[number : number + 2]
+        inner = step.output is not None and readers[id(step.output)] == 1 and after.input is step.output
+        return inner and phase_of[number] == phase_of[number + 1] and number not in ends
+
+    def pointwise(step):
+        return step.op == "conv" and (*step.kernel, *step.stride, *step.padding) == (1, 1, 1, 1, 0, 0)
+
     for number, step in enumerate(instructions):
+        if step.op != "depthwise":
+            continue
+        before, after = instructions[number - 1], instructions[min(number + 1, len(instructions) - 1)]
+        expands = pointwise(before) and before.other is None and follows(number - 1)
+        projects = pointwise(after) and follows(number) and not any(step.output.border)
+        # The last one may overwrite the first one's input only row by row.
+        source, result = (before if expands else step).input, (after if projects else step).output
+        if source is result and not (expands and step.stride[0] == 1):
+            continue
+        between = [value for value, inner in ((step.input, expands), (step.output, projects)) if inner]
+        if sum(value.channels * value.pixels for value in between) >= max(floats, 1):
+            instructions[number - expands].bands = expands + projects
+
+
+def _place(instructions, phases, phase_of, width):
+    """``{id: (value, slot or -1, phase or -1)}``: values whose lives do not overlap may share a slot."""
+    lives, between, group = {}, set(), range(0)
+    for number, step in enumerate(instructions):
+        if step.bands:
+            group = range(number, number + step.bands + 1)
+            between |= {id(instructions[i].output) for i in group[:-1]}
         for value in step.values:
             _, first, _ = lives.get(id(value), (value, number, number))
-            lives[id(value)] = value, first, number
+            # What runs on bands uses all of its values together.
+            lives[id(value)] = (value, min(first, group[0]), group[-1]) if number in group else (value, first, number)
     placed, slots = {}, []  # slots: [end of life, floats]
     for key, (value, first, last) in sorted(lives.items(), key=lambda item: item[1][1]):
         phase = phase_of[first] if phase_of[first] == phase_of[last] else -1
+        if key in between:
+            placed[key] = value, -1, phase
+            continue
         if phase < 0:  # a phase runs several times before the next one
             first, last = phases[phase_of[first]][0], phases[phase_of[last]][1]
         top, left, bottom, right = value.border

@@ -15,7 +15,7 @@ class Weights:
         self._positions = {}  # of convolutions, which their programs keep alive, by identity
 
     def conv(self, conv, op, tile=0):
-        """Positions of the weights and the bias of a :class:`PackedConv` that runs as ``op``, Winograd's by ``tile``."""
+        """Positions of weights and bias of a :class:`PackedConv` that runs as ``op``; Winograd has a ``tile``."""
         if (id(conv), op) not in self._positions:
             if op == "depthwise":
                 weight = self._pad(conv.weight.permute(1, 2, 3, 0))
@@ -51,8 +51,8 @@ class Weights:
         return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
 
 
-# By tile, from a kernel of 3 to 4 or 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016,
-# 4.1 and 4.3.
+# By tile, from a kernel of 3 to 4 or 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+# 2016, 4.1 and 4.3.
 _WINOGRAD = {
     2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
     4: [

@@ -1,0 +1,284 @@
+// The convolutions: how they are divided among threads, and what of them the inner loops get.
+
+#include "engine_parts.h"
+
+namespace dynexec {
+namespace {
+
+constexpr int64_t kPixels = 192;            // of a convolution at a time: a multiple of every tile's rows
+constexpr int64_t kDepthwiseChannels = 32;  // at a time: a multiple of every width
+
+// How the output channels are divided into panels.
+struct Panels {
+  int64_t count, last;
+};
+
+Panels divide_channels(int64_t channels, int64_t width) {
+  const int64_t vectors = divide_up(channels, width);
+  const int64_t count = std::max<int64_t>(1, vectors / kPanel);
+  return {count, vectors - kPanel * (count - 1)};
+}
+
+// How the pixels and panels of a convolution are divided among items.
+struct Division {
+  int64_t pixels;  // of an item
+  int64_t pixel_items, panel_items;
+};
+
+Division divide_conv(int64_t pixels, int64_t panels, int64_t threads) {
+  Division division = {0, divide_up(pixels, kPixels), 1};
+  if (threads > 1 && division.pixel_items < 4 * threads) {
+    division.panel_items = std::min(panels, 2 * threads);
+    while (division.pixel_items * division.panel_items % threads && pixels / (division.pixel_items + 1) >= 24) {
+      ++division.pixel_items;
+    }
+  }
+  division.pixels = round_up(divide_up(pixels, division.pixel_items), 12);
+  division.pixel_items = divide_up(pixels, division.pixels);
+  return division;
+}
+
+int64_t winograd_tiles(const Buffer& out, int64_t tile) {
+  return divide_up(out.height, tile) * divide_up(out.width, tile);
+}
+
+// How Winograd's tiles and panels are divided among items; every item transforms the inputs of its tiles itself.
+struct TileDivision {
+  int64_t tiles;  // of an item
+  int64_t tile_items, panel_items;
+};
+
+TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t panels, int64_t threads) {
+  TileDivision division = {0, divide_up(tiles, most), 1};
+  if (threads > 1 && tiles < 12 * threads && panels >= threads) {
+    division.panel_items = threads;
+  } else if (threads > 1) {
+    division.tile_items = std::min(tiles, round_up(division.tile_items, threads));
+  }
+  division.tiles = divide_up(tiles, division.tile_items);
+  division.tile_items = divide_up(tiles, division.tiles);
+  return division;
+}
+
+}  // namespace
+
+int64_t Program::conv_pieces(const Step& step, const Frame& frame) const {
+  const Buffer& out = buffers_[step.out];
+  const int64_t panels = divide_channels(out.channels, kernels_.width).count;
+  const Division division = divide_conv(frame.count * out.pixels(), panels, frame.helpers);
+  return division.pixel_items * division.panel_items;
+}
+
+int64_t Program::winograd_pieces(const Step& step, const Frame& frame) const {
+  const Buffer& out = buffers_[step.out];
+  const int64_t panels = divide_channels(out.channels, kernels_.width).count;
+  const int64_t tiles = frame.count * winograd_tiles(out, step.tile);
+  const TileDivision division = divide_winograd(tiles, step.tiles, panels, frame.helpers);
+  return division.tile_items * division.panel_items;
+}
+
+void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
+  const Panels panels = divide_channels(out.channels, kernels_.width);
+  const int64_t total = frame.count * out.pixels();
+  const Division division = divide_conv(total, panels.count, frame.helpers);
+  const int64_t first = item % division.pixel_items * division.pixels;
+  const int64_t share = item / division.pixel_items;
+  const int64_t count = std::min(division.pixels, total - first);
+
+  const float* from[kPixels + 12];
+  float* to[kPixels + 12];
+  const float* added[kPixels + 12];
+  int64_t place = first / out.pixels(), row = first % out.pixels() / out.width, column = first % out.width;
+  for (int64_t pixel = 0; pixel < count;) {
+    const int64_t sample = frame.active[place];
+    const float* x = frame.at(in, sample) + in.origin() + (row * step.stride[0] - step.padding[0]) * in.row() +
+                     (column * step.stride[1] - step.padding[1]) * in.pitch;
+    float* y = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch;
+    const int64_t end = std::min(count, pixel + out.width - column), begin = pixel;
+    const int64_t x_step = step.stride[1] * in.pitch;
+    for (; pixel < end; ++pixel, x += x_step, y += out.pitch) {
+      from[pixel] = x;
+      to[pixel] = y;
+    }
+    if (other && step.other != step.out) {
+      const float* z = frame.at(*other, sample) + other->origin() + row * other->row() + column * other->pitch;
+      for (int64_t p = begin; p < end; ++p, z += other->pitch) added[p] = z;
+    }
+    column = 0;
+    if (++row == out.height) {
+      row = 0;
+      ++place;
+    }
+  }
+
+  convolve(step, from, to, !other ? nullptr : (step.other == step.out ? to : added), count,
+           panels.count * share / division.panel_items, panels.count * (share + 1) / division.panel_items);
+}
+
+// Pixels by pointers, at most kPixels and what rounding adds; panels of output channels from `first_panel` on.
+void Program::convolve(const Step& step, const float* const* from, float* const* to, const float* const* residual,
+                       int64_t count, int64_t first_panel, int64_t last_panel) const {
+  const Panels panels = divide_channels(buffers_[step.out].channels, kernels_.width);
+  ConvTask task;
+  task.in = from;
+  task.out = to;
+  task.residual = residual;
+  task.pixels = count;
+  const int64_t parts = static_cast<int64_t>(step.parts.size()) - 1;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    task.vectors = panel == panels.count - 1 ? panels.last : kPanel;
+    task.channel = panel * kPanel * kernels_.width;
+    task.weights = weights_ + step.weights + task.channel * step.reduction;
+    for (int64_t part = 0; part < parts; ++part) {
+      task.runs = &step.runs[step.parts[part]];
+      task.num_runs = step.parts[part + 1] - step.parts[part];
+      task.bias = part == 0 ? weights_ + step.bias + task.channel : nullptr;
+      task.activation = part == parts - 1 ? step.activation : Activation::kNone;
+      task.length = 0;
+      for (int64_t run = 0; run < task.num_runs; ++run) task.length += task.runs[run].length;
+      const int64_t floats = task.length * task.vectors * kernels_.width;
+      task.ahead = task.weights + floats;
+      kernels_.conv(task);
+      task.weights += floats;
+    }
+  }
+}
+
+// A 1x1 convolution of stride 1 on rows of one sample.
+void Program::convolve_rows(const Step& step, Rows from, Rows to, const Rows* residual, int64_t begin,
+                            int64_t end) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const float* inputs[kPixels];
+  float* outputs[kPixels];
+  const float* added[kPixels];
+  const int64_t panels = divide_channels(out.channels, kernels_.width).count;
+  for (int64_t pixel = begin * out.width; pixel < end * out.width;) {
+    const int64_t count = std::min(kPixels, end * out.width - pixel);
+    for (int64_t i = 0; i < count; ++i, ++pixel) {
+      const int64_t row = pixel / out.width, column = pixel % out.width;
+      inputs[i] = from.data + (row - from.first) * in.row() + column * in.pitch;
+      outputs[i] = to.data + (row - to.first) * out.row() + column * out.pitch;
+      if (residual) {
+        const Buffer& other = buffers_[step.other];
+        added[i] = residual->data + (row - residual->first) * other.row() + column * other.pitch;
+      }
+    }
+    convolve(step, inputs, outputs, residual ? added : nullptr, count, 0, panels);
+  }
+}
+
+void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
+  const int64_t across = divide_up(out.width, step.tile), of_sample = winograd_tiles(out, step.tile);
+  const int64_t planes = winograd_planes(step.tile);
+  const int64_t total = frame.count * of_sample;
+  const Panels panels = divide_channels(out.channels, kernels_.width);
+  const TileDivision division = divide_winograd(total, step.tiles, panels.count, frame.helpers);
+  const int64_t first = item % division.tile_items * division.tiles, count = std::min(division.tiles, total - first);
+  const int64_t share = item / division.tile_items;
+  const int64_t first_panel = panels.count * share / division.panel_items;
+  const int64_t last_panel = panels.count * (share + 1) / division.panel_items;
+  const int64_t in_channels = round_up(in.channels, kernels_.width);
+  const int64_t out_channels = round_up(out.channels, kernels_.width);
+  // 16 floats between the planes, so that they do not all fall into the same lines of the cache.
+  const int64_t in_plane = count * in_channels + 16, out_plane = count * out_channels + 16;
+  float* inputs = frame.scratch;
+  float* outputs = inputs + planes * in_plane;
+
+  const float* from[kWinogradTiles];
+  float* to[kWinogradTiles];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
+    const int64_t row = tile / across * step.tile - step.padding[0];
+    const int64_t column = tile % across * step.tile - step.padding[1];
+    from[i] = inputs + i * in_channels;
+    to[i] = outputs + i * out_channels;
+    kernels_.winograd_input({step.tile, frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
+                             in.pitch, inputs + i * in_channels, in_plane, in_channels});
+  }
+
+  static const float zeros[64] = {};
+  ConvTask task;
+  task.in = from;
+  task.out = to;
+  task.residual = nullptr;
+  task.pixels = count;
+  task.bias = zeros;
+  task.activation = Activation::kNone;
+  task.num_runs = 1;
+  task.length = in.channels;
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    const Run run = {plane * in_plane, in.channels};
+    task.runs = &run;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t channel = panel * kPanel * kernels_.width;
+      task.vectors = panel == panels.count - 1 ? panels.last : kPanel;
+      task.channel = plane * out_plane + channel;
+      task.weights = weights_ + step.weights + (plane * out_channels + channel) * in.channels;
+      task.ahead = task.weights + in.channels * task.vectors * kernels_.width;
+      kernels_.conv(task);
+    }
+  }
+
+  const int64_t channel = first_panel * kPanel * kernels_.width;
+  const int64_t end = last_panel == panels.count ? out_channels : last_panel * kPanel * kernels_.width;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
+    const int64_t row = tile / across * step.tile, column = tile % across * step.tile;
+    WinogradOutput output;
+    output.tile = step.tile;
+    output.in = to[i] + channel;
+    output.plane = out_plane;
+    output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch + channel;
+    output.row = out.row();
+    output.pitch = out.pitch;
+    output.residual = nullptr;
+    if (other) {
+      output.residual =
+          frame.at(*other, sample) + other->origin() + row * other->row() + column * other->pitch + channel;
+      output.residual_row = other->row();
+      output.residual_pitch = other->pitch;
+    }
+    output.height = std::min(step.tile, out.height - row);
+    output.width = std::min(step.tile, out.width - column);
+    output.channels = end - channel;
+    output.bias = weights_ + step.bias + channel;
+    output.activation = step.activation;
+    kernels_.winograd_output(output);
+  }
+}
+
+void Program::run_depthwise(const Step& step, Rows from, Rows to, int64_t begin, int64_t end) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const int64_t channels = round_up(out.channels, kernels_.width);
+  DepthwiseTask task;
+  task.in_step = step.stride[1] * in.pitch;
+  task.offsets = step.offsets.data();
+  task.taps = step.offsets.size();
+  task.kernel = step.dilation[1] == 1 ? step.kernel[1] : 0;
+  task.stride = step.stride[1];
+  task.out_step = out.pitch;
+  task.pixels = out.width;
+  task.weight_step = channels;
+  task.activation = step.activation;
+  for (int64_t channel = 0; channel < channels; channel += kDepthwiseChannels) {
+    task.channels = std::min(kDepthwiseChannels, channels - channel);
+    task.weights = weights_ + step.weights + channel;
+    task.bias = weights_ + step.bias + channel;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t in_row = row * step.stride[0] - step.padding[0] - from.first;
+      task.in = from.data + in_row * in.row() - step.padding[1] * in.pitch + channel;
+      task.out = to.data + (row - to.first) * out.row() + channel;
+      kernels_.depthwise(task);
+    }
+  }
+}
+
+}  // namespace dynexec
