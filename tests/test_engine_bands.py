@@ -53,12 +53,12 @@ def test_bands(inputs, channels, outputs, size, geometry, layers, residual, samp
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("rows", [1, 4, 9, 30])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 40), (4, 40), (9, 40), (30, 40), (14, 700)])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_a_gated_block_in_place(threads, rows, kernel):
-    """Its output overwrites its input, row by row, for the samples that keep it."""
+def test_a_gated_block_in_place(threads, rows, channels, kernel):
+    """Its output overwrites its input, row by row, for the samples that keep it; bands of 700 channels are one row."""
     columns, samples = 3, 6
-    blocks = [Inverted(12, 40, 12, kernel, 1, 1, True, True, True) for _ in range(columns)]
+    blocks = [Inverted(12, channels, 12, kernel, 1, 1, True, True, True) for _ in range(columns)]
     stem = packed(torch.randn(12, 12, 3, 3) / 10, torch.randn(12), padding=1)
 
     def emit(builder, x):

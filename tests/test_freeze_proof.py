@@ -10,7 +10,9 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.executors.engine import engine_missing
 from dynexec.executors.proof import relative_error
+from dynexec.executors.segment import Segment
 from dynexec.nn import ResidualBlock, assign_columns
 
 
@@ -194,3 +196,13 @@ def test_a_shortcut_that_shares_its_inputs_memory(shortcut, executor):
     with torch.no_grad(), dynexec.decide(decisions):
         expected = model(x)
     assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+def test_a_sample_alone_is_compared_too(monkeypatch):
+    """All threads share the layers of a single sample: another schedule than a batch has."""
+    run = Segment.__call__
+    monkeypatch.setattr(Segment, "__call__", lambda self, x, route: run(self, x, route) + float(len(x) == 1))
+    model = toys.timm_style()
+    dynexec.convert(model)
+    assert "engine not used: its output differs" in dynexec.freeze(model, toys.images(4)).explain()

@@ -8,6 +8,7 @@ namespace dynexec {
 namespace {
 
 constexpr int64_t kBandFloats = 64 * 1024;  // of the rows between the instructions
+constexpr int64_t kMaxRow = int64_t(1) << 40;
 
 }  // namespace
 
@@ -105,6 +106,8 @@ void Program::run_stretch(const Bands& group, const Frame& frame, int64_t sample
       expanded + (group.expand ? round_up((first_step.rows * stride + overlap) * row_floats, 16) : 0);
   int64_t made = begin * stride - depthwise.padding[0];  // rows of the depthwise convolution's input up to here exist
   int64_t kept = made;                                   // from here on
+  // Rows from here on, of which the next stretch may have overwritten the inputs, were made before.
+  const int64_t limit = shared && stretch + 1 < stretches ? end * stride - depthwise.padding[0] : kMaxRow;
   if (shared && stretch > 0) {
     std::memcpy(expanded, shared + (stretch - 1) * shared_, overlap * row_floats * sizeof(float));
     made += overlap;
@@ -122,11 +125,10 @@ void Program::run_stretch(const Bands& group, const Frame& frame, int64_t sample
       from.data = expanded + in.left * in.pitch;
       kept = from.first;
       made = std::max(made, kept);
-      const bool ends = shared && stretch + 1 < stretches && stop == end;
-      expand_rows(*group.expand, frame, sample, from, made, ends ? needed - overlap : needed);
-      if (ends) {
-        std::memcpy(expanded + (needed - overlap - kept) * row_floats, shared + stretch * shared_,
-                    overlap * row_floats * sizeof(float));
+      expand_rows(*group.expand, frame, sample, from, made, std::min(needed, limit));
+      if (const int64_t first = std::max(made, limit); first < needed) {
+        std::memcpy(expanded + (first - kept) * row_floats, shared + stretch * shared_ + (first - limit) * row_floats,
+                    (needed - first) * row_floats * sizeof(float));
       }
       made = needed;
     }
