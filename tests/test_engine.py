@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dynexec.executors.engine import Program, engine_missing
 from dynexec.executors.packing import ACTIVATIONS
 from dynexec.executors.program import WINOGRAD_TILES
 
+BANDS = Path(__file__).with_name("test_engine_bands.py")
 pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
 
 
@@ -295,6 +297,9 @@ def test_broken_programs_are_refused_or_run():
         except ValueError:
             refused += 1
     assert refused > 1000
+    conv = packed(torch.randn(16, 16, 1, 1), torch.randn(16))
+    with pytest.raises(ValueError, match="loads or stores twice"):
+        program(lambda b, v: (b.store(v), b.conv(conv, v))[1], (16, 6, 6))
     for end in range(0, len(made.code), 7):
         with pytest.raises(ValueError):
             Program(made.code[:end].clone(), weights)
@@ -303,7 +308,7 @@ def test_broken_programs_are_refused_or_run():
 @pytest.mark.parametrize("kernels", ["0", "1"])
 def test_every_instruction_set_that_runs_here(kernels):
     """The same tests with narrower vectors, in a process of their own: the choice is made once."""
-    names = "input or gates or activations or convolutions or winograd or pooling"
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names, "-p", "no:cacheprovider"]
+    names = "bands or in_place or input or gates or activations or convolutions or winograd or pooling"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, str(BANDS), "-k", names, "-p", "no:cacheprovider"]
     result = subprocess.run(command, env={**os.environ, "DYNEXEC_KERNELS": kernels}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

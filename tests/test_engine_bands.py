@@ -56,7 +56,7 @@ def test_bands(inputs, channels, outputs, size, geometry, layers, residual, samp
 @pytest.mark.parametrize(("rows", "channels"), [(1, 40), (4, 40), (9, 40), (30, 40), (14, 700)])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_gated_block_in_place(threads, rows, channels, kernel):
-    """Its output overwrites its input, row by row, for the samples that keep it; bands of 700 channels are one row."""
+    """Its output overwrites its input, row by row. Of 700 channels bands are one or two rows."""
     columns, samples = 3, 6
     blocks = [Inverted(12, channels, 12, kernel, 1, 1, True, True, True) for _ in range(columns)]
     stem = packed(torch.randn(12, 12, 3, 3) / 10, torch.randn(12), padding=1)
@@ -108,6 +108,49 @@ def test_what_something_else_reads_is_not_kept_to_bands():
     x = torch.randn(2, 8, 9, 9)
     apart = program(emit, (8, 9, 9), band_floats=NEVER)
     assert torch.equal(run(made, x), run(apart, x))
+
+
+def test_a_projection_is_in_one_group_only():
+    first, second = (Inverted(8, 8, 8, 3, 1, 1, False, True, False) for _ in range(2))
+
+    def emit(builder, x):
+        return second.emit(builder, first.emit(builder, x))
+
+    made = program(emit, (8, 9, 9), band_floats=ALWAYS)
+    assert made_of(made) == [0, 1, 0, 1, 0, 0]
+    x = torch.randn(2, 8, 9, 9)
+    close(run(made, x), second.expected(first.expected(x.double())))
+
+
+def test_an_expansion_with_zeros_around_it_is_none():
+    block = Inverted(8, 24, 8, 3, 1, 1, True, True, False)
+    made = program(
+        lambda b, x: b.conv(block.layers[1][0], b.conv(block.layers[0][0], x, zeros=(0, 0, 1, 1))),
+        (8, 9, 9),
+        band_floats=ALWAYS,
+    )
+    x = torch.randn(2, 8, 9, 9)
+    padded = F.pad(x.double(), (0, 1, 0, 1))
+    block.layers.pop()
+    close(run(made, x), block.expected(padded))
+
+
+def test_in_place_needs_what_was_read_to_be_behind():
+    made = program(
+        lambda b, x: Inverted(8, 24, 8, 3, 1, 1, True, True, True).emit(b, b.add(x), in_place=True),
+        (8, 9, 9),
+        band_floats=ALWAYS,
+    )
+    code = made.code.clone()
+    fields, instructions = 17, int(code[6])
+    depthwise = len(code) - fields * (instructions - 3)
+    buffer = 7 + 3 * int(code[4]) + 10 * int(code[depthwise + 1])
+    code[buffer + 6] = 9  # a border at the top that holds the padding
+    assert code[depthwise] == 4 and code[depthwise + 13] == 1
+    Program(code, torch.randn(made.num_weights))
+    code[depthwise + 13] = 5
+    with pytest.raises(ValueError, match="memory is shared"):
+        Program(code, torch.randn(made.num_weights))
 
 
 def test_small_values_between_do_not_need_bands():

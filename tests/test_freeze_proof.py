@@ -116,6 +116,27 @@ def test_rounding_that_the_network_amplifies_is_no_difference():
     assert (frozen(x, decisions) - exact).abs().max() < 20 * rounding
 
 
+class Overflowing(nn.Module):
+    """One output is infinite in float32 and finite in float64."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        y = self.network(x)
+        return torch.cat([y, (y[:, :1].abs() + 1) * 1e30 * 1e30], dim=1)
+
+
+def test_what_overflows_hides_no_difference():
+    model = toys.torchvision_style()
+    dynexec.convert(model)
+    model = Overflowing(model)
+    model.register_forward_hook(lambda module, inputs, output: output + 100)
+    with pytest.raises(RuntimeError, match="differs by"):
+        dynexec.freeze(model, toys.images(2))
+
+
 def test_no_more_than_rounding_is_let_through():
     model = toys.torchvision_style()
     dynexec.convert(model)

@@ -48,7 +48,8 @@ void Program::check_bands(int64_t number) const {
   }
   // The last one writes while the first one still reads: only behind what that has read.
   const Step& last = steps_[number + count - 1];
-  const bool in_place = expands && last.out == steps_[number].in && steps_[number + 1].stride[0] == 1;
+  const bool behind = expands && steps_[number + 1].stride[0] == 1 && steps_[number + 1].padding[0] <= bands(number).overlap;
+  const bool in_place = behind && last.out == steps_[number].in;
   require(buffers_[steps_[number].in].slot != buffers_[last.out].slot || in_place, "memory is shared");
 }
 

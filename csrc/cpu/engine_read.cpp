@@ -99,8 +99,10 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
           if (b >= 0 && buffers_[b].slot < 0) fail("a buffer of some rows is used alone");
         }
       }
-      if (step.op == Op::kLoad) input_ = step.out;
-      if (step.op == Op::kStore) output_ = step.in;
+      int64_t* const end = step.op == Op::kLoad ? &input_ : step.op == Op::kStore ? &output_ : nullptr;
+      if (!end) continue;
+      if (*end >= 0) fail("it loads or stores twice");
+      *end = step.op == Op::kLoad ? step.out : step.in;
     }
     for (int64_t i = phases_[p].first; i < phases_[p].end; ++i) {
       if (steps_[i].op == Op::kGate || !steps_[i].bands) continue;

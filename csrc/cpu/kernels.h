@@ -76,7 +76,7 @@ struct WinogradOutput {
   Activation activation;
 };
 
-// Vectors of a panel; the last one of an odd number has 3, of 1 vector 1.
+// Vectors of a panel (_PANEL in dynexec/executors/weights.py); the last one of an odd number has 3, of 1 vector 1.
 constexpr int64_t kPanel = 2;
 
 // Convolutions want the floats of `channels` in whole vectors: memory behind the last one is written, as zeros.

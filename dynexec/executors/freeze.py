@@ -1,6 +1,7 @@
 """``freeze``: a model of dynamic blocks as a fast inference network."""
 
 import copy
+import math
 from hashlib import sha256
 
 import torch
@@ -140,7 +141,10 @@ def _try_engine(backbone, network, layers, images, executor, winograd):
     """The network with the engine's segments, or why there is none."""
     if (reason := engine_missing()) is not None:
         return None, f"no native code, {reason}"
-    module, segments = make_segments(network, layers.num_blocks, winograd)
+    try:
+        module, segments = make_segments(network, layers.num_blocks, winograd)
+    except ValueError as error:
+        return None, str(error)
     if not segments:
         return None, "it knows none of the layers"
     for segment in segments:
@@ -176,7 +180,8 @@ def _is_rounding(actual, expected, backbone, x, decisions):
             exact = copy.deepcopy(backbone).double()(x.double())
     except RuntimeError:  # it insists on its dtype
         return False
-    return relative_error(actual, exact) <= _ROUNDING_RATIO * relative_error(expected, exact)
+    own = relative_error(expected, exact)
+    return math.isfinite(own) and relative_error(actual, exact) <= _ROUNDING_RATIO * own
 
 
 def _freeze_policy(policy, images, executor, winograd, cache):

@@ -256,13 +256,15 @@ def _find_bands(instructions, phase_of, floats):
         return inner and phase_of[number] == phase_of[number + 1] and number not in ends
 
     def pointwise(step):
-        return step.op == "conv" and (*step.kernel, *step.stride, *step.padding) == (1, 1, 1, 1, 0, 0)
+        same = step.op == "conv" and step.input.shape[1:] == step.output.shape[1:]
+        return same and (*step.kernel, *step.stride, *step.padding) == (1, 1, 1, 1, 0, 0)
 
+    taken = -1  # the last instruction of the group before
     for number, step in enumerate(instructions):
         if step.op != "depthwise":
             continue
         before, after = instructions[number - 1], instructions[min(number + 1, len(instructions) - 1)]
-        expands = pointwise(before) and before.other is None and follows(number - 1)
+        expands = number - 1 > taken and pointwise(before) and before.other is None and follows(number - 1)
         projects = pointwise(after) and follows(number) and not any(step.output.border)
         # The last one may overwrite the first one's input only row by row.
         source, result = (before if expands else step).input, (after if projects else step).output
@@ -271,6 +273,7 @@ def _find_bands(instructions, phase_of, floats):
         between = [value for value, inner in ((step.input, expands), (step.output, projects)) if inner]
         if sum(value.channels * value.pixels for value in between) >= max(floats, 1):
             instructions[number - expands].bands = expands + projects
+            taken = number + projects
 
 
 def _place(instructions, phases, phase_of, width):

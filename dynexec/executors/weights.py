@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from dynexec.executors.engine import vector_width
 
+_PANEL = 2  # vectors; kPanel in csrc/cpu/kernels.h
+
 
 class Weights:
     """Packed weights of a program, shared by the programs for all image sizes."""
@@ -12,11 +14,12 @@ class Weights:
     def __init__(self):
         self.width = vector_width()
         self._parts, self._size, self._tensor = [], 0, None
-        self._positions = {}  # of convolutions, which their programs keep alive, by identity
+        self._positions = {}  # by identity, which holds while the convolution is kept
 
     def conv(self, conv, op, tile=0):
         """Positions of weights and bias of a :class:`PackedConv` that runs as ``op``; Winograd has a ``tile``."""
-        if (id(conv), op) not in self._positions:
+        key = id(conv), op, tile
+        if key not in self._positions:
             if op == "depthwise":
                 weight = self._pad(conv.weight.permute(1, 2, 3, 0))
             elif op == "winograd":
@@ -24,8 +27,8 @@ class Weights:
                 weight = torch.cat([self._pack(plane) for plane in planes])
             else:
                 weight = self._pack(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
-            self._positions[id(conv), op] = self._add(weight), self._add(self._pad(conv.bias))
-        return self._positions[id(conv), op]
+            self._positions[key] = conv, (self._add(weight), self._add(self._pad(conv.bias)))
+        return self._positions[key][1]
 
     def tensor(self):
         """All of them, float32; nothing can be added any more."""
@@ -46,7 +49,7 @@ class Weights:
         """[reduction, channels] as panels, flat."""
         rows = self._pad(rows)
         vectors = rows.shape[1] // self.width
-        widths = [2 * self.width] * (max(1, vectors // 2) - 1)
+        widths = [_PANEL * self.width] * (max(1, vectors // 2) - 1)
         widths.append(rows.shape[1] - sum(widths))
         return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
 
