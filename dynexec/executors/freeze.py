@@ -66,8 +66,8 @@ def freeze(
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
     winograd : bool
         Whether the engine may compute 3x3 convolutions by Winograd's F(4x4, 3x3), wide ones by F(2x2, 3x3) (Lavin and
-        Gray, 2016): up to three times as fast, with rounding errors about ten times as large, still around 1e-6 of the largest value. An
-        infinity becomes NaN in its neighbourhood.
+        Gray, 2016): up to three times as fast, with rounding errors about ten times as large, still around 1e-6 of the
+        largest value. An infinity becomes NaN in its neighbourhood, and the weights take more memory.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
     keep_memory : bool
