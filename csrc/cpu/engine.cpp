@@ -10,7 +10,8 @@
 namespace dynexec {
 namespace {
 
-// With AddressSanitizer, forbidden floats behind every slot, and NaN in memory that nothing was written to.
+// With AddressSanitizer, forbidden floats behind every slot and every thread's scratch, and NaN in memory that nothing was
+// written to.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int64_t kGap = 64;
 void poison(float* from, int64_t count) { __asan_poison_memory_region(from, count * sizeof(float)); }
@@ -101,9 +102,14 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   const int64_t arena = slots.back();
   const int64_t counters = together ? groups * steps(group) * threads : 0;
   const int64_t shared = arena * (together ? 1 : workers);
-  const int64_t between = together ? shared_ * threads * group : 0;
-  std::shared_ptr<Memory> memory = take_memory(shared + between + scratch_ * workers, counters);
+  const int64_t between = together ? shared_ * threads * group + kGap : 0, scratch = scratch_ + kGap;
+  std::shared_ptr<Memory> memory = take_memory(shared + between + scratch * workers, counters);
   unpoison(memory->arena.get(), memory->floats);
+  fill_with_nan(memory->arena.get() + shared, between + scratch * workers);
+  if (between > 0) poison(memory->arena.get() + shared + between - kGap, kGap);
+  for (int64_t worker = 1; worker <= workers; ++worker) {
+    poison(memory->arena.get() + shared + between + worker * scratch - kGap, kGap);
+  }
   for (int64_t a = 0; kGap && a < shared; a += arena) {
     for (int64_t slot = 1; slot <= num_slots_; ++slot) poison(memory->arena.get() + a + slots[slot] - kGap, kGap);
   }
@@ -118,7 +124,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     Frame frame(batch, slots);
     frame.arena = memory->arena.get() + (together ? 0 : worker * arena);
     frame.shared = memory->arena.get() + shared;
-    frame.scratch = frame.shared + between + worker * scratch_;
+    frame.scratch = frame.shared + between + worker * scratch;
     frame.counter = together ? memory->counter.get() : nullptr;
     if (together) {
       frame.helpers = threads;

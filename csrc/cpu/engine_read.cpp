@@ -9,6 +9,7 @@ constexpr int64_t kVersion = 1;
 constexpr int64_t kReduction = 512;             // floats of a reduction at a time: a panel of weights stays in the L1 cache
 constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kMaxSize = int64_t(1) << 24;
+constexpr double kMaxFloats = 1e12;  // per sample: what all threads and samples need has to fit into an integer
 
 }  // namespace
 
@@ -112,6 +113,9 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
     }
   }
   if (input_ < 0 || output_ < 0) fail("it loads or stores nothing");
+  double floats = double(scratch_) + double(shared_);
+  for (const Buffer& buffer : buffers_) floats += double(buffer.sample());
+  if (floats > kMaxFloats) fail("it needs too much memory");
 }
 
 void Program::check(const Step& step, int64_t number, int64_t num_weights) const {
