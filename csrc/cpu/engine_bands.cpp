@@ -48,7 +48,8 @@ void Program::check_bands(int64_t number) const {
   }
   // The last one writes while the first one still reads: only behind what that has read.
   const Step& last = steps_[number + count - 1];
-  const bool behind = expands && steps_[number + 1].stride[0] == 1 && steps_[number + 1].padding[0] <= bands(number).overlap;
+  const Bands group = bands(number);
+  const bool behind = group.expand && group.depthwise->stride[0] == 1 && group.depthwise->padding[0] <= group.overlap;
   const bool in_place = behind && last.out == steps_[number].in;
   require(buffers_[steps_[number].in].slot != buffers_[last.out].slot || in_place, "memory is shared");
 }
@@ -97,7 +98,6 @@ void Program::run_stretch(const Bands& group, const Frame& frame, int64_t sample
   const Step& first_step = group.expand ? *group.expand : depthwise;
   const Step& last = group.project ? *group.project : depthwise;
   const Buffer& in = buffers_[depthwise.in];
-  const Buffer& middle = buffers_[depthwise.out];
   const Buffer& out = buffers_[last.out];
   const int64_t stride = depthwise.stride[0], overlap = group.overlap, row_floats = in.row();
   const int64_t begin = out.height * stretch / stretches, end = out.height * (stretch + 1) / stretches;
