@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from dynexec.executors.engine import Program
 from dynexec.executors.packing import PackedConv
-from dynexec.executors.program import BAND_FLOATS, WINOGRAD_TILES, Builder
+from dynexec.executors.program import BAND_FLOATS, Builder
 from dynexec.executors.weights import Weights
 
 NOTHING = torch.zeros(0, 0, dtype=torch.bool)
@@ -21,7 +21,7 @@ def program(*args, **options):
     return Program(*build(*args, **options))
 
 
-def build(emit, shape, columns=0, winograd=WINOGRAD_TILES, band_floats=BAND_FLOATS):
+def build(emit, shape, columns=0, winograd=True, band_floats=BAND_FLOATS):
     """Code and weights of the program that ``emit(builder, x)`` makes of a batch of ``shape`` [C, H, W]."""
     weights = Weights()
     builder = Builder(weights, columns, winograd, band_floats)

@@ -57,7 +57,7 @@ struct Instruction {
   int64_t weights, bias;   // positions in the weights
   Activation activation;
   int64_t kernel[2], stride[2], dilation[2], padding[2];  // height, width; padding at the top and on the left
-  // kPoolSum: by what sums are divided, 0: by the number of inputs that are no padding. kWinograd: its tile, 2 or 4.
+  // kPoolSum: by what sums are divided, 0: by the number of inputs that are no padding.
   int64_t divisor;
   // How many of the next instructions run with this one on a band of rows at a time: a 1x1 convolution, a depthwise one,
   // a 1x1 one, or two of these. What lies between them, slot -1, stays in the cache.
@@ -102,8 +102,8 @@ class Program {
     std::vector<int64_t> parts;    // first run of each part of it that is done at once, and their number
     std::vector<int64_t> offsets;  // of a depthwise convolution's taps
     int64_t reduction = 0;         // floats
-    int64_t tile = 0;              // Winograd's: output pixels in a row
-    int64_t tiles = 0;             // of these that are done at once, at most
+    int64_t tiles = 0;             // Winograd's: tiles that are done at once, at most
+    int64_t depth = 0;             // and input channels whose weights are transformed at once, at most
     int64_t rows = 0;              // of a band, where bands are
   };
   struct Memory;  // of one call
@@ -143,7 +143,9 @@ class Program {
   void run_stretch(const Bands& group, const Frame& frame, int64_t sample, int64_t stretch, int64_t stretches,
                    const float* shared) const;
   void expand_rows(const Step& step, const Frame& frame, int64_t sample, Rows to, int64_t begin, int64_t end) const;
+  struct Tiles;
   void run_winograd(const Step& step, const Frame& frame, int64_t item) const;
+  void winograd_panel(const Step& step, const Frame& frame, const Tiles& tiles, int64_t panel) const;
   void run_depthwise(const Step& step, Rows from, Rows to, int64_t begin, int64_t end) const;
   void run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
 

@@ -8,17 +8,6 @@ namespace {
 constexpr int64_t kPixels = 192;            // of a convolution at a time: a multiple of every tile's rows
 constexpr int64_t kDepthwiseChannels = 32;  // at a time: a multiple of every width
 
-// How the output channels are divided into panels.
-struct Panels {
-  int64_t count, last;
-};
-
-Panels divide_channels(int64_t channels, int64_t width) {
-  const int64_t vectors = divide_up(channels, width);
-  const int64_t count = std::max<int64_t>(1, vectors / kPanel);
-  return {count, vectors - kPanel * (count - 1)};
-}
-
 // How the pixels and panels of a convolution are divided among items.
 struct Division {
   int64_t pixels;  // of an item
@@ -38,11 +27,12 @@ Division divide_conv(int64_t pixels, int64_t panels, int64_t threads) {
   return division;
 }
 
-int64_t winograd_tiles(const Buffer& out, int64_t tile) {
-  return divide_up(out.height, tile) * divide_up(out.width, tile);
+int64_t winograd_tiles(const Buffer& out) {
+  return divide_up(out.height, kWinogradTile) * divide_up(out.width, kWinogradTile);
 }
 
-// How Winograd's tiles and panels are divided among items; every item transforms the inputs of its tiles itself.
+// How Winograd's tiles and panels are divided among items; every item transforms the inputs of its tiles and the weights
+// of its panels itself.
 struct TileDivision {
   int64_t tiles;  // of an item
   int64_t tile_items, panel_items;
@@ -62,6 +52,15 @@ TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t panels, int64_
 
 }  // namespace
 
+// Of an item of Winograd's: transformed inputs, [planes][tiles][channels], where each tile's are; in the scratch memory,
+// with the outputs and weights of a panel behind them.
+struct Program::Tiles {
+  int64_t first, count;
+  int64_t plane;
+  float* inputs;
+  const float* from[kWinogradTiles];
+};
+
 int64_t Program::conv_pieces(const Step& step, const Frame& frame) const {
   const Buffer& out = buffers_[step.out];
   const int64_t panels = divide_channels(out.channels, kernels_.width).count;
@@ -72,7 +71,7 @@ int64_t Program::conv_pieces(const Step& step, const Frame& frame) const {
 int64_t Program::winograd_pieces(const Step& step, const Frame& frame) const {
   const Buffer& out = buffers_[step.out];
   const int64_t panels = divide_channels(out.channels, kernels_.width).count;
-  const int64_t tiles = frame.count * winograd_tiles(out, step.tile);
+  const int64_t tiles = frame.count * winograd_tiles(out);
   const TileDivision division = divide_winograd(tiles, step.tiles, panels, frame.helpers);
   return division.tile_items * division.panel_items;
 }
@@ -171,70 +170,83 @@ void Program::convolve_rows(const Step& step, Rows from, Rows to, const Rows* re
   }
 }
 
+// The tiles of an item: their inputs are transformed, then a panel of output channels after the other is computed.
 void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) const {
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
-  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
-  const int64_t across = divide_up(out.width, step.tile), of_sample = winograd_tiles(out, step.tile);
-  const int64_t planes = winograd_planes(step.tile);
+  const int64_t across = divide_up(out.width, kWinogradTile), of_sample = winograd_tiles(out);
   const int64_t total = frame.count * of_sample;
   const Panels panels = divide_channels(out.channels, kernels_.width);
   const TileDivision division = divide_winograd(total, step.tiles, panels.count, frame.helpers);
-  const int64_t first = item % division.tile_items * division.tiles, count = std::min(division.tiles, total - first);
   const int64_t share = item / division.tile_items;
   const int64_t first_panel = panels.count * share / division.panel_items;
   const int64_t last_panel = panels.count * (share + 1) / division.panel_items;
-  const int64_t in_channels = round_up(in.channels, kernels_.width);
-  const int64_t out_channels = round_up(out.channels, kernels_.width);
-  // 16 floats between the planes, so that they do not all fall into the same lines of the cache.
-  const int64_t in_plane = count * in_channels + 16, out_plane = count * out_channels + 16;
-  float* inputs = frame.scratch;
-  float* outputs = inputs + planes * in_plane;
+  const int64_t channels = round_up(in.channels, kernels_.width);
 
-  const float* from[kWinogradTiles];
-  float* to[kWinogradTiles];
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
-    const int64_t row = tile / across * step.tile - step.padding[0];
-    const int64_t column = tile % across * step.tile - step.padding[1];
-    from[i] = inputs + i * in_channels;
-    to[i] = outputs + i * out_channels;
-    kernels_.winograd_input({step.tile, frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
-                             in.pitch, inputs + i * in_channels, in_plane, in_channels});
+  Tiles tiles;
+  tiles.first = item % division.tile_items * division.tiles;
+  tiles.count = std::min(division.tiles, total - tiles.first);
+  tiles.plane = tiles.count * channels + kBetweenPlanes;
+  tiles.inputs = frame.scratch;
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    const int64_t tile = (tiles.first + i) % of_sample, sample = frame.active[(tiles.first + i) / of_sample];
+    const int64_t row = tile / across * kWinogradTile - step.padding[0];
+    const int64_t column = tile % across * kWinogradTile - step.padding[1];
+    tiles.from[i] = tiles.inputs + i * channels;
+    kernels_.winograd_input({frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
+                             in.pitch, tiles.inputs + i * channels, tiles.plane, channels});
   }
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) winograd_panel(step, frame, tiles, panel);
+}
+
+void Program::winograd_panel(const Step& step, const Frame& frame, const Tiles& tiles, int64_t panel) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
+  const Panels panels = divide_channels(out.channels, kernels_.width);
+  const int64_t channel = panel * kPanel * kernels_.width;
+  const int64_t vectors = panel == panels.count - 1 ? panels.last : kPanel, width = vectors * kernels_.width;
+  const int64_t plane = tiles.count * width + kBetweenPlanes;
+  float* const outputs = tiles.inputs + kWinogradPlanes * tiles.plane;
+  float* const weights = outputs + kWinogradPlanes * plane;
+  float* to[kWinogradTiles];
+  for (int64_t i = 0; i < tiles.count; ++i) to[i] = outputs + i * width;
 
   static const float zeros[64] = {};
   ConvTask task;
-  task.in = from;
-  task.out = to;
+  task.in = tiles.from;
   task.residual = nullptr;
-  task.pixels = count;
-  task.bias = zeros;
+  task.pixels = tiles.count;
+  task.vectors = vectors;
   task.activation = Activation::kNone;
   task.num_runs = 1;
-  task.length = in.channels;
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    const Run run = {plane * in_plane, in.channels};
-    task.runs = &run;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t channel = panel * kPanel * kernels_.width;
-      task.vectors = panel == panels.count - 1 ? panels.last : kPanel;
-      task.channel = plane * out_plane + channel;
-      task.weights = weights_ + step.weights + (plane * out_channels + channel) * in.channels;
-      task.ahead = task.weights + in.channels * task.vectors * kernels_.width;
+  for (int64_t begin = 0; begin < in.channels; begin += step.depth) {
+    const int64_t depth = std::min(step.depth, in.channels - begin), tap = in.channels * width;
+    const float* const plain = weights_ + step.weights + channel * step.reduction + begin * width;
+    const int64_t of_plane = depth * width + kBetweenPlanes;
+    kernels_.winograd_weights({plain, tap, weights, of_plane, depth * width});
+    const bool more = begin + depth < in.channels;
+    const float* const next = plain + (more ? depth * width : 9 * tap - begin * width);  // of this panel, or the next one
+    for (int64_t p = 0; p < kWinogradPlanes; ++p) {
+      const Run run = {p * tiles.plane + begin, depth};
+      task.out = to;
+      task.channel = p * plane;
+      task.runs = &run;
+      task.weights = weights + p * of_plane;
+      task.bias = begin == 0 ? zeros : nullptr;
+      task.length = depth;
+      task.ahead = p < 9 ? next + p * tap : task.weights;
       kernels_.conv(task);
     }
   }
 
-  const int64_t channel = first_panel * kPanel * kernels_.width;
-  const int64_t end = last_panel == panels.count ? out_channels : last_panel * kPanel * kernels_.width;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t tile = (first + i) % of_sample, sample = frame.active[(first + i) / of_sample];
-    const int64_t row = tile / across * step.tile, column = tile % across * step.tile;
+  const int64_t across = divide_up(out.width, kWinogradTile), of_sample = winograd_tiles(out);
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    const int64_t tile = (tiles.first + i) % of_sample, sample = frame.active[(tiles.first + i) / of_sample];
+    const int64_t row = tile / across * kWinogradTile, column = tile % across * kWinogradTile;
     WinogradOutput output;
-    output.tile = step.tile;
-    output.in = to[i] + channel;
-    output.plane = out_plane;
+    output.in = to[i];
+    output.plane = plane;
     output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch + channel;
     output.row = out.row();
     output.pitch = out.pitch;
@@ -245,9 +257,9 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
       output.residual_row = other->row();
       output.residual_pitch = other->pitch;
     }
-    output.height = std::min(step.tile, out.height - row);
-    output.width = std::min(step.tile, out.width - column);
-    output.channels = end - channel;
+    output.height = std::min(kWinogradTile, out.height - row);
+    output.width = std::min(kWinogradTile, out.width - column);
+    output.channels = width;
     output.bias = weights_ + step.bias + channel;
     output.activation = step.activation;
     kernels_.winograd_output(output);

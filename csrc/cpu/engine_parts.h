@@ -18,9 +18,22 @@ namespace dynexec {
 constexpr int64_t kMaxGroup = 64;        // samples: their numbers are on the stack
 constexpr int64_t kMaxWindow = 64 * 64;  // inputs of a pooling: their pointers are on the stack
 constexpr int64_t kWinogradTiles = 48;   // at most at once; a multiple of every tile's rows
+// Floats between Winograd's planes, so that these do not all fall into the same lines of the cache.
+constexpr int64_t kBetweenPlanes = 16;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// How the output channels of a convolution are divided into panels.
+struct Panels {
+  int64_t count, last;  // the last one's vectors; all others have kPanel
+};
+
+inline Panels divide_channels(int64_t channels, int64_t width) {
+  const int64_t vectors = divide_up(channels, width);
+  const int64_t count = std::max<int64_t>(1, vectors / kPanel);
+  return {count, vectors - kPanel * (count - 1)};
+}
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
 

@@ -5,9 +5,10 @@
 namespace dynexec {
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kReduction = 512;             // floats of a reduction at a time: a panel of weights stays in the L1 cache
-constexpr int64_t kWinogradFloats = 96 * 1024;  // of transformed inputs and outputs at a time
+constexpr int64_t kWinogradFloats = 160 * 1024; // of transformed inputs and outputs at a time
+constexpr int64_t kWinogradWeights = 72 * 1024;  // and of transformed weights
 constexpr int64_t kMaxSize = int64_t(1) << 24;
 constexpr double kMaxFloats = 1e12;  // per sample: what all threads and samples need has to fit into an integer
 
@@ -145,13 +146,12 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
     return;
   }
   require(alone, "input and output share memory");
-  if (step.op == Op::kWinograd) require(step.divisor == 2 || step.divisor == 4, "no tile of Winograd's");
   // The border must hold every tap of the first and the last pixel, but of a pooling, which leaves padding out.
   for (int d = 0; d < 2; ++d) {
     const int64_t size_in = d ? in.width : in.height, size_out = d ? out.width : out.height;
     const int64_t before = d ? in.left : in.top, after = d ? in.right : in.bottom;
     // Winograd's tiles end where the last whole one does.
-    const int64_t computed = step.op == Op::kWinograd ? round_up(size_out, step.divisor) : size_out;
+    const int64_t computed = step.op == Op::kWinograd ? round_up(size_out, kWinogradTile) : size_out;
     const int64_t last = (computed - 1) * step.stride[d] - step.padding[d];
     const int64_t reach = last + (step.kernel[d] - 1) * step.dilation[d];
     if (step.op == Op::kPoolMax || step.op == Op::kPoolSum) {
@@ -167,13 +167,12 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
     return;
   }
   const int64_t channels = round_up(out.channels, width);
-  int64_t reduction = step.op == Op::kConv ? taps * in.channels : taps;
+  const int64_t reduction = step.op == Op::kDepthwise ? taps : taps * in.channels;
   if (step.op == Op::kWinograd) {
     for (int d = 0; d < 2; ++d) {
       require(step.kernel[d] == 3 && step.stride[d] == 1 && step.dilation[d] == 1, "no 3x3 convolution of stride 1");
     }
     require(whole(in), "input without whole vectors");
-    reduction = winograd_planes(step.divisor) * in.channels;
   }
   require(step.weights + reduction * channels <= num_weights, "weights end too early");
   require(step.bias + channels <= num_weights, "bias ends too early");
@@ -190,13 +189,14 @@ void Program::check(const Step& step, int64_t number, int64_t num_weights) const
 void Program::prepare(Step& step) {
   if (step.op != Op::kConv && step.op != Op::kDepthwise && step.op != Op::kWinograd) return;
   const Buffer& in = buffers_[step.in];
+  step.reduction = step.kernel[0] * step.kernel[1] * in.channels;
   if (step.op == Op::kWinograd) {
-    const int64_t width = kernels_.width, planes = winograd_planes(step.divisor);
-    const int64_t out_channels = buffers_[step.out].channels;
-    const int64_t floats = planes * (round_up(in.channels, width) + round_up(out_channels, width));
-    step.tile = step.divisor;
-    step.tiles = std::clamp(kWinogradFloats / floats / 12 * 12, int64_t(12), kWinogradTiles);
-    scratch_ = std::max(scratch_, step.tiles * floats + 2 * planes * 16);
+    const int64_t width = kernels_.width;
+    const int64_t panel = divide_channels(buffers_[step.out].channels, width).last * width;  // the widest
+    const int64_t of_tile = kWinogradPlanes * (round_up(in.channels, width) + panel);
+    step.tiles = std::clamp(kWinogradFloats / of_tile / 12 * 12, int64_t(12), kWinogradTiles);
+    step.depth = divide_up(in.channels, divide_up(in.channels * kWinogradPlanes * panel, kWinogradWeights));
+    scratch_ = std::max(scratch_, step.tiles * of_tile + kWinogradPlanes * (step.depth * panel + 3 * kBetweenPlanes));
     return;
   }
   // Taps beside each other are one stretch of memory where nothing lies between the pixels.
@@ -214,7 +214,6 @@ void Program::prepare(Step& step) {
     }
   }
   if (step.op == Op::kDepthwise) return;
-  step.reduction = step.kernel[0] * step.kernel[1] * in.channels;
   const int64_t length = round_up(divide_up(step.reduction, divide_up(step.reduction, kReduction)), 8);
   std::vector<Run> whole;
   whole.swap(step.runs);

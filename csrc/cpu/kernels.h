@@ -48,13 +48,21 @@ struct DepthwiseTask {
   Activation activation;
 };
 
-// A 3x3 convolution of stride 1 by Winograd's F(2x2, 3x3) or F(4x4, 3x3) (Lavin and Gray, 2016, sections 4.1 and 4.3):
-// 4 or 16 output pixels from 16 products instead of 36, or 36 instead of 144. Both transforms work on one tile, all
-// channels; its 16 or 36 values lie `plane` floats apart.
-constexpr int64_t winograd_planes(int64_t tile) { return (tile + 2) * (tile + 2); }
+// A 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016, section 4.3): a tile of 4x4 output
+// pixels from 36 products instead of 144. The transforms of inputs and outputs work on one tile, some channels; its 36
+// values lie `plane` floats apart. That of the weights is done anew for every group of tiles: transformed weights would
+// take 4 times the memory, and in a large network take as long to fetch.
+constexpr int64_t kWinogradTile = 4, kWinogradPlanes = 36;
+
+struct WinogradWeights {
+  const float* in;  // the first tap's, [9 taps][any order]
+  int64_t tap;      // floats between the taps
+  float* out;
+  int64_t plane;
+  int64_t count;  // floats of a tap, a multiple of the width
+};
 
 struct WinogradInput {
-  int64_t tile;     // output pixels in a row: 2 or 4
   const float* in;  // the tile's first input
   int64_t row, pitch;
   float* out;
@@ -63,7 +71,6 @@ struct WinogradInput {
 };
 
 struct WinogradOutput {
-  int64_t tile;
   const float* in;
   int64_t plane;
   float* out;  // the tile's first output
@@ -84,6 +91,7 @@ struct Kernels {
   int64_t width;  // floats per vector
   void (*conv)(const ConvTask&);
   void (*depthwise)(const DepthwiseTask&);
+  void (*winograd_weights)(const WinogradWeights&);
   void (*winograd_input)(const WinogradInput&);
   void (*winograd_output)(const WinogradOutput&);
   // out[c] = the largest of in[i][c] (NaN wins), or their sum times `scale`.

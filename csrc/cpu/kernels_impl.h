@@ -260,7 +260,18 @@ void depthwise(const DepthwiseTask& task) {
   for (; pixel < task.pixels; ++pixel) depthwise_tile<1>(task, pixel);
 }
 
-// One dimension of the transforms, for tiles of 4.
+// One dimension of the transforms.
+inline void winograd_kernel(const Vector (&g)[3], Vector (&t)[6]) {
+  const Vector even = (g[0] + g[2]) * (-1.0f / 6), odd = g[1] * (-1.0f / 6);
+  const Vector outer = g[0] * (1.0f / 24) + g[2] * (1.0f / 6), inner = g[1] * (1.0f / 12);
+  t[0] = g[0] * 0.25f;
+  t[1] = even + odd;
+  t[2] = even - odd;
+  t[3] = outer + inner;
+  t[4] = outer - inner;
+  t[5] = g[2];
+}
+
 inline void winograd_in(const Vector (&d)[6], Vector (&t)[6]) {
   const Vector even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
   const Vector outer = d[4] - d[2], inner = 2.0f * (d[3] - d[1]);
@@ -281,22 +292,28 @@ inline void winograd_out(const Vector (&m)[6], Vector (&y)[4]) {
   y[3] = difference + 8.0f * far_difference + m[5];
 }
 
-// And for tiles of 2.
-inline void winograd_in(const Vector (&d)[4], Vector (&t)[4]) {
-  t[0] = d[0] - d[2];
-  t[1] = d[1] + d[2];
-  t[2] = d[2] - d[1];
-  t[3] = d[1] - d[3];
+void winograd_weights(const WinogradWeights& task) {
+  constexpr int size = kWinogradTile + 2;
+  for (int64_t i = 0; i < task.count; i += kWidth) {
+    Vector half[size][3];
+    repeat<3>([&](int w) __attribute__((always_inline)) {
+      Vector line[3], result[size];
+      repeat<3>([&](int h) __attribute__((always_inline)) { line[h] = load(task.in + (3 * h + w) * task.tap + i); });
+      winograd_kernel(line, result);
+      repeat<size>([&](int h) __attribute__((always_inline)) { half[h][w] = result[h]; });
+    });
+    repeat<size>([&](int h) __attribute__((always_inline)) {
+      Vector result[size];
+      winograd_kernel(half[h], result);
+      repeat<size>([&](int w) __attribute__((always_inline)) {
+        store(task.out + (size * h + w) * task.plane + i, result[w]);
+      });
+    });
+  }
 }
 
-inline void winograd_out(const Vector (&m)[4], Vector (&y)[2]) {
-  y[0] = m[0] + m[1] + m[2];
-  y[1] = m[1] - m[2] - m[3];
-}
-
-template <int tile>
-void winograd_input_of(const WinogradInput& task) {
-  constexpr int size = tile + 2;
+void winograd_input(const WinogradInput& task) {
+  constexpr int size = kWinogradTile + 2;
   for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
     Vector half[size][size], line[size], result[size];
     for (int h = 0; h < size; ++h) {
@@ -311,9 +328,8 @@ void winograd_input_of(const WinogradInput& task) {
   }
 }
 
-template <int tile>
-void winograd_output_of(const WinogradOutput& task) {
-  constexpr int size = tile + 2;
+void winograd_output(const WinogradOutput& task) {
+  constexpr int tile = kWinogradTile, size = tile + 2;
   for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
     Vector half[size][tile], line[size], result[tile];
     for (int h = 0; h < size; ++h) {
@@ -337,14 +353,6 @@ void winograd_output_of(const WinogradOutput& task) {
       for (int w = 0; w < task.width; ++w) store(out + w * task.pitch, pixels[h][w]);
     }
   }
-}
-
-void winograd_input(const WinogradInput& task) {
-  task.tile == 2 ? winograd_input_of<2>(task) : winograd_input_of<4>(task);
-}
-
-void winograd_output(const WinogradOutput& task) {
-  task.tile == 2 ? winograd_output_of<2>(task) : winograd_output_of<4>(task);
 }
 
 void pool_max(const float* const* in, int64_t count, float* out, int64_t channels) {
@@ -393,7 +401,8 @@ int64_t multiply_add(int64_t rounds, float* values) {
 
 }  // namespace
 
-const Kernels DYNEXEC_TABLE = {kWidth,   conv,     depthwise, winograd_input, winograd_output,
-                               pool_max, pool_sum, add,       multiply,       multiply_add};
+const Kernels DYNEXEC_TABLE = {kWidth,          conv,     depthwise, winograd_weights, winograd_input,
+                               winograd_output, pool_max, pool_sum,  add,              multiply,
+                               multiply_add};
 
 }  // namespace dynexec

@@ -65,9 +65,9 @@ def freeze(
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
     winograd : bool
-        Whether the engine may compute 3x3 convolutions by Winograd's F(4x4, 3x3), wide ones by F(2x2, 3x3) (Lavin and
-        Gray, 2016): up to three times as fast, with rounding errors about ten times as large, still around 1e-6 of the
-        largest value. An infinity becomes NaN in its neighbourhood, and the weights take more memory.
+        Whether the engine may compute 3x3 convolutions by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): up to three
+        times as fast, with larger rounding errors, still around 1e-6 of the largest value. An infinity becomes NaN in
+        its neighbourhood.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
     keep_memory : bool

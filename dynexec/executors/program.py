@@ -14,8 +14,7 @@ pointers (the indirect convolution of Dukhan, 2019). A program is a list of inte
 
 Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
 of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
-Those of Winograd's F(2x2, 3x3) and F(4x4, 3x3) are 16 and 36 matrices ``[panel][channels in][channels of the panel]``;
-its tile, 2 or 4, is in the place of the divisor.
+Winograd's F(4x4, 3x3) takes a convolution's weights; the engine transforms them itself.
 """
 
 from collections import Counter
@@ -23,17 +22,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-_VERSION = 1
+_VERSION = 2
 # Their places are the codes.
 _OPS = ("load", "store", "conv", "winograd", "depthwise", "max", "sum", "add", "multiply", "gate")
 _ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
 _PIXELS = 512  # of a phase's samples, so that weights are read often enough for each time they are fetched
 _LARGEST_GROUP = 8
 _LARGEST_WINDOW = 4096  # inputs of a pooling
+_WINOGRAD_TILE = 4  # output pixels in a row and in a column, from 36 products
 _WINOGRAD_CHANNELS = 16  # at least: of fewer, the transforms would take longer than what they save
-# At most how many channels in x channels out for Winograd's tiles, the fastest first. Weights are 4 times as large for
-# tiles of 4, 16/9 times for tiles of 2: of wide layers they would not come from memory as fast as they are used.
-WINOGRAD_TILES = {4: 128 * 128, 2: 512 * 512}
+_WINOGRAD_SHARE = 0.75  # of the direct algorithm's products, at most: tiles stand over the edges of small images
 # Where a 1x1, a depthwise and a 1x1 convolution follow each other with at least this many floats between them, they run
 # on bands of rows: what is between them would leave the cache.
 BAND_FLOATS = 256 * 1024
@@ -71,7 +69,7 @@ class _Instruction:
     stride: tuple = (1, 1)
     dilation: tuple = (1, 1)
     padding: tuple = (0, 0)
-    divisor: int = 0  # or Winograd's tile
+    divisor: int = 0
     column: int = 0  # gate
     gated: int = 0  # gate: how many instructions
     bands: int = 0  # how many of the next ones run with this one on bands of rows
@@ -89,13 +87,13 @@ class Builder:
     weights : Weights
     columns : int
         Of the decisions.
-    winograd : dict
-        How 3x3 convolutions may run by Winograd's algorithm, like ``WINOGRAD_TILES``.
+    winograd : bool
+        Whether 3x3 convolutions may run by Winograd's algorithm.
     band_floats : int
         Between instructions that run on bands of rows, at least.
     """
 
-    def __init__(self, weights, columns, winograd=WINOGRAD_TILES, band_floats=BAND_FLOATS):
+    def __init__(self, weights, columns, winograd=True, band_floats=BAND_FLOATS):
         self.weights, self.columns, self.winograd, self.band_floats = weights, columns, winograd, band_floats
         self.instructions, self.units = [], []  # units: first instruction and pixels of what one phase must hold
 
@@ -120,26 +118,25 @@ class Builder:
         size = _output_size(x, kernel, stride, dilation, before, after)
         if min(size) < 1 or (other is not None and other.shape != (channels, *size)):
             return None
-        tile = self._winograd_tile(conv)
-        op = "winograd" if tile else "depthwise" if depthwise else "conv"
+        op = "depthwise" if depthwise else "winograd" if self._suits_winograd(conv, size) else "conv"
         for d in (0, 1):
-            computed = size[d] + -size[d] % tile if tile else size[d]  # in whole tiles
+            computed = size[d] + (-size[d] % _WINOGRAD_TILE if op == "winograd" else 0)  # in whole tiles
             reach = (computed - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
             x.border[d] = max(x.border[d], before[d])
             x.border[d + 2] = max(x.border[d + 2], reach - before[d] - x.shape[d + 1])
         value = out if out is not None else Value(channels, *size)
-        positions = self.weights.conv(conv, op, tile)
+        positions = self.weights.conv(conv, depthwise)
         return self._emit(
-            _Instruction(op, x, value, other, *positions, conv.activation, kernel, stride, dilation, before, tile)
+            _Instruction(op, x, value, other, *positions, conv.activation, kernel, stride, dilation, before)
         )
 
-    def _winograd_tile(self, conv):
-        """Output pixels in a row of the tiles that suit; 0: none does."""
+    def _suits_winograd(self, conv, size):
         _, stride, dilation, groups = conv.geometry
-        channels, depth, *kernel = conv.shape
+        _, depth, *kernel = conv.shape
         if (kernel, list(stride), list(dilation), groups) != ([3, 3], [1, 1], [1, 1], 1) or depth < _WINOGRAD_CHANNELS:
-            return 0
-        return next((tile for tile, most in self.winograd.items() if channels * depth <= most), 0)
+            return False
+        tiles = -(-size[0] // _WINOGRAD_TILE) * -(-size[1] // _WINOGRAD_TILE)
+        return self.winograd and 36 * tiles <= _WINOGRAD_SHARE * 9 * size[0] * size[1]
 
     def pool(self, x, kind, kernel, stride, padding=(0, 0), divisor=0, ceil=False):
         """Pooling: ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by how many inputs they have."""

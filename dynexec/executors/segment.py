@@ -6,7 +6,7 @@ from torch import fx
 from dynexec.executors.emit import emit_nodes
 from dynexec.executors.engine import Program, engine_missing
 from dynexec.executors.packing import PackedConv
-from dynexec.executors.program import WINOGRAD_TILES, Builder, Value
+from dynexec.executors.program import Builder, Value
 from dynexec.executors.stage import Stage
 from dynexec.executors.weights import Weights
 
@@ -26,7 +26,7 @@ class Segment:
         The graph's modules by name.
     columns : int
         Of the network's decisions.
-    winograd : dict
+    winograd : bool
         As for :class:`Builder`.
     """
 
@@ -110,7 +110,6 @@ def make_segments(module, columns, winograd=True):
         Whether 3x3 convolutions may run by Winograd's algorithm.
     """
     modules = dict(module.named_modules())
-    winograd = WINOGRAD_TILES if winograd else {}
     found = [] if engine_missing() else _find(list(module.graph.nodes), modules, columns)
     graph = fx.Graph()
     copies = {}

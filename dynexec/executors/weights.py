@@ -16,19 +16,15 @@ class Weights:
         self._parts, self._size, self._tensor = [], 0, None
         self._positions = {}  # by identity, which holds while the convolution is kept
 
-    def conv(self, conv, op, tile=0):
-        """Positions of weights and bias of a :class:`PackedConv` that runs as ``op``; Winograd has a ``tile``."""
-        key = id(conv), op, tile
-        if key not in self._positions:
-            if op == "depthwise":
+    def conv(self, conv, depthwise):
+        """Positions of weights and bias of a :class:`PackedConv`."""
+        if id(conv) not in self._positions:
+            if depthwise:
                 weight = self._pad(conv.weight.permute(1, 2, 3, 0))
-            elif op == "winograd":
-                planes = _winograd(conv.weight, tile).permute(2, 3, 1, 0).flatten(0, 1)
-                weight = torch.cat([self._pack(plane) for plane in planes])
             else:
                 weight = self._pack(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
-            self._positions[key] = conv, (self._add(weight), self._add(self._pad(conv.bias)))
-        return self._positions[key][1]
+            self._positions[id(conv)] = conv, (self._add(weight), self._add(self._pad(conv.bias)))
+        return self._positions[id(conv)][1]
 
     def tensor(self):
         """All of them, float32; nothing can be added any more."""
@@ -52,24 +48,3 @@ class Weights:
         widths = [_PANEL * self.width] * (max(1, vectors // 2) - 1)
         widths.append(rows.shape[1] - sum(widths))
         return torch.cat([part.reshape(-1) for part in rows.split(widths, dim=1)])
-
-
-# By tile, from a kernel of 3 to 4 or 6 values: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-# 2016, 4.1 and 4.3.
-_WINOGRAD = {
-    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-    4: [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-}
-
-
-def _winograd(weight, tile):
-    """[channels out, channels in, 3, 3] to [..., tile + 2, tile + 2]."""
-    transform = torch.tensor(_WINOGRAD[tile], dtype=torch.float64)
-    return (transform @ weight.double() @ transform.t()).float()
