@@ -211,11 +211,43 @@ def test_a_shortcut_that_shares_its_inputs_memory(shortcut, executor):
     assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
-def test_a_sample_alone_is_compared_too(monkeypatch):
-    """All threads share the layers of a single sample: another schedule than a batch has."""
+needs_engine = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+
+
+def break_segments(monkeypatch, broken):
+    """Segments add 1 to what they give where ``broken(segment, x)``."""
     run = Segment.__call__
-    monkeypatch.setattr(Segment, "__call__", lambda self, x, route: run(self, x, route) + float(len(x) == 1))
+    monkeypatch.setattr(Segment, "__call__", lambda self, x, route: run(self, x, route) + float(broken(self, x)))
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("broken", "executor"),
+    [
+        (lambda segment, x: len(x) == 1, "resident"),  # all threads share the layers of a single sample
+        (lambda segment, x: segment.together and len(x) > 1, "fused"),
+        (lambda segment, x: not segment.together, "resident"),
+    ],
+)
+def test_every_schedule_of_the_engine_is_compared(monkeypatch, broken, executor):
+    break_segments(monkeypatch, broken)
     model = toys.timm_style()
     dynexec.convert(model)
-    assert "engine not used: its output differs" in dynexec.freeze(model, toys.images(4)).explain()
+    assert f"engine not used: {executor}: its output differs" in dynexec.freeze(model, toys.images(4)).explain()
+    with pytest.raises(RuntimeError, match=f"executor '{executor}' cannot run this network: {executor}: its output"):
+        dynexec.freeze(model, toys.images(4), executor=executor)
+
+
+@needs_engine
+@pytest.mark.parametrize("samples", [1, 4])
+def test_a_policy_that_the_engine_gets_wrong_runs_by_layer(monkeypatch, samples):
+    break_segments(monkeypatch, lambda segment, x: segment.columns == 0 and len(x) == samples)
+    model = toys.timm_style()
+    num_blocks = dynexec.convert(model).num_blocks
+    pooled = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, num_blocks, 1))
+    policy = toys.finish(nn.Sequential(pooled, nn.Flatten(), nn.Sigmoid()))
+    x = toys.images(4)
+    for executor in (None, "resident"):
+        frozen = dynexec.freeze(model, x, policy=policy, executor=executor)
+        with torch.no_grad():
+            assert torch.allclose(frozen.policy(x[:samples]), policy(x[:samples]), atol=1e-5)

@@ -1,7 +1,6 @@
 """``freeze``: a model of dynamic blocks as a fast inference network."""
 
 import copy
-import math
 from hashlib import sha256
 
 import torch
@@ -13,7 +12,7 @@ from dynexec.executors.engine import engine_missing
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
-from dynexec.executors.proof import TOLERANCE, relative_error
+from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error
 from dynexec.executors.segment import make_segments
 from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.context import decide
@@ -21,9 +20,7 @@ from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import apply_layers, dynamic_blocks
 from dynexec.route import Route
 
-_PROOF_SAMPLES = 3
-_ROUNDING_RATIO = 10  # of Winograd's rounding errors to those of direct sums
-_ENGINE_EXECUTORS = ("fused", "resident")
+_ENGINE_EXECUTORS = ("resident", "fused")
 
 
 def freeze(
@@ -107,17 +104,18 @@ def freeze(
 
 def _freeze_backbone(backbone, images, executor, winograd, cache):
     by_layer = executor if executor in EXECUTORS else None
-    network, stages = pack_stages(backbone, images, by_layer, _PROOF_SAMPLES)
+    network, stages = pack_stages(backbone, images, by_layer, PROOF_SAMPLES)
     columns = sum(len(stage.blocks) for stage, _, _ in stages)
     layers = FrozenNetwork(network.forward, [stage for stage, _, _ in stages], [], columns, images.dtype)
+    proof = Proof(backbone, images, columns)
     if executor not in _ENGINE_EXECUTORS:
         _prove_and_measure(stages, cache)
-        if (reason := _difference(layers, backbone, images)) is not None:
+        if (reason := proof.difference(layers)) is not None:
             raise RuntimeError(f"model cannot be frozen: {reason}; does it have hooks, or change tensors in place?")
         layers.samples_at_once = _measure_samples_at_once(layers, images, cache)
     engine, reason = None, f"executor is {executor!r}"
     if by_layer is None:
-        engine, reason = _try_engine(backbone, network, layers, images, executor, winograd)
+        engine, reason = _try_engine(network, layers, proof, executor, winograd)
     if executor in _ENGINE_EXECUTORS:
         if reason is None and engine.stages:
             reason = f"it does not know {engine.stages[0].blocks[0].name}"
@@ -130,14 +128,13 @@ def _freeze_backbone(backbone, images, executor, winograd, cache):
     times = _race(engine, layers, images, cache)
     fastest = min(times, key=times.get)
     chosen = layers if fastest == "layers" else engine
-    for segment in engine.segments:
-        segment.together = fastest == "fused"
+    engine.share_layers(fastest == "fused")
     compared = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
     chosen.notes.append(f"batch {len(images)}, keep 0.5 and 1 together: {compared} (measured) -> {fastest}")
     return chosen.keep_only()
 
 
-def _try_engine(backbone, network, layers, images, executor, winograd):
+def _try_engine(network, layers, proof, executor, winograd):
     """The network with the engine's segments, or why there is none."""
     if (reason := engine_missing()) is not None:
         return None, f"no native code, {reason}"
@@ -147,41 +144,14 @@ def _try_engine(backbone, network, layers, images, executor, winograd):
         return None, str(error)
     if not segments:
         return None, "it knows none of the layers"
-    for segment in segments:
-        segment.together = executor == "fused"
     taken = {stage for segment in segments for stage in segment.stages}
     left = [stage for stage in layers.stages if stage not in taken]
-    engine = FrozenNetwork(module.forward, left, segments, layers.num_blocks, images.dtype)
-    reason = _difference(engine, backbone, images)
-    return (None, reason) if reason is not None else (engine, None)
-
-
-def _difference(frozen, backbone, images):
-    """How the frozen network's output differs from the original's, or None where it does not."""
-    generator = torch.Generator().manual_seed(0)
-    x = images.repeat(-(-_PROOF_SAMPLES // len(images)), 1, 1, 1)[:_PROOF_SAMPLES]
-    x = x.contiguous(memory_format=torch.channels_last)
-    # One sample alone goes other ways than a batch: its layers are shared by all threads.
-    for samples, keep in ((len(x), 0.5), (len(x), 1.0), (1, 0.5), (1, 1.0)):
-        part, decisions = x[:samples], torch.rand(samples, frozen.num_blocks, generator=generator) < keep
-        with decide(decisions):
-            expected = backbone(part.clone())
-        actual = frozen.run(part, decisions)
-        error = relative_error(actual, expected)
-        if not error <= TOLERANCE[frozen.dtype] and not _is_rounding(actual, expected, backbone, part, decisions):
-            return f"its output differs by {error:.1e} of the largest value"
-    return None
-
-
-def _is_rounding(actual, expected, backbone, x, decisions):
-    """Whether the outputs differ because the network amplifies rounding errors: the original's own are as large."""
-    try:
-        with decide(decisions):
-            exact = copy.deepcopy(backbone).double()(x.double())
-    except RuntimeError:  # it insists on its dtype
-        return False
-    own = relative_error(expected, exact)
-    return math.isfinite(own) and relative_error(actual, exact) <= _ROUNDING_RATIO * own
+    engine = FrozenNetwork(module.forward, left, segments, layers.num_blocks, layers.dtype)
+    for name in _ENGINE_EXECUTORS if executor is None else (executor,):
+        engine.share_layers(name == "fused")
+        if (reason := proof.difference(engine)) is not None:
+            return None, f"{name}: {reason}"
+    return engine, None
 
 
 def _freeze_policy(policy, images, executor, winograd, cache):
@@ -191,10 +161,14 @@ def _freeze_policy(policy, images, executor, winograd, cache):
     if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or engine_missing():
         return layers
     engine, segments = make_segments(module, 0, winograd)
-    if not segments or not relative_error(engine.forward(images), layers(images)) <= TOLERANCE[images.dtype]:
+    if not segments:
+        return layers
+    errors = [relative_error(engine.forward(x), layers(x)) for x in (images, images[:1])]
+    if not all(error <= TOLERANCE[images.dtype] for error in errors):
         return layers
     if executor is None:
-        key = cache.key("policy", _digest(policy), tuple(images.shape), winograd)
+        signature = _digest([policy, *(segment.signature for segment in segments)])
+        key = cache.key("policy", signature, tuple(images.shape))
         runs = {"engine": lambda: engine.forward(images), "layers": lambda: layers(images)}
         times = cache.get(key, _are_times(runs), lambda: {name: seconds(run) for name, run in runs.items()})
         if times["engine"] > times["layers"]:
@@ -213,8 +187,7 @@ def _race(engine, layers, images, cache):
     names = ("resident", *(("fused",) if several else ()), "layers")
 
     def measure(name):
-        for segment in engine.segments:
-            segment.together = name == "fused"
+        engine.share_layers(name == "fused")
         network = layers if name == "layers" else engine
         return sum(seconds(lambda d=d: network.run_in_parts(images, d)) for d in keeps)
 
@@ -265,9 +238,7 @@ def _prove_and_measure(stages, cache):
     generator = torch.Generator().manual_seed(0)
     total = sum(len(stage.blocks) for stage, _, _ in stages)
     for stage, originals, x in stages:
-        x = x.repeat(-(-_PROOF_SAMPLES // len(x)), 1, 1, 1)[:_PROOF_SAMPLES].contiguous(
-            memory_format=torch.channels_last
-        )
+        x = x.repeat(-(-PROOF_SAMPLES // len(x)), 1, 1, 1)[:PROOF_SAMPLES].contiguous(memory_format=torch.channels_last)
         for keep in (0.5, 1.0):
             decisions = torch.rand(len(x), total, generator=generator) < keep
             decisions[1] = decisions[0]  # two samples that agree, for the grouped executor

@@ -61,6 +61,12 @@ class FrozenNetwork(nn.Module):
         """What the network gets for bool decisions ``[N, L]``: a Route, or the decisions where only the engine runs."""
         return Route.from_decisions(decisions) if self.stages else decisions
 
+    def share_layers(self, together):
+        """Whether all threads share one layer of the engine after the other (``fused``), or each takes samples of its
+        own through all of them (``resident``)."""
+        for segment in self.segments:
+            segment.together = together
+
     def keep_only(self):
         """Give up the weights that this way to run does not need; return the network."""
         for segment in self.segments:

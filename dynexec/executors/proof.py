@@ -1,8 +1,14 @@
 """What counts as equal output."""
 
+import copy
 import math
 
 import torch
+
+from dynexec.nn.context import decide
+
+PROOF_SAMPLES = 3
+_ROUNDING_RATIO = 10  # of Winograd's rounding errors to those of direct sums
 
 #: Largest difference allowed, relative to the largest value of the original's output, by what is computed in. Folding
 #: BatchNorm rounds the weights once more, and sums are made in another order.
@@ -38,3 +44,41 @@ def relative_error(actual, expected):
             return math.inf
         return max((relative_error(*pair) for pair in zip(actual, expected, strict=True)), default=0.0)
     return 0.0 if actual == expected else math.inf
+
+
+class Proof:
+    """What the original gives for some samples and for one alone, with half of the blocks and with all of them.
+
+    One sample goes other ways through the engine than a batch: fewer samples than threads share these. So the samples are
+    as many as the threads, if the images are.
+    """
+
+    def __init__(self, backbone, images, num_blocks):
+        generator = torch.Generator().manual_seed(0)
+        samples = max(PROOF_SAMPLES, min(len(images), torch.get_num_threads()))
+        x = images.repeat(-(-samples // len(images)), 1, 1, 1)[:samples]
+        x = x.contiguous(memory_format=torch.channels_last)
+        self.backbone, self.cases = backbone, []
+        for samples, keep in ((len(x), 0.5), (len(x), 1.0), (1, 0.5), (1, 1.0)):
+            part, decisions = x[:samples], torch.rand(samples, num_blocks, generator=generator) < keep
+            with decide(decisions):
+                self.cases.append((part, decisions, backbone(part.clone())))
+
+    def difference(self, frozen):
+        """How the frozen network's output differs from the original's, or None where it does not."""
+        for x, decisions, expected in self.cases:
+            actual = frozen.run(x, decisions)
+            error = relative_error(actual, expected)
+            if not error <= TOLERANCE[frozen.dtype] and not self._is_rounding(actual, expected, x, decisions):
+                return f"its output differs by {error:.1e} of the largest value"
+        return None
+
+    def _is_rounding(self, actual, expected, x, decisions):
+        """Whether the outputs differ because the network amplifies rounding: the original's own errors are as large."""
+        try:
+            with decide(decisions):
+                exact = copy.deepcopy(self.backbone).double()(x.double())
+        except RuntimeError:  # it insists on its dtype
+            return False
+        own = relative_error(expected, exact)
+        return math.isfinite(own) and relative_error(actual, exact) <= _ROUNDING_RATIO * own
