@@ -1,26 +1,23 @@
 """The CPU engine alone, without Python, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
 
+import os
 import platform
+import re
 import shutil
-import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-import toys
-from engine_programs import Inverted
-from engine_programs import build as build_program
-from torch import nn
+from engine_cases import write_cases
 
-import dynexec
-from dynexec.executors.engine import Program, engine_missing
-from dynexec.models import create_model
+from dynexec.executors.engine import engine_missing
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
 FLAGS = {"kernels_avx2": ["-mavx2", "-mfma"], "kernels_avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma"]}
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+MUTATIONS = {"address": 600, "thread": 100}  # of each program
 
 pytestmark = [
     pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}"),
@@ -28,84 +25,22 @@ pytestmark = [
 ]
 
 
-class Mixed(nn.Module):
-    """Odd sizes, strides, dilation, padding, depthwise and squeeze-excite blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 20, 5, 2, padding=3, bias=False), nn.BatchNorm2d(20), nn.SiLU())
-        self.pool = nn.MaxPool2d(3, 2, padding=1)
-        self.blocks = nn.Sequential(toys.BasicBlock(20, 20), toys.InvertedResidual(20, 20), toys.BasicBlock(20, 36, 2))
-        self.dilated = nn.Conv2d(36, 17, 3, padding=2, dilation=2)
-
-    def forward(self, x):
-        return torch.relu(self.dilated(self.blocks(self.pool(self.stem(x)))))
-
-
-def networks():
-    yield "mixed", toys.finish(Mixed()), (3, 27, 21)
-    yield "timm", toys.timm_style(), (3, 13, 13)
-    yield "blockdrop", toys.finish(create_model("blockdrop_resnet32_cifar10")).backbone, (3, 32, 32)
-
-
-def write_network(path, name, model, shape):
-    """The engine's segment of a network."""
-    columns = dynexec.convert(model).num_blocks if name != "blockdrop" else 15
-    frozen = dynexec.freeze(model, torch.randn(2, *shape), executor="resident")
-    (segment,) = frozen.segments
-    # The frozen network was compared with the model; the segment's output is what the file expects.
-    write_case(path, segment.programs[shape].code, segment.weights.tensor(), columns, shape)
-
-
-def write_bands(path):
-    """Inverted residual blocks on bands of rows, in place and with stride 2."""
-    block, smaller = Inverted(12, 200, 12, 5, 1, 1, True, True, True), Inverted(12, 40, 9, 3, 2, 1, True, True, False)
-
-    def emit(builder, x):
-        x = builder.add(x)
-        gate = builder.gate(0)
-        block.emit(builder, x, in_place=True)
-        builder.end_gate(gate)
-        return smaller.emit(builder, x)
-
-    write_case(path, *build_program(emit, (12, 29, 23), 1, band_floats=1), 1, (12, 29, 23))
-
-
-def write_case(path, code, weights, columns, shape):
-    """A program, its input, decisions and output in a file for run_programs."""
-    samples = 5
-    images, decisions = torch.randn(samples, *shape), torch.rand(samples, columns) < 0.6
-    output = Program(code, weights)(images, decisions)
-    header = (0x64796E65786563, len(code), len(weights), samples, columns, *shape, *output.shape[1:])
-    path.write_bytes(
-        struct.pack("<11q", *header)
-        + code.numpy().tobytes()
-        + weights.numpy().tobytes()
-        + images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
-        + decisions.byte().contiguous().numpy().tobytes()
-        + output.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
-    )
-
-
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    paths = [folder / "bands"]
-    write_bands(paths[0])
-    for name, model, shape in networks():
-        paths.append(folder / name)
-        write_network(paths[-1], name, model, shape)
-    return paths
+    return write_cases(tmp_path_factory.mktemp("programs"))
 
 
 def build(folder, sanitizer):
     """run_programs, built with a sanitizer."""
-    names = [path.stem for kind in ("engine", "kernels_") for path in (SOURCES / "cpu").glob(f"{kind}*.cpp")]
-    objects = []
-    for name in names:
-        objects.append(folder / f"{name}.o")
-        flags = FLAGS.get(name, []) if platform.machine() in ("x86_64", "AMD64") else []
-        compile_one(SOURCES / "cpu" / f"{name}.cpp", ["-c", "-o", objects[-1], *flags], sanitizer)
+    sources = [path for kind in ("engine", "kernels_") for path in (SOURCES / "cpu").glob(f"{kind}*.cpp")]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def compile_object(source, target):
+        flags = FLAGS.get(source.stem, []) if platform.machine() in ("x86_64", "AMD64") else []
+        compile_one(source, ["-c", "-o", target, *flags], sanitizer)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_object, sources, objects))
     program = folder / "run_programs"
     compile_one(SOURCES / "testing" / "run_programs.cpp", [*objects, "-o", program, "-pthread"], sanitizer)
     return program
@@ -122,6 +57,14 @@ def compile_one(source, arguments, sanitizer):
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_engine_under_sanitizers(cases, tmp_path, sanitizer):
     program = build(tmp_path, sanitizer)
-    result = subprocess.run([program, *cases], capture_output=True, text=True)
+    assert f"{len(cases)} programs ran" in run(program, *cases)
+    small = [case for case in cases if case.stat().st_size < 1 << 19]
+    output = run(program, "--mutate", str(MUTATIONS[sanitizer]), *small)
+    ran, refused = (int(re.search(rf"(\d+) {what}", output)[1]) for what in ("ran,", "refused"))
+    assert ran > len(small) * MUTATIONS[sanitizer] / 10 and refused > len(small) * MUTATIONS[sanitizer] / 10
+
+
+def run(*command):
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert f"{len(cases)} programs ran" in result.stdout
+    return result.stdout

@@ -84,6 +84,8 @@ class Program {
   const Buffer& input() const { return buffers_[input_]; }
   const Buffer& output() const { return buffers_[output_]; }
   int64_t columns() const { return columns_; }
+  // What a thread with one sample needs to work in, at most.
+  double floats() const;
 
   struct Batch {
     int64_t samples;

@@ -114,9 +114,13 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
     }
   }
   if (input_ < 0 || output_ < 0) fail("it loads or stores nothing");
-  double floats = double(scratch_) + double(shared_);
-  for (const Buffer& buffer : buffers_) floats += double(buffer.sample());
-  if (floats > kMaxFloats) fail("it needs too much memory");
+  if (floats() > kMaxFloats) fail("it needs too much memory");
+}
+
+double Program::floats() const {
+  double sum = double(scratch_) + double(shared_);
+  for (const Buffer& buffer : buffers_) sum += double(buffer.sample());
+  return sum;
 }
 
 void Program::check(const Step& step, int64_t number, int64_t num_weights) const {

@@ -1,15 +1,22 @@
 // Runs programs of the CPU engine from files, alone, without torch and Python: made to be built with sanitizers.
 //
 //   run_programs FILE...
+//   run_programs --mutate COUNT FILE...
 //
 // A file has int64 values: magic, sizes of code and weights, samples, columns, input [C, H, W], output [C, H, W]; then
 // the code, the weights, the input batch, the decisions (a byte each) and the expected output, both batches NHWC. Every
 // set of kernels whose vector width the program was made for runs it: by one thread and by four, in groups of several
 // sizes, each thread on its own and all together, and several calls at once. Exit status 1: an output was wrong.
+//
+// With --mutate, COUNT programs are made of each by changing some of its integers. The engine must refuse them or stay
+// within its memory and that of the batch, whatever they now say; there is no right output to compare with.
 
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <new>
+#include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -95,19 +102,72 @@ bool check(const std::string& path, Case& test, const dynexec::Kernels& kernels)
   return good;
 }
 
+struct Counts {
+  int64_t ran = 0, refused = 0, large = 0;
+};
+
+void run_mutated(const Case& test, const std::vector<int64_t>& code, const dynexec::Kernels& kernels, Counts& counts) {
+  const auto size = [](const dynexec::Buffer& b) { return double(b.channels) * double(b.height) * double(b.width); };
+  try {
+    const dynexec::Program program(code.data(), code.size(), test.weights.data(), test.weights.size(), kernels);
+    const dynexec::Buffer &in = program.input(), &out = program.output();
+    if (program.floats() + size(in) + size(out) > 1 << 22) {
+      ++counts.large;
+      return;
+    }
+    const int64_t from[] = {in.channels, in.height, in.width}, to[] = {out.channels, out.height, out.width};
+    std::vector<float> x(test.samples * int64_t(size(in)), 1.0f), y(test.samples * int64_t(size(out)));
+    std::vector<uint8_t> decisions(test.samples * program.columns());
+    for (size_t i = 0; i < decisions.size(); ++i) decisions[i] = i % 3 != 0;
+    const dynexec::Program::Batch batch = {test.samples, view(x.data(), from), view(y.data(), to), decisions.data()};
+    program.run(batch, 1, 0, false, parallel);
+    program.run(batch, 3, 0, true, parallel);
+    ++counts.ran;
+  } catch (const std::invalid_argument&) {
+    ++counts.refused;
+  }
+}
+
+// `count` programs that differ from the file's in one to three integers, now small or large.
+void mutate(const Case& test, const dynexec::Kernels& kernels, int64_t count, Counts& counts) {
+  std::mt19937_64 random(test.code.size());
+  for (int64_t i = 0; i < count; ++i) {
+    std::vector<int64_t> code = test.code;
+    for (uint64_t changes = 1 + random() % 3; changes > 0; --changes) {
+      int64_t& value = code[random() % code.size()];
+      const int64_t small = int64_t(random() % 42) - 2, near = value + int64_t(random() % 5) - 2;
+      const int64_t large = int64_t(random() >> (1 + random() % 63));
+      const uint64_t kind = random() % 8;
+      value = kind < 3 ? small : kind < 7 ? near : large;
+    }
+    run_mutated(test, code, kernels, counts);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool good = argc > 1;
+  const bool mutated = argc > 2 && std::string(argv[1]) == "--mutate";
+  const int first = mutated ? 3 : 1;
+  bool good = argc > first;
   int ran = 0;
-  for (int i = 1; i < argc; ++i) {
+  Counts counts;
+  for (int i = first; i < argc; ++i) {
     Case test(argv[i]);
     for (const dynexec::Kernels* kernels : dynexec::Program::all_kernels()) {
       if (test.code.size() < 2 || kernels->width != test.code[1]) continue;
-      good = check(argv[i], test, *kernels) && good;
+      if (mutated) {
+        mutate(test, *kernels, std::stol(argv[2]), counts);
+      } else {
+        good = check(argv[i], test, *kernels) && good;
+      }
       ++ran;
     }
   }
   std::printf("%d programs ran\n", ran);
-  return good && ran == argc - 1 ? 0 : 1;
+  if (mutated) {
+    std::printf("mutated: %ld ran, %ld refused, %ld too large\n", long(counts.ran), long(counts.refused),
+                long(counts.large));
+  }
+  return good && ran == argc - first ? 0 : 1;
 }

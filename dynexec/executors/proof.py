@@ -49,8 +49,8 @@ def relative_error(actual, expected):
 class Proof:
     """What the original gives for some samples and for one alone, with half of the blocks and with all of them.
 
-    One sample goes other ways through the engine than a batch: fewer samples than threads share these. So the samples are
-    as many as the threads, if the images are.
+    One sample goes other ways through the engine than a batch: all threads share its layers, as those of any batch with
+    fewer samples than threads. So there are as many samples as threads, if the images are.
     """
 
     def __init__(self, backbone, images, num_blocks):

@@ -1,0 +1,109 @@
+"""Programs of the CPU engine as files for ``csrc/testing/run_programs.cpp``, with what they should give.
+
+As a program, ``python engine_cases.py FOLDER`` writes them for the vectors that DYNEXEC_KERNELS asks for.
+"""
+
+import struct
+import sys
+from pathlib import Path
+
+import torch
+import toys
+from engine_programs import Inverted, build, packed
+from torch import nn
+
+import dynexec
+from dynexec.executors.engine import Program
+from dynexec.models import create_model
+
+
+class Mixed(nn.Module):
+    """Odd sizes, strides, dilation, padding, depthwise and squeeze-excite blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 5, 2, padding=3, bias=False), nn.BatchNorm2d(20), nn.SiLU())
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        self.blocks = nn.Sequential(toys.BasicBlock(20, 20), toys.InvertedResidual(20, 20), toys.BasicBlock(20, 36, 2))
+        self.dilated = nn.Conv2d(36, 17, 3, padding=2, dilation=2)
+
+    def forward(self, x):
+        return torch.relu(self.dilated(self.blocks(self.pool(self.stem(x)))))
+
+
+def networks():
+    yield "mixed", toys.finish(Mixed()), (3, 27, 21)
+    yield "timm", toys.timm_style(), (3, 13, 13)
+    yield "blockdrop", toys.finish(create_model("blockdrop_resnet32_cifar10")).backbone, (3, 32, 32)
+
+
+def write_network(path, name, model, shape):
+    """The engine's segment of a network."""
+    columns = dynexec.convert(model).num_blocks if name != "blockdrop" else 15
+    frozen = dynexec.freeze(model, torch.randn(2, *shape), executor="resident")
+    (segment,) = frozen.segments
+    # The frozen network was compared with the model; the segment's output is what the file expects.
+    write_case(path, segment.programs[shape].code, segment.weights.tensor(), columns, shape)
+
+
+def write_bands(path, rows):
+    """Inverted residual blocks on bands of rows, in place and with stride 2."""
+    block, smaller = Inverted(12, 200, 12, 5, 1, 1, True, True, True), Inverted(12, 40, 9, 3, 2, 1, True, True, False)
+
+    def emit(builder, x):
+        x = builder.add(x)
+        gate = builder.gate(0)
+        block.emit(builder, x, in_place=True)
+        builder.end_gate(gate)
+        return smaller.emit(builder, x)
+
+    write_case(path, *build(emit, (12, rows, 23), 1, band_floats=1), 1, (12, rows, 23))
+
+
+def write_wide(path):
+    """Winograd's algorithm on more channels than have their weights transformed at once, panels of 2 and 3 vectors."""
+    draw = lambda out, inputs: packed(torch.randn(out, inputs, 3, 3) / inputs**0.5, torch.randn(out), padding=1)  # noqa: E731
+    first, second, third = draw(80, 16), draw(112, 80), draw(80, 112)
+
+    def emit(builder, x):
+        x = builder.conv(first, x)
+        gate = builder.gate(0)
+        builder.conv(third, builder.conv(second, x), x, out=x)
+        builder.end_gate(gate)
+        return x
+
+    write_case(path, *build(emit, (16, 11, 6), 1), 1, (16, 11, 6))
+
+
+def write_case(path, code, weights, columns, shape):
+    """A program, its input, decisions and output in a file for run_programs."""
+    samples = 5
+    images, decisions = torch.randn(samples, *shape), torch.rand(samples, columns) < 0.6
+    output = Program(code, weights)(images, decisions)
+    header = (0x64796E65786563, len(code), len(weights), samples, columns, *shape, *output.shape[1:])
+    path.write_bytes(
+        struct.pack("<11q", *header)
+        + code.numpy().tobytes()
+        + weights.numpy().tobytes()
+        + images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+        + decisions.byte().contiguous().numpy().tobytes()
+        + output.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+    )
+
+
+def write_cases(folder):
+    """All of them; their paths."""
+    paths = []
+    for rows in (29, 17):  # stretches of seven and of four rows for four threads
+        paths.append(folder / f"bands of {rows} rows")
+        write_bands(paths[-1], rows)
+    paths.append(folder / "wide")
+    write_wide(paths[-1])
+    for name, model, shape in networks():
+        paths.append(folder / name)
+        write_network(paths[-1], name, model, shape)
+    return paths
+
+
+if __name__ == "__main__":
+    write_cases(Path(sys.argv[1]))
