@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dynexec.executors.packing import PackedConv
-from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS
+from dynexec.executors.packing import PackedConv, PackedLinear
+from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS, hooked
 from dynexec.executors.stage import Stage
 
 _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
@@ -19,6 +19,13 @@ class _Padded:
 
     def __init__(self, value, zeros):
         self.value, self.zeros = value, zeros
+
+
+class Flat:
+    """A value of one pixel as ``[N, channels]``."""
+
+    def __init__(self, value):
+        self.value = value
 
 
 def emit_nodes(builder, nodes, modules, values, out=None):
@@ -46,6 +53,11 @@ def _emit(builder, node, modules, values, out):
     if not inputs or None in inputs or node.op not in ("call_function", "call_method", "call_module"):
         return None
     x, *others = inputs
+    if isinstance(x, Flat):
+        y = None if others or out is not None else _emit_flat(builder, node, target, x.value)
+        return None if y is None else Flat(y)
+    if any(isinstance(value, Flat) for value in others):
+        return None
     if isinstance(target, PackedConv):
         zeros = (0, 0, 0, 0)
         if isinstance(x, _Padded):
@@ -60,8 +72,18 @@ def _emit(builder, node, modules, values, out):
     return _emit_call(builder, node, x, others, out)
 
 
+def _emit_flat(builder, node, target, x):
+    if isinstance(target, PackedLinear):
+        return builder.conv(target, x) if target.shape[1] == x.channels else None
+    if type(target) in ACTIVATION_MODULES or type(target) is nn.Sigmoid:
+        return _emit_module(builder, target, x, None)
+    if target in ACTIVATION_CALLS or target in _SIGMOIDS:
+        return _emit_call(builder, node, x, [], None)
+    return None
+
+
 def _emit_module(builder, module, x, out):
-    if module._forward_hooks or module._forward_pre_hooks:
+    if hooked(module):
         return None
     kind = type(module)
     if kind in ACTIVATION_MODULES or kind is nn.Sigmoid:
@@ -83,6 +105,8 @@ def _emit_module(builder, module, x, out):
         return builder.pool(x, "sum", *geometry, divisor or 0, module.ceil_mode)
     if kind is nn.AdaptiveAvgPool2d and _pair(module.output_size) == (1, 1):
         return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
+    if kind is nn.Flatten and (module.start_dim, module.end_dim) in ((1, -1), (1, 3)):
+        return Flat(x) if x.pixels == 1 else None
     if kind is nn.ZeroPad2d:
         left, right, top, bottom = module.padding
         return _Padded(x, (top, left, bottom, right)) if min(module.padding) >= 0 else None
@@ -107,9 +131,13 @@ def _emit_call(builder, node, x, others, out):
         return builder.add(x)
     if target is F.adaptive_avg_pool2d and _argument(node, 1, "output_size", None) in (1, (1, 1)):
         return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
-    if target in (torch.mean, "mean") and _argument(node, 2, "keepdim", False) is True:
-        if sorted(d % 4 for d in _argument(node, 1, "dim", ())) == [2, 3]:
-            return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
+    if target in (torch.flatten, "flatten") and x.pixels == 1 and _argument(node, 1, "start_dim", 0) == 1:
+        return Flat(x) if _argument(node, 2, "end_dim", -1) in (-1, 3) else None
+    if target in (torch.mean, "mean") and "dtype" not in node.kwargs:
+        dims = _argument(node, 1, "dim", None)
+        if isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]:
+            y = builder.pool(x, "sum", x.shape[1:], x.shape[1:])
+            return y if y is None or _argument(node, 2, "keepdim", False) else Flat(y)
     if target is F.pad and _argument(node, 2, "mode", "constant") == "constant":
         pad = tuple(_argument(node, 1, "pad", ()))
         if _argument(node, 3, "value", None) in (None, 0) and all(isinstance(p, int) and p >= 0 for p in pad):

@@ -19,6 +19,20 @@ def onednn_available():
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
+class PackedLinear:
+    """A frozen Linear layer as the engine sees it: a 1x1 convolution of one pixel."""
+
+    def __init__(self, linear):
+        self.geometry, self.activation = ([0, 0], [1, 1], [1, 1], 1), None
+        self.weight, self.dtype = linear.weight.detach()[:, :, None, None], linear.weight.dtype
+        self.bias = self.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self.shape = tuple(self.weight.shape)
+
+    def release(self):
+        """Give up the weights."""
+        self.weight = self.bias = None
+
+
 class PackedConv:
     """A frozen 2-d convolution: ``activation(conv(x))``, or ``activation(conv(x) + other)`` given ``other``.
 

@@ -57,6 +57,7 @@ def pack(root, graph, *example, may_overwrite=()):
     module = fx.GraphModule(root, graph)
     with torch.no_grad():
         ShapeProp(module).propagate(*example)
+    _flatten_views(graph)
     modules = dict(module.named_modules())
     # Fusing moves a computation behind nodes that follow it, so nothing in between may change what it reads.
     fuse = not any(_changes_in_place(modules, node) for node in graph.nodes)
@@ -75,13 +76,39 @@ def pack(root, graph, *example, may_overwrite=()):
     return module
 
 
+def _flatten_views(graph):
+    """Write ``x.view(x.size(0), -1)`` as ``torch.flatten(x, 1)``: sizes are no tensors, and tie the graph together."""
+    for node in list(graph.nodes):
+        if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3 or node.kwargs:
+            continue
+        x, size, rest = node.args
+        if rest == -1 and _is_batch_size(size) and "tensor_meta" in x.meta and "tensor_meta" in node.meta:
+            with graph.inserting_before(node):
+                flat = graph.call_function(torch.flatten, (x, 1))
+            flat.meta = dict(node.meta)
+            node.replace_all_uses_with(flat)
+            graph.erase_node(node)
+
+
+def _is_batch_size(node):
+    """Whether a node is ``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]`` of a value that is no constant."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        sizes = node.target is getattr and node.args[1] == "shape" or node.target == "size" and len(node.args) == 1
+    else:
+        sizes = node.target == "size" and node.args[1:] == (0,)
+    return sizes and not node.kwargs and node.args[0].op != "get_attr"
+
+
 def _read_conv(module, modules, node):
     """What a convolution node computes, or None if it is none or one of a kind we do not know."""
     if node.op == "call_module":
         conv = modules[node.target]
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
-        if len(node.args) != 1 or _hooked(conv):
+        if len(node.args) != 1 or hooked(conv):
             return None
         return _Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if node.op == "call_function" and node.target is F.conv2d or node.target is torch.conv2d:
@@ -151,7 +178,7 @@ def _input_of(node):
     return node.args[0] if node.args else node.kwargs["input"]
 
 
-def _hooked(module):
+def hooked(module):
     """Whether a call does something else than the type's own forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
@@ -195,7 +222,7 @@ def _read_batch_norm(module, modules, node):
     """(mean, variance, eps, weight, bias) of an evaluation-mode BatchNorm node, or None."""
     if node.op == "call_module":
         norm = modules[node.target]
-        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training and not _hooked(norm):
+        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training and not hooked(norm):
             return norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     if node.op == "call_function" and node.target is F.batch_norm:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -217,7 +244,7 @@ def _adds_same_shape(node, operand):
 
 def _read_activation(modules, node):
     if node.op == "call_module":
-        return None if _hooked(modules[node.target]) else ACTIVATION_MODULES.get(type(modules[node.target]))
+        return None if hooked(modules[node.target]) else ACTIVATION_MODULES.get(type(modules[node.target]))
     if node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1 and len(node.args) == 1:
         return ACTIVATION_CALLS.get(node.target)
     return None

@@ -1,12 +1,13 @@
 """Parts of a packed graph as programs for the CPU engine."""
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from dynexec.executors.emit import emit_nodes
+from dynexec.executors.emit import Flat, emit_nodes
 from dynexec.executors.engine import Program, engine_missing
-from dynexec.executors.packing import PackedConv
+from dynexec.executors.packing import PackedConv, PackedLinear
 from dynexec.executors.program import Builder, Value
+from dynexec.executors.rewrite import hooked
 from dynexec.executors.stage import Stage
 from dynexec.executors.weights import Weights
 
@@ -67,14 +68,14 @@ class Segment:
 
     def release(self):
         """Give up what only the layers' own executors need of the weights."""
-        targets = [node.target for node in self.nodes]
+        targets = [*self.modules.values(), *(node.target for node in self.nodes)]
         for stage in self.stages:
             for block in stage.blocks:
                 for function in (block.shortcut, block.body):
                     if function is not None:
                         targets += [node.target for node in function.__self__.graph.nodes]
         for target in targets:
-            if isinstance(target, PackedConv):
+            if isinstance(target, (PackedConv, PackedLinear)):
                 target.release()
 
     def __call__(self, x, route):
@@ -84,7 +85,8 @@ class Segment:
         program = self.programs.get(shape)
         if program is None:
             program = self.programs[shape] = self._program(shape)
-        return program(x, decisions, self.group, self.together)
+        y = program(x, decisions, self.group, self.together)
+        return y.flatten(1) if self.flat else y
 
     def _program(self, shape):
         builder = Builder(self.weights, self.columns, self.winograd)
@@ -92,7 +94,9 @@ class Segment:
         values = {self.source: builder.load(*shape)}
         if not emit_nodes(builder, self.nodes, self.modules, values):
             raise ValueError(f"x {[None, *shape]} is too small for this network")
-        builder.store(values[self.result])
+        result = values[self.result]
+        self.flat = isinstance(result, Flat)
+        builder.store(result.value if self.flat else result)
         self.operations = [instruction.op for instruction in builder.instructions]
         return Program(builder.finish(), self.weights.tensor())
 
@@ -109,7 +113,10 @@ def make_segments(module, columns, winograd=True):
     winograd : bool
         Whether 3x3 convolutions may run by Winograd's algorithm.
     """
-    modules = dict(module.named_modules())
+    modules = {
+        name: PackedLinear(layer) if type(layer) is nn.Linear and not hooked(layer) else layer
+        for name, layer in module.named_modules()
+    }
     found = [] if engine_missing() else _find(list(module.graph.nodes), modules, columns)
     graph = fx.Graph()
     copies = {}
@@ -162,7 +169,7 @@ def _run_from(nodes, start, modules, columns):
     while run:
         used = [node for node in run if any(user not in run for user in node.users)]
         work = any(isinstance(node.target, (PackedConv, Stage)) for node in run)
-        if len(used) == 1 and work and isinstance(values[used[0]], Value):
+        if len(used) == 1 and work and isinstance(values[used[0]], (Value, Flat)):
             return run, source, used[0]
         run.pop()
     return None

@@ -1,0 +1,134 @@
+"""Heads of frozen networks: what of pooling, flattening and Linear layers the engine takes in, and that it is right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toys
+from torch import nn
+
+import dynexec
+from dynexec.executors.engine import engine_missing
+
+pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+
+
+@pytest.fixture(autouse=True)
+def cost_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+class Network(nn.Module):
+    """Two blocks and a head, given as a module or a function of the module."""
+
+    def __init__(self, head, channels=16):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.blocks = nn.Sequential(toys.BasicBlock(channels, channels), toys.BasicBlock(channels, channels))
+        self.fc = nn.Linear(channels, 7)
+        self.head = head
+
+    def forward(self, x):
+        y = self.blocks(self.stem(x))
+        return self.head(y) if isinstance(self.head, nn.Module) else self.head(self, y, x)
+
+
+def pooled(y):
+    return F.adaptive_avg_pool2d(y, 1)
+
+
+TAKEN = {
+    "flatten": lambda net, y, x: net.fc(torch.flatten(pooled(y), 1)),
+    "flatten by name": lambda net, y, x: net.fc(torch.flatten(pooled(y), start_dim=1)),
+    "method": lambda net, y, x: net.fc(pooled(y).flatten(1)),
+    "mean": lambda net, y, x: net.fc(y.mean((2, 3))),
+    "mean from behind": lambda net, y, x: net.fc(torch.mean(y, dim=[-1, -2])),
+    "view": lambda net, y, x: net.fc(pooled(y).view(y.size(0), -1)),
+    "view with the input's size": lambda net, y, x: net.fc(pooled(y).view(x.shape[0], -1)),
+    "reshape": lambda net, y, x: net.fc(pooled(y).reshape(x.size()[0], -1)),
+    "no classifier": lambda net, y, x: torch.flatten(pooled(y), 1),
+    "sigmoid": lambda net, y, x: torch.sigmoid(net.fc(pooled(y).flatten(1))),
+    "two layers": nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 40, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(40, 5)
+    ),
+}
+LEFT = {
+    "more than one pixel": nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.LazyLinear(5)),
+    "all of it": lambda net, y, x: net.fc(pooled(y).squeeze()),
+    "softmax": lambda net, y, x: F.softmax(net.fc(pooled(y).flatten(1)), 1),
+    "mean of channels": lambda net, y, x: y.mean(1),
+    "two sums": lambda net, y, x: net.fc(y.mean((2, 3))) + net.fc(y.amax((2, 3))),
+    "in parts": lambda net, y, x: pooled(y).view(y.size(0), 2, -1),
+}
+
+
+def check(model, samples=(1, 3, 20)):
+    toys.finish(model)
+    dynexec.convert(model)
+    frozen = dynexec.freeze(model, toys.images(3), executor="resident")
+    for n in samples:
+        x, decisions = toys.images(n), torch.rand(n, 2) < 0.5
+        with torch.no_grad(), dynexec.decide(decisions):
+            expected = model(x)
+        assert frozen(x, decisions).shape == expected.shape
+        torch.testing.assert_close(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
+    return frozen
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_engine_runs_up_to_the_end(name):
+    frozen = check(Network(TAKEN[name]), (0, 1, 3, 20) if "view" not in name and name != "reshape" else (1, 3, 20))
+    graph = frozen.network.__self__.graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "placeholder", "call_function", "output"]
+    assert not list(frozen.network.__self__.parameters())
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_other_heads_run_as_they_are(name):
+    model = Network(LEFT[name])
+    with torch.no_grad():
+        model(toys.images(2))  # makes the lazy layer
+    check(model, (2, 3))
+
+
+def test_a_flattened_batch_may_be_empty():
+    """torch refuses to view nothing as [0, -1]."""
+    model = Network(TAKEN["view"])
+    toys.finish(model)
+    dynexec.convert(model)
+    frozen = dynexec.freeze(model, toys.images(3))
+    assert frozen(toys.images(0), torch.ones(0, 2, dtype=torch.bool)).shape == (0, 7)
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward", "subclass"])
+def test_a_layer_that_does_something_else_is_called(kind):
+    model = Network(TAKEN["flatten"])
+    if kind == "hook":
+        model.fc.register_forward_hook(lambda module, inputs, output: output + 1)
+    elif kind == "forward":
+        model.fc.forward = lambda x: nn.Linear.forward(model.fc, x) + 1
+    else:
+        model.fc = type("Shifted", (nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight) + 1})(16, 7)
+    check(model)
+
+
+def test_an_activation_that_does_something_else_is_called():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 5))
+    head[3].register_forward_hook(lambda module, inputs, output: output + 1)
+    check(Network(head))
+
+
+def test_one_layer_used_twice():
+    check(Network(lambda net, y, x: net.fc(y.mean((2, 3))) + net.fc(net.stem(x).mean((2, 3)))))
+
+
+def test_classifiers_on_both_sides_of_something_unknown():
+    class Two(Network):
+        def __init__(self):
+            super().__init__(None)
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x):
+            y = self.blocks(self.stem(x))
+            return self.fc(F.layer_norm(self.inner(y.mean((2, 3))), (16,)))
+
+    check(Two())
