@@ -52,11 +52,10 @@ TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t panels, int64_
 
 }  // namespace
 
-// Of an item of Winograd's: transformed inputs, [planes][tiles][channels], where each tile's are; in the scratch memory,
-// with the outputs and weights of a panel behind them.
+// Of an item of Winograd's: transformed inputs, [tiles][planes][channels], and where each tile's are; in the scratch
+// memory, with the outputs and weights of a panel behind them.
 struct Program::Tiles {
   int64_t first, count;
-  int64_t plane;
   float* inputs;
   const float* from[kWinogradTiles];
 };
@@ -186,15 +185,15 @@ void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) c
   Tiles tiles;
   tiles.first = item % division.tile_items * division.tiles;
   tiles.count = std::min(division.tiles, total - tiles.first);
-  tiles.plane = tiles.count * channels + kBetweenPlanes;
+  const int64_t of_tile = kWinogradPlanes * channels + kWinogradGap;
   tiles.inputs = frame.scratch;
   for (int64_t i = 0; i < tiles.count; ++i) {
     const int64_t tile = (tiles.first + i) % of_sample, sample = frame.active[(tiles.first + i) / of_sample];
     const int64_t row = tile / across * kWinogradTile - step.padding[0];
     const int64_t column = tile % across * kWinogradTile - step.padding[1];
-    tiles.from[i] = tiles.inputs + i * channels;
+    tiles.from[i] = tiles.inputs + i * of_tile;
     kernels_.winograd_input({frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
-                             in.pitch, tiles.inputs + i * channels, tiles.plane, channels});
+                             in.pitch, tiles.inputs + i * of_tile, channels});
   }
   for (int64_t panel = first_panel; panel < last_panel; ++panel) winograd_panel(step, frame, tiles, panel);
 }
@@ -206,11 +205,11 @@ void Program::winograd_panel(const Step& step, const Frame& frame, const Tiles& 
   const Panels panels = divide_channels(out.channels, kernels_.width);
   const int64_t channel = panel * kPanel * kernels_.width;
   const int64_t vectors = panel == panels.count - 1 ? panels.last : kPanel, width = vectors * kernels_.width;
-  const int64_t plane = tiles.count * width + kBetweenPlanes;
-  float* const outputs = tiles.inputs + kWinogradPlanes * tiles.plane;
-  float* const weights = outputs + kWinogradPlanes * plane;
+  const int64_t channels = round_up(in.channels, kernels_.width), of_tile = kWinogradPlanes * width + kWinogradGap;
+  float* const outputs = tiles.inputs + tiles.count * (kWinogradPlanes * channels + kWinogradGap);
+  float* const weights = outputs + tiles.count * of_tile;
   float* to[kWinogradTiles];
-  for (int64_t i = 0; i < tiles.count; ++i) to[i] = outputs + i * width;
+  for (int64_t i = 0; i < tiles.count; ++i) to[i] = outputs + i * of_tile;
 
   static const float zeros[64] = {};
   ConvTask task;
@@ -223,14 +222,14 @@ void Program::winograd_panel(const Step& step, const Frame& frame, const Tiles& 
   for (int64_t begin = 0; begin < in.channels; begin += step.depth) {
     const int64_t depth = std::min(step.depth, in.channels - begin), tap = in.channels * width;
     const float* const plain = weights_ + step.weights + channel * step.reduction + begin * width;
-    const int64_t of_plane = depth * width + kBetweenPlanes;
+    const int64_t of_plane = depth * width + kWinogradGap;
     kernels_.winograd_weights({plain, tap, weights, of_plane, depth * width});
     const bool more = begin + depth < in.channels;
     const float* const next = plain + (more ? depth * width : 9 * tap - begin * width);  // of this panel, or the next one
     for (int64_t p = 0; p < kWinogradPlanes; ++p) {
-      const Run run = {p * tiles.plane + begin, depth};
+      const Run run = {p * channels + begin, depth};
       task.out = to;
-      task.channel = p * plane;
+      task.channel = p * width;
       task.runs = &run;
       task.weights = weights + p * of_plane;
       task.bias = begin == 0 ? zeros : nullptr;
@@ -246,7 +245,6 @@ void Program::winograd_panel(const Step& step, const Frame& frame, const Tiles& 
     const int64_t row = tile / across * kWinogradTile, column = tile % across * kWinogradTile;
     WinogradOutput output;
     output.in = to[i];
-    output.plane = plane;
     output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch + channel;
     output.row = out.row();
     output.pitch = out.pitch;

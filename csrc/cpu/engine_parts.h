@@ -18,8 +18,9 @@ namespace dynexec {
 constexpr int64_t kMaxGroup = 64;        // samples: their numbers are on the stack
 constexpr int64_t kMaxWindow = 64 * 64;  // inputs of a pooling: their pointers are on the stack
 constexpr int64_t kWinogradTiles = 48;   // at most at once; a multiple of every tile's rows
-// Floats between Winograd's planes, so that these do not all fall into the same lines of the cache.
-constexpr int64_t kBetweenPlanes = 16;
+// Floats between Winograd's tiles and between planes of its weights, so that these do not all fall into the same lines of
+// the cache.
+constexpr int64_t kWinogradGap = 16;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }

@@ -197,10 +197,10 @@ void Program::prepare(Step& step) {
   if (step.op == Op::kWinograd) {
     const int64_t width = kernels_.width;
     const int64_t panel = divide_channels(buffers_[step.out].channels, width).last * width;  // the widest
-    const int64_t of_tile = kWinogradPlanes * (round_up(in.channels, width) + panel);
+    const int64_t of_tile = kWinogradPlanes * (round_up(in.channels, width) + panel) + 2 * kWinogradGap;
     step.tiles = std::clamp(kWinogradFloats / of_tile / 12 * 12, int64_t(12), kWinogradTiles);
     step.depth = divide_up(in.channels, divide_up(in.channels * kWinogradPlanes * panel, kWinogradWeights));
-    scratch_ = std::max(scratch_, step.tiles * of_tile + kWinogradPlanes * (step.depth * panel + 3 * kBetweenPlanes));
+    scratch_ = std::max(scratch_, step.tiles * of_tile + kWinogradPlanes * (step.depth * panel + kWinogradGap));
     return;
   }
   // Taps beside each other are one stretch of memory where nothing lies between the pixels.

@@ -50,8 +50,8 @@ struct DepthwiseTask {
 
 // A 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016, section 4.3): a tile of 4x4 output
 // pixels from 36 products instead of 144. The transforms of inputs and outputs work on one tile, some channels; its 36
-// values lie `plane` floats apart. That of the weights is done anew for every group of tiles: transformed weights would
-// take 4 times the memory, and in a large network take as long to fetch.
+// planes follow each other, [36][channels]. That of the weights is done anew for every group of tiles: transformed weights
+// would take 4 times the memory, and in a large network as long to fetch.
 constexpr int64_t kWinogradTile = 4, kWinogradPlanes = 36;
 
 struct WinogradWeights {
@@ -66,13 +66,11 @@ struct WinogradInput {
   const float* in;  // the tile's first input
   int64_t row, pitch;
   float* out;
-  int64_t plane;
   int64_t channels;  // a multiple of the width
 };
 
 struct WinogradOutput {
   const float* in;
-  int64_t plane;
   float* out;  // the tile's first output
   int64_t row, pitch;
   const float* residual;  // of that output, or null

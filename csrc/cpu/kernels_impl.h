@@ -85,12 +85,18 @@ __attribute__((noinline)) void activate_slowly(Vector* x, int count, Activation 
   }
 }
 
+// 0, 1, ... as types.
+template <int value>
+struct Constant {
+  constexpr operator int() const { return value; }
+};
+
 // work(0), ..., work(count - 1), unrolled before anything else is optimised: arrays that only such loops index stay in
 // registers.
 template <int count, int i = 0, class Work>
 __attribute__((always_inline)) inline void repeat(const Work& work) {
   if constexpr (i < count) {
-    work(i);
+    work(Constant<i>{});
     repeat<count, i + 1>(work);
   }
 }
@@ -272,24 +278,39 @@ inline void winograd_kernel(const Vector (&g)[3], Vector (&t)[6]) {
   t[5] = g[2];
 }
 
-inline void winograd_in(const Vector (&d)[6], Vector (&t)[6]) {
-  const Vector even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  const Vector outer = d[4] - d[2], inner = 2.0f * (d[3] - d[1]);
-  t[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  t[1] = even + odd;
-  t[2] = even - odd;
-  t[3] = outer + inner;
-  t[4] = outer - inner;
-  t[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+// The results of an input transform come in pairs that share sums: 0 and 5, 1 and 2, 3 and 4.
+constexpr int kWinogradPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+
+template <int pair, class Load>
+__attribute__((always_inline)) inline void winograd_in(const Load& d, Vector& first, Vector& second) {
+  if constexpr (pair == 0) {
+    const Vector d2 = d(2), d3 = d(3);
+    first = 4.0f * d(0) - 5.0f * d2 + d(4);
+    second = 4.0f * d(1) - 5.0f * d3 + d(5);
+  } else if constexpr (pair == 1) {
+    const Vector even = d(4) - 4.0f * d(2), odd = d(3) - 4.0f * d(1);
+    first = even + odd;
+    second = even - odd;
+  } else {
+    const Vector outer = d(4) - d(2), inner = 2.0f * (d(3) - d(1));
+    first = outer + inner;
+    second = outer - inner;
+  }
 }
 
-inline void winograd_out(const Vector (&m)[6], Vector (&y)[4]) {
-  const Vector sum = m[1] + m[2], difference = m[1] - m[2];
-  const Vector far_sum = m[3] + m[4], far_difference = m[3] - m[4];
-  y[0] = m[0] + sum + far_sum;
-  y[1] = difference + 2.0f * far_difference;
-  y[2] = sum + 4.0f * far_sum;
-  y[3] = difference + 8.0f * far_difference + m[5];
+// Those of an output transform: 0 and 2, 1 and 3.
+template <int pair, class Load>
+__attribute__((always_inline)) inline void winograd_out(const Load& m, Vector& first, Vector& second) {
+  const Vector m1 = m(1), m2 = m(2), m3 = m(3), m4 = m(4);
+  if constexpr (pair == 0) {
+    const Vector sum = m1 + m2, far_sum = m3 + m4;
+    first = m(0) + sum + far_sum;
+    second = sum + 4.0f * far_sum;
+  } else {
+    const Vector difference = m1 - m2, far_difference = m3 - m4;
+    first = difference + 2.0f * far_difference;
+    second = difference + 8.0f * far_difference + m(5);
+  }
 }
 
 void winograd_weights(const WinogradWeights& task) {
@@ -312,46 +333,64 @@ void winograd_weights(const WinogradWeights& task) {
   }
 }
 
+// Two columns at a time: all 36 values would not fit into the registers.
 void winograd_input(const WinogradInput& task) {
   constexpr int size = kWinogradTile + 2;
   for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
-    Vector half[size][size], line[size], result[size];
-    for (int h = 0; h < size; ++h) {
-      for (int w = 0; w < size; ++w) line[w] = load(task.in + h * task.row + w * task.pitch + channel);
-      winograd_in(line, half[h]);
-    }
-    for (int w = 0; w < size; ++w) {
-      for (int h = 0; h < size; ++h) line[h] = half[h][w];
-      winograd_in(line, result);
-      for (int h = 0; h < size; ++h) store(task.out + (size * h + w) * task.plane + channel, result[h]);
-    }
+    repeat<3>([&](auto pair) __attribute__((always_inline)) {
+      Vector half[2][size];
+      repeat<size>([&](auto h) __attribute__((always_inline)) {
+        const float* row = task.in + h * task.row + channel;
+        const auto pixel = [&](int w) __attribute__((always_inline)) { return load(row + w * task.pitch); };
+        winograd_in<pair>(pixel, half[0][h], half[1][h]);
+      });
+      repeat<2>([&](auto i) __attribute__((always_inline)) {
+        const auto value = [&](int h) __attribute__((always_inline)) { return half[i][h]; };
+        repeat<3>([&](auto rows) __attribute__((always_inline)) {
+          Vector first, second;
+          winograd_in<rows>(value, first, second);
+          float* out = task.out + kWinogradPairs[pair][i] * task.channels + channel;
+          store(out + size * kWinogradPairs[rows][0] * task.channels, first);
+          store(out + size * kWinogradPairs[rows][1] * task.channels, second);
+        });
+      });
+    });
   }
 }
 
 void winograd_output(const WinogradOutput& task) {
-  constexpr int tile = kWinogradTile, size = tile + 2;
+  constexpr int size = kWinogradTile + 2;
   for (int64_t channel = 0; channel < task.channels; channel += kWidth) {
-    Vector half[size][tile], line[size], result[tile];
-    for (int h = 0; h < size; ++h) {
-      for (int w = 0; w < size; ++w) line[w] = load(task.in + (size * h + w) * task.plane + channel);
-      winograd_out(line, half[h]);
-    }
     const Vector bias = load(task.bias + channel);
-    Vector pixels[tile][tile];
-    for (int w = 0; w < tile; ++w) {
-      for (int h = 0; h < size; ++h) line[h] = half[h][w];
-      winograd_out(line, result);
-      for (int h = 0; h < tile; ++h) pixels[h][w] = result[h] + bias;
-    }
-    for (int h = 0; h < task.height; ++h) {
-      float* out = task.out + h * task.row + channel;
-      const float* residual = task.residual ? task.residual + h * task.residual_row + channel : nullptr;
-      if (residual) {
-        for (int w = 0; w < task.width; ++w) pixels[h][w] += load(residual + w * task.residual_pitch);
+    repeat<2>([&](auto pair) __attribute__((always_inline)) {
+      Vector half[2][size], pixels[8];  // columns pair and pair + 2
+      repeat<size>([&](auto h) __attribute__((always_inline)) {
+        const float* row = task.in + size * h * task.channels + channel;
+        const auto value = [&](int w) __attribute__((always_inline)) { return load(row + w * task.channels); };
+        winograd_out<pair>(value, half[0][h], half[1][h]);
+      });
+      repeat<2>([&](auto i) __attribute__((always_inline)) {
+        const auto value = [&](int h) __attribute__((always_inline)) { return half[i][h]; };
+        winograd_out<0>(value, pixels[4 * i], pixels[4 * i + 2]);
+        winograd_out<1>(value, pixels[4 * i + 1], pixels[4 * i + 3]);
+      });
+      const auto exists = [&](int i) __attribute__((always_inline)) {
+        return i % 4 < task.height && pair + i / 4 * 2 < task.width;
+      };
+      repeat<8>([&](auto i) __attribute__((always_inline)) { pixels[i] += bias; });
+      if (task.residual) {
+        const float* residual = task.residual + channel;
+        repeat<8>([&](auto i) __attribute__((always_inline)) {
+          const int64_t place = i % 4 * task.residual_row + (pair + i / 4 * 2) * task.residual_pitch;
+          if (exists(i)) pixels[i] += load(residual + place);
+        });
       }
-      activate(pixels[h], task.activation);
-      for (int w = 0; w < task.width; ++w) store(out + w * task.pitch, pixels[h][w]);
-    }
+      activate(pixels, task.activation);
+      repeat<8>([&](auto i) __attribute__((always_inline)) {
+        const int64_t place = i % 4 * task.row + (pair + i / 4 * 2) * task.pitch;
+        if (exists(i)) store(task.out + place + channel, pixels[i]);
+      });
+    });
   }
 }
 
