@@ -11,3 +11,11 @@ def nan_in_uninitialised_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cost_cache(tmp_path_factory):
+    """Measured costs of the tests' networks, not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

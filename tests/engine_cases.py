@@ -4,6 +4,7 @@ As a program, ``python engine_cases.py FOLDER`` writes them for the vectors that
 """
 
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,19 +61,23 @@ def write_bands(path, rows):
     write_case(path, *build(emit, (12, rows, 23), 1, band_floats=1), 1, (12, rows, 23))
 
 
-def write_wide(path):
-    """Winograd's algorithm on more channels than have their weights transformed at once, panels of 2 and 3 vectors."""
-    draw = lambda out, inputs: packed(torch.randn(out, inputs, 3, 3) / inputs**0.5, torch.randn(out), padding=1)  # noqa: E731
-    first, second, third = draw(80, 16), draw(112, 80), draw(80, 112)
+def write_deep(path):
+    """Winograd's algorithm with more input channels than are transformed at once, for vectors of 4, 8 and 16 floats.
+
+    With a last panel of three vectors where these have 8.
+    """
+    first = packed(torch.randn(272, 8, 1, 1) / 8**0.5, torch.randn(272))
+    deep = packed(torch.randn(20, 272, 3, 3) / 50, torch.randn(20), padding=1)
+    last = packed(torch.randn(20, 20, 3, 3) / 20, torch.randn(20), padding=1)
 
     def emit(builder, x):
-        x = builder.conv(first, x)
+        x = builder.conv(deep, builder.conv(first, x))
         gate = builder.gate(0)
-        builder.conv(third, builder.conv(second, x), x, out=x)
+        builder.conv(last, builder.conv(last, x), x, out=x)
         builder.end_gate(gate)
         return x
 
-    write_case(path, *build(emit, (16, 11, 6), 1), 1, (16, 11, 6))
+    write_case(path, *build(emit, (8, 11, 6), 1), 1, (8, 11, 6))
 
 
 def write_case(path, code, weights, columns, shape):
@@ -97,12 +102,19 @@ def write_cases(folder):
     for rows in (29, 17):  # stretches of seven and of four rows for four threads
         paths.append(folder / f"bands of {rows} rows")
         write_bands(paths[-1], rows)
-    paths.append(folder / "wide")
-    write_wide(paths[-1])
+    paths.append(folder / "deep")
+    write_deep(paths[-1])
     for name, model, shape in networks():
         paths.append(folder / name)
         write_network(paths[-1], name, model, shape)
     return paths
+
+
+def run(*command, **options):
+    """What a command prints; it must succeed."""
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout
 
 
 if __name__ == "__main__":

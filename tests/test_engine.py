@@ -111,6 +111,28 @@ def test_winograd(channels, outputs, size, padding, samples, activation, seed):
     close(run(made, x), smooth(activation, expected), 2e-5, _scale(expected))
 
 
+@pytest.mark.parametrize(
+    ("size", "chosen"), [((1, 1), False), ((2, 2), False), ((1, 9), False), ((3, 3), True), ((5, 3), True)]
+)
+def test_winograd_is_for_images_that_fill_its_tiles(size, chosen):
+    conv = packed(torch.randn(16, 16, 3, 3), torch.randn(16), padding=1)
+    codes = [program(lambda b, v: b.conv(conv, v), (16, *size), winograd=w).code.tolist() for w in (False, True)]
+    assert (codes[0] != codes[1]) == chosen
+
+
+def test_denormals_are_no_zeros():
+    """Nothing that the engine or its threads set up flushes them."""
+    conv = packed(torch.randn(20, 20, 1, 1), torch.zeros(20))
+    depthwise = packed(torch.randn(20, 1, 3, 3), torch.zeros(20), padding=1, groups=20)
+    x = 1e-40 * torch.randn(3, 20, 5, 5)
+    y = F.conv2d(x.double(), conv.weight.double())
+    z = F.conv2d(x.double(), depthwise.weight.double(), padding=1, groups=20)
+    for emit, expected in ((lambda b, v: b.conv(conv, v), y), (lambda b, v: b.conv(depthwise, v), z)):
+        for together in (False, True):
+            output = run(program(emit, x.shape[1:]), x, together=together)
+            assert (output.double() - expected).abs().max() < 1e-3 * expected.abs().max() < 1e-41
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["max", "sum"]),

@@ -21,11 +21,6 @@ ALL_EXECUTORS = [*EXECUTORS, *(() if engine_missing() else ("fused", "resident")
 freezing = sys.modules["dynexec.executors.freeze"]  # the module: the package has the function under this name
 
 
-@pytest.fixture(autouse=True)
-def cost_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def no_engine(monkeypatch):
     """Networks run by layer, as where the native part is missing."""

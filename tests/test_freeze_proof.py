@@ -16,11 +16,6 @@ from dynexec.executors.segment import Segment
 from dynexec.nn import ResidualBlock, assign_columns
 
 
-@pytest.fixture(autouse=True)
-def cost_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def test_error_is_relative_and_never_nan():
     reference = torch.tensor([1.0, -4.0])
     assert relative_error(reference, reference) == 0.0
@@ -234,8 +229,22 @@ def test_every_schedule_of_the_engine_is_compared(monkeypatch, broken, executor)
     model = toys.timm_style()
     dynexec.convert(model)
     assert f"engine not used: {executor}: its output differs" in dynexec.freeze(model, toys.images(4)).explain()
-    with pytest.raises(RuntimeError, match=f"executor '{executor}' cannot run this network: {executor}: its output"):
+    with pytest.raises(RuntimeError, match=f"executor '{executor}' cannot run this network: its output"):
         dynexec.freeze(model, toys.images(4), executor=executor)
+
+
+@needs_engine
+def test_as_many_samples_as_threads_are_compared(monkeypatch):
+    break_segments(monkeypatch, lambda segment, x: len(x) == 5)
+    model = toys.timm_style()
+    dynexec.convert(model)
+    threads = torch.get_num_threads()
+    try:
+        for count, refused in ((5, True), (4, False)):
+            torch.set_num_threads(count)
+            assert ("engine not used" in dynexec.freeze(model, toys.images(8)).explain()) == refused
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_engine

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from engine_cases import run
 
 from dynexec.executors.engine import engine_missing
 
@@ -33,9 +33,3 @@ def test_aarch64(tmp_path):
     run(sys.executable, script, folder, env={**os.environ, "DYNEXEC_KERNELS": "0"})
     cases = list(folder.iterdir())
     assert f"{len(cases)} programs ran" in run(EMULATOR, program, *cases)
-
-
-def run(*command, **options):
-    result = subprocess.run(command, capture_output=True, text=True, **options)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    return result.stdout

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engine_cases import write_cases
+from engine_cases import run, write_cases
 
 from dynexec.executors.engine import engine_missing
 
@@ -62,9 +62,3 @@ def test_engine_under_sanitizers(cases, tmp_path, sanitizer):
     output = run(program, "--mutate", str(MUTATIONS[sanitizer]), *small)
     ran, refused = (int(re.search(rf"(\d+) {what}", output)[1]) for what in ("ran,", "refused"))
     assert ran > len(small) * MUTATIONS[sanitizer] / 10 and refused > len(small) * MUTATIONS[sanitizer] / 10
-
-
-def run(*command):
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    return result.stdout

@@ -147,7 +147,8 @@ class Program {
   void expand_rows(const Step& step, const Frame& frame, int64_t sample, Rows to, int64_t begin, int64_t end) const;
   struct Tiles;
   void run_winograd(const Step& step, const Frame& frame, int64_t item) const;
-  void winograd_panel(const Step& step, const Frame& frame, const Tiles& tiles, int64_t panel) const;
+  void winograd_panel(const Step& step, const Tiles& tiles, int64_t channel, int64_t vectors) const;
+  void winograd_output(const Step& step, const Frame& frame, const Tiles& tiles, int64_t channel, int64_t width) const;
   void run_depthwise(const Step& step, Rows from, Rows to, int64_t begin, int64_t end) const;
   void run_pool(const Step& step, const Frame& frame, int64_t sample, int64_t row) const;
 

@@ -31,6 +31,17 @@ int64_t winograd_tiles(const Buffer& out) {
   return divide_up(out.height, kWinogradTile) * divide_up(out.width, kWinogradTile);
 }
 
+// The first output pixel of a tile, and which of the computed samples it is in.
+struct TilePlace {
+  int64_t sample, row, column;
+};
+
+TilePlace place_tile(const Buffer& out, int64_t tile) {
+  const int64_t of_sample = winograd_tiles(out), across = divide_up(out.width, kWinogradTile);
+  const int64_t within = tile % of_sample;
+  return {tile / of_sample, within / across * kWinogradTile, within % across * kWinogradTile};
+}
+
 // How Winograd's tiles and panels are divided among items; every item transforms the inputs of its tiles and the weights
 // of its panels itself.
 struct TileDivision {
@@ -52,11 +63,11 @@ TileDivision divide_winograd(int64_t tiles, int64_t most, int64_t panels, int64_
 
 }  // namespace
 
-// Of an item of Winograd's: transformed inputs, [tiles][planes][channels], and where each tile's are; in the scratch
-// memory, with the outputs and weights of a panel behind them.
+// Of an item of Winograd's, in the scratch memory: transformed inputs, [tiles][36][channels] with gaps, transformed
+// outputs of a panel behind them, and transformed weights behind those.
 struct Program::Tiles {
   int64_t first, count;
-  float* inputs;
+  float *inputs, *outputs;
   const float* from[kWinogradTiles];
 };
 
@@ -173,78 +184,81 @@ void Program::convolve_rows(const Step& step, Rows from, Rows to, const Rows* re
 void Program::run_winograd(const Step& step, const Frame& frame, int64_t item) const {
   const Buffer& in = buffers_[step.in];
   const Buffer& out = buffers_[step.out];
-  const int64_t across = divide_up(out.width, kWinogradTile), of_sample = winograd_tiles(out);
-  const int64_t total = frame.count * of_sample;
+  const int64_t total = frame.count * winograd_tiles(out);
   const Panels panels = divide_channels(out.channels, kernels_.width);
   const TileDivision division = divide_winograd(total, step.tiles, panels.count, frame.helpers);
   const int64_t share = item / division.tile_items;
   const int64_t first_panel = panels.count * share / division.panel_items;
   const int64_t last_panel = panels.count * (share + 1) / division.panel_items;
-  const int64_t channels = round_up(in.channels, kernels_.width);
+  const int64_t channels = round_up(in.channels, kernels_.width), floats = winograd_floats(channels);
 
   Tiles tiles;
   tiles.first = item % division.tile_items * division.tiles;
   tiles.count = std::min(division.tiles, total - tiles.first);
-  const int64_t of_tile = kWinogradPlanes * channels + kWinogradGap;
   tiles.inputs = frame.scratch;
+  tiles.outputs = tiles.inputs + tiles.count * floats;
   for (int64_t i = 0; i < tiles.count; ++i) {
-    const int64_t tile = (tiles.first + i) % of_sample, sample = frame.active[(tiles.first + i) / of_sample];
-    const int64_t row = tile / across * kWinogradTile - step.padding[0];
-    const int64_t column = tile % across * kWinogradTile - step.padding[1];
-    tiles.from[i] = tiles.inputs + i * of_tile;
-    kernels_.winograd_input({frame.at(in, sample) + in.origin() + row * in.row() + column * in.pitch, in.row(),
-                             in.pitch, tiles.inputs + i * of_tile, channels});
+    const TilePlace place = place_tile(out, tiles.first + i);
+    tiles.from[i] = tiles.inputs + i * floats;
+    kernels_.winograd_input({frame.at(in, frame.active[place.sample]) + in.origin() +
+                                 (place.row - step.padding[0]) * in.row() + (place.column - step.padding[1]) * in.pitch,
+                             in.row(), in.pitch, tiles.inputs + i * floats, channels});
   }
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) winograd_panel(step, frame, tiles, panel);
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t vectors = panel == panels.count - 1 ? panels.last : kPanel;
+    winograd_panel(step, tiles, panel * kPanel * kernels_.width, vectors);
+    winograd_output(step, frame, tiles, panel * kPanel * kernels_.width, vectors * kernels_.width);
+  }
 }
 
-void Program::winograd_panel(const Step& step, const Frame& frame, const Tiles& tiles, int64_t panel) const {
+// The products of a panel, the `vectors` from `channel` on: weights of some input channels are transformed, then used for
+// all tiles.
+void Program::winograd_panel(const Step& step, const Tiles& tiles, int64_t channel, int64_t vectors) const {
   const Buffer& in = buffers_[step.in];
-  const Buffer& out = buffers_[step.out];
-  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
-  const Panels panels = divide_channels(out.channels, kernels_.width);
-  const int64_t channel = panel * kPanel * kernels_.width;
-  const int64_t vectors = panel == panels.count - 1 ? panels.last : kPanel, width = vectors * kernels_.width;
-  const int64_t channels = round_up(in.channels, kernels_.width), of_tile = kWinogradPlanes * width + kWinogradGap;
-  float* const outputs = tiles.inputs + tiles.count * (kWinogradPlanes * channels + kWinogradGap);
-  float* const weights = outputs + tiles.count * of_tile;
+  const int64_t channels = round_up(in.channels, kernels_.width), width = vectors * kernels_.width;
+  const int64_t floats = winograd_floats(width), tap = in.channels * width;
+  float* const weights = tiles.outputs + tiles.count * floats;
   float* to[kWinogradTiles];
-  for (int64_t i = 0; i < tiles.count; ++i) to[i] = outputs + i * of_tile;
+  for (int64_t i = 0; i < tiles.count; ++i) to[i] = tiles.outputs + i * floats;
 
   static const float zeros[64] = {};
   ConvTask task;
   task.in = tiles.from;
+  task.out = to;
   task.residual = nullptr;
   task.pixels = tiles.count;
   task.vectors = vectors;
   task.activation = Activation::kNone;
   task.num_runs = 1;
   for (int64_t begin = 0; begin < in.channels; begin += step.depth) {
-    const int64_t depth = std::min(step.depth, in.channels - begin), tap = in.channels * width;
+    const int64_t depth = std::min(step.depth, in.channels - begin), plane = depth * width + kWinogradGap;
     const float* const plain = weights_ + step.weights + channel * step.reduction + begin * width;
-    const int64_t of_plane = depth * width + kWinogradGap;
-    kernels_.winograd_weights({plain, tap, weights, of_plane, depth * width});
-    const bool more = begin + depth < in.channels;
-    const float* const next = plain + (more ? depth * width : 9 * tap - begin * width);  // of this panel, or the next one
+    kernels_.winograd_weights({plain, tap, weights, plane, depth * width});
+    // The first products fetch the weights of the next input channels, or of the next panel; the others have nothing left
+    // to fetch but what is in the cache.
+    const float* const next = plain + (begin + depth < in.channels ? depth * width : 9 * tap - begin * width);
+    task.bias = begin == 0 ? zeros : nullptr;
+    task.length = depth;
     for (int64_t p = 0; p < kWinogradPlanes; ++p) {
       const Run run = {p * channels + begin, depth};
-      task.out = to;
-      task.channel = p * width;
       task.runs = &run;
-      task.weights = weights + p * of_plane;
-      task.bias = begin == 0 ? zeros : nullptr;
-      task.length = depth;
+      task.channel = p * width;
+      task.weights = weights + p * plane;
       task.ahead = p < 9 ? next + p * tap : task.weights;
       kernels_.conv(task);
     }
   }
+}
 
-  const int64_t across = divide_up(out.width, kWinogradTile), of_sample = winograd_tiles(out);
+void Program::winograd_output(const Step& step, const Frame& frame, const Tiles& tiles, int64_t channel,
+                              int64_t width) const {
+  const Buffer& out = buffers_[step.out];
+  const Buffer* other = step.other < 0 ? nullptr : &buffers_[step.other];
   for (int64_t i = 0; i < tiles.count; ++i) {
-    const int64_t tile = (tiles.first + i) % of_sample, sample = frame.active[(tiles.first + i) / of_sample];
-    const int64_t row = tile / across * kWinogradTile, column = tile % across * kWinogradTile;
+    const auto [place, row, column] = place_tile(out, tiles.first + i);
+    const int64_t sample = frame.active[place];
     WinogradOutput output;
-    output.in = to[i];
+    output.in = tiles.outputs + i * winograd_floats(width);
     output.out = frame.at(out, sample) + out.origin() + row * out.row() + column * out.pitch + channel;
     output.row = out.row();
     output.pitch = out.pitch;

@@ -36,6 +36,9 @@ inline Panels divide_channels(int64_t channels, int64_t width) {
   return {count, vectors - kPanel * (count - 1)};
 }
 
+// Of a tile's 36 planes.
+inline int64_t winograd_floats(int64_t channels) { return kWinogradPlanes * channels + kWinogradGap; }
+
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
 
 void clear_border(const Buffer& b, float* data);

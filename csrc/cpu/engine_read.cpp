@@ -6,8 +6,8 @@ namespace dynexec {
 namespace {
 
 constexpr int64_t kVersion = 2;
-constexpr int64_t kReduction = 512;             // floats of a reduction at a time: a panel of weights stays in the L1 cache
-constexpr int64_t kWinogradFloats = 160 * 1024; // of transformed inputs and outputs at a time
+constexpr int64_t kReduction = 512;              // floats of a reduction at a time: a panel of them stays in the L1 cache
+constexpr int64_t kWinogradFloats = 160 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kWinogradWeights = 72 * 1024;  // and of transformed weights
 constexpr int64_t kMaxSize = int64_t(1) << 24;
 constexpr double kMaxFloats = 1e12;  // per sample: what all threads and samples need has to fit into an integer
@@ -197,7 +197,7 @@ void Program::prepare(Step& step) {
   if (step.op == Op::kWinograd) {
     const int64_t width = kernels_.width;
     const int64_t panel = divide_channels(buffers_[step.out].channels, width).last * width;  // the widest
-    const int64_t of_tile = kWinogradPlanes * (round_up(in.channels, width) + panel) + 2 * kWinogradGap;
+    const int64_t of_tile = winograd_floats(round_up(in.channels, width)) + winograd_floats(panel);
     step.tiles = std::clamp(kWinogradFloats / of_tile / 12 * 12, int64_t(12), kWinogradTiles);
     step.depth = divide_up(in.channels, divide_up(in.channels * kWinogradPlanes * panel, kWinogradWeights));
     scratch_ = std::max(scratch_, step.tiles * of_tile + kWinogradPlanes * (step.depth * panel + kWinogradGap));

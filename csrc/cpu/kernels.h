@@ -58,7 +58,7 @@ struct WinogradWeights {
   const float* in;  // the first tap's, [9 taps][any order]
   int64_t tap;      // floats between the taps
   float* out;
-  int64_t plane;
+  int64_t plane;  // floats between the 36 planes of the result
   int64_t count;  // floats of a tap, a multiple of the width
 };
 

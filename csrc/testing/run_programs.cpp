@@ -11,10 +11,10 @@
 // With --mutate, COUNT programs are made of each by changing some of its integers. The engine must refuse them or stay
 // within its memory and that of the batch, whatever they now say; there is no right output to compare with.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
-#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dynexec.executors.packing import PackedConv, PackedLinear
+from dynexec.executors.program import Value
 from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS, hooked
 from dynexec.executors.stage import Stage
 
@@ -22,10 +23,10 @@ class _Padded:
 
 
 class Flat:
-    """A value of one pixel as ``[N, channels]``."""
+    """A value of one pixel as ``[N, channels]``; ``fixed``: one pixel whatever image the model can take."""
 
-    def __init__(self, value):
-        self.value = value
+    def __init__(self, value, fixed):
+        self.value, self.fixed = value, fixed
 
 
 def emit_nodes(builder, nodes, modules, values, out=None):
@@ -49,14 +50,14 @@ def _emit(builder, node, modules, values, out):
     target = modules.get(node.target) if node.op == "call_module" else node.target
     inputs = [values.get(arg) for arg in node.args if isinstance(arg, fx.Node)]
     if isinstance(target, Stage):
-        return _emit_stage(builder, target, inputs[0]) if out is None else None
+        return _emit_stage(builder, node, inputs[0]) if out is None and isinstance(inputs[0], Value) else None
     if not inputs or None in inputs or node.op not in ("call_function", "call_method", "call_module"):
         return None
     x, *others = inputs
     if isinstance(x, Flat):
         y = None if others or out is not None else _emit_flat(builder, node, target, x.value)
-        return None if y is None else Flat(y)
-    if any(isinstance(value, Flat) for value in others):
+        return None if y is None else Flat(y, x.fixed or isinstance(target, PackedLinear))
+    if isinstance(target, PackedLinear) or any(isinstance(value, Flat) for value in others):
         return None
     if isinstance(target, PackedConv):
         zeros = (0, 0, 0, 0)
@@ -104,9 +105,9 @@ def _emit_module(builder, module, x, out):
             divisor = geometry[0][0] * geometry[0][1]
         return builder.pool(x, "sum", *geometry, divisor or 0, module.ceil_mode)
     if kind is nn.AdaptiveAvgPool2d and _pair(module.output_size) == (1, 1):
-        return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
+        return _pool_all(builder, x)
     if kind is nn.Flatten and (module.start_dim, module.end_dim) in ((1, -1), (1, 3)):
-        return Flat(x) if x.pixels == 1 else None
+        return Flat(x, x.pooled) if x.pixels == 1 else None
     if kind is nn.ZeroPad2d:
         left, right, top, bottom = module.padding
         return _Padded(x, (top, left, bottom, right)) if min(module.padding) >= 0 else None
@@ -130,14 +131,14 @@ def _emit_call(builder, node, x, others, out):
     if target == "clone":
         return builder.add(x)
     if target is F.adaptive_avg_pool2d and _argument(node, 1, "output_size", None) in (1, (1, 1)):
-        return builder.pool(x, "sum", x.shape[1:], x.shape[1:])
+        return _pool_all(builder, x)
     if target in (torch.flatten, "flatten") and x.pixels == 1 and _argument(node, 1, "start_dim", 0) == 1:
-        return Flat(x) if _argument(node, 2, "end_dim", -1) in (-1, 3) else None
-    if target in (torch.mean, "mean") and "dtype" not in node.kwargs:
+        return Flat(x, x.pooled) if _argument(node, 2, "end_dim", -1) in (-1, 3) else None
+    if target in (torch.mean, "mean") and node.kwargs.keys() <= {"dim", "keepdim"}:
         dims = _argument(node, 1, "dim", None)
         if isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]:
-            y = builder.pool(x, "sum", x.shape[1:], x.shape[1:])
-            return y if y is None or _argument(node, 2, "keepdim", False) else Flat(y)
+            y = _pool_all(builder, x)
+            return y if y is None or _argument(node, 2, "keepdim", False) else Flat(y, True)
     if target is F.pad and _argument(node, 2, "mode", "constant") == "constant":
         pad = tuple(_argument(node, 1, "pad", ()))
         if _argument(node, 3, "value", None) in (None, 0) and all(isinstance(p, int) and p >= 0 for p in pad):
@@ -148,8 +149,17 @@ def _emit_call(builder, node, x, others, out):
     return None
 
 
-def _emit_stage(builder, stage, x):
-    for block in stage.blocks:
+def _pool_all(builder, x):
+    y = builder.pool(x, "sum", x.shape[1:], x.shape[1:])
+    if y is not None:
+        y.pooled = True
+    return y
+
+
+def _emit_stage(builder, node, x):
+    if len(node.args[0].users) > 1:  # blocks overwrite it
+        x = builder.add(x)
+    for block in node.target.blocks:
         x = _emit_block(builder, block, x)
         if x is None:
             return None
@@ -167,7 +177,7 @@ def _emit_block(builder, block, x):
     gate = builder.gate(block.column)
     inputs = [x, s]
     y = _emit_function(builder, block.body, inputs, out=s)
-    if y is None or y.shape != s.shape:
+    if not isinstance(y, Value) or y.shape != s.shape:
         return None
     if y is not s:
         builder.add(y, out=s)

@@ -40,7 +40,7 @@ def freeze(
     and the residual stream is updated in place. Two ways to run are built, compared with the original model on
     ``example_input`` and timed; the faster one stays (times are cached on disk):
 
-    * The engine, native code: everything that it knows, usually the network up to its classifier, is one call.
+    * The engine, native code: everything that it knows, usually the whole network, is one call.
       ``resident``: each thread takes a few samples at a time through all layers, while their activations stay in its
       cache. ``fused``: all threads share one layer after the other. Dropped blocks are jumped over; nothing is moved.
     * Layers: oneDNN's fused convolutions. Consecutive blocks of one shape form a stage, and a cost model chooses per
@@ -150,21 +150,25 @@ def _try_engine(network, layers, proof, executor, winograd):
     for name in _ENGINE_EXECUTORS if executor is None else (executor,):
         engine.share_layers(name == "fused")
         if (reason := proof.difference(engine)) is not None:
-            return None, f"{name}: {reason}"
+            return None, reason if executor else f"{name}: {reason}"
     return engine, None
 
 
 def _freeze_policy(policy, images, executor, winograd, cache):
     """The policy as a function: by the engine where that is faster, or asked for, and possible."""
+    cases = [(x, policy(x.clone())) for x in (images, images[:1])]
+
+    def gives_the_same(function):
+        return all(relative_error(function(x), expected) <= TOLERANCE[images.dtype] for x, expected in cases)
+
     layers = pack_module(policy, images)
+    if not gives_the_same(layers):
+        return policy
     module = getattr(layers, "__self__", None)
     if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or engine_missing():
         return layers
     engine, segments = make_segments(module, 0, winograd)
-    if not segments:
-        return layers
-    errors = [relative_error(engine.forward(x), layers(x)) for x in (images, images[:1])]
-    if not all(error <= TOLERANCE[images.dtype] for error in errors):
+    if not segments or not gives_the_same(engine.forward):
         return layers
     if executor is None:
         signature = _digest([policy, *(segment.signature for segment in segments)])

@@ -46,6 +46,7 @@ class Value:
     width: int
     packed: bool = False  # pixels follow each other without padding to whole vectors, as in an image of 3 channels
     border: list = field(default_factory=lambda: [0, 0, 0, 0])  # top, left, bottom, right
+    pooled: bool = False  # all pixels of an image of any size are in this one
 
     @property
     def shape(self):

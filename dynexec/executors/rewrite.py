@@ -77,12 +77,15 @@ def pack(root, graph, *example, may_overwrite=()):
 
 
 def _flatten_views(graph):
-    """Write ``x.view(x.size(0), -1)`` as ``torch.flatten(x, 1)``: sizes are no tensors, and tie the graph together."""
+    """Write ``x.view(x.size(0), -1)`` as ``torch.flatten(x, 1)``: sizes are no tensors that the engine could make."""
     for node in list(graph.nodes):
         if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3 or node.kwargs:
             continue
         x, size, rest = node.args
-        if rest == -1 and _is_batch_size(size) and "tensor_meta" in x.meta and "tensor_meta" in node.meta:
+        if rest != -1 or not _is_batch_size(size) or "tensor_meta" not in x.meta or "tensor_meta" not in node.meta:
+            continue
+        before, after = x.meta["tensor_meta"].shape, node.meta["tensor_meta"].shape
+        if len(before) > 1 and before[0] == after[0]:
             with graph.inserting_before(node):
                 flat = graph.call_function(torch.flatten, (x, 1))
             flat.meta = dict(node.meta)

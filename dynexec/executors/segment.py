@@ -24,7 +24,7 @@ class Segment:
     result : fx.Node
         Their output.
     modules : dict
-        The graph's modules by name.
+        The graph's modules by name, ``PackedLinear`` in place of Linear layers.
     columns : int
         Of the network's decisions.
     winograd : bool
@@ -67,7 +67,7 @@ class Segment:
         return [f"segment {self.number}: {names}, {blocks} blocks, for images {sizes} -> {executor}"]
 
     def release(self):
-        """Give up what only the layers' own executors need of the weights."""
+        """Give up the weights that are packed in the programs' now."""
         targets = [*self.modules.values(), *(node.target for node in self.nodes)]
         for stage in self.stages:
             for block in stage.blocks:
@@ -93,7 +93,9 @@ class Segment:
         builder.begin_unit()
         values = {self.source: builder.load(*shape)}
         if not emit_nodes(builder, self.nodes, self.modules, values):
-            raise ValueError(f"x {[None, *shape]} is too small for this network")
+            raise ValueError(
+                f"x {[None, *shape]} does not fit this network: too small, or not what its classifier needs"
+            )
         result = values[self.result]
         self.flat = isinstance(result, Flat)
         builder.store(result.value if self.flat else result)
@@ -114,8 +116,7 @@ def make_segments(module, columns, winograd=True):
         Whether 3x3 convolutions may run by Winograd's algorithm.
     """
     modules = {
-        name: PackedLinear(layer) if type(layer) is nn.Linear and not hooked(layer) else layer
-        for name, layer in module.named_modules()
+        name: PackedLinear(layer) if _is_plain_linear(layer) else layer for name, layer in module.named_modules()
     }
     found = [] if engine_missing() else _find(list(module.graph.nodes), modules, columns)
     graph = fx.Graph()
@@ -169,10 +170,19 @@ def _run_from(nodes, start, modules, columns):
     while run:
         used = [node for node in run if any(user not in run for user in node.users)]
         work = any(isinstance(node.target, (PackedConv, Stage)) for node in run)
-        if len(used) == 1 and work and isinstance(values[used[0]], (Value, Flat)):
+        if len(used) == 1 and work and _may_end(values[used[0]]):
             return run, source, used[0]
         run.pop()
     return None
+
+
+def _is_plain_linear(layer):
+    return type(layer) is nn.Linear and not hooked(layer) and type(layer.weight) is nn.Parameter
+
+
+def _may_end(value):
+    """Whether a segment may give this value to the outside, for images of all sizes."""
+    return value.fixed if isinstance(value, Flat) else isinstance(value, Value)
 
 
 def _tensor_inputs(node):

@@ -17,7 +17,10 @@ class Weights:
         self._positions = {}  # by identity, which holds while the convolution is kept
 
     def conv(self, conv, depthwise):
-        """Positions of weights and bias of a :class:`PackedConv`."""
+        """Positions of weights and bias of a :class:`PackedConv` or :class:`PackedLinear`.
+
+        A ``depthwise`` one has its channels side by side, not in panels.
+        """
         if id(conv) not in self._positions:
             if depthwise:
                 weight = self._pad(conv.weight.permute(1, 2, 3, 0))
