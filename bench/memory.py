@@ -3,7 +3,7 @@
     python bench/memory.py                # prints a table
     python bench/memory.py --write        # also into docs/performance.md
 
-Each figure comes from a process of its own: the largest resident set during ten calls, less what was resident before
+Each figure is the median of three processes: the largest resident set during ten calls, less what was resident before
 the network was built. What freeze needs meanwhile (the original, and both ways to run while they are compared) is not
 in it; it is given back before. Linux only.
 """
@@ -14,6 +14,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -23,9 +24,10 @@ from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.tables import replace_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
-CASES = (("resnet110", 1), ("resnet110", 64), ("resnet50", 1), ("resnet50", 8), ("resnet101", 8)) + (
-    ("efficientnet_lite0", 1),
-    ("efficientnet_lite0", 16),
+CASES = (
+    *(("resnet32", 1), ("resnet110", 1), ("resnet110", 64)),
+    *(("resnet50", 1), ("resnet50", 8), ("resnet101", 1), ("resnet101", 8)),
+    *(("efficientnet_lite0", 1), ("efficientnet_lite0", 16)),
 )
 
 
@@ -56,7 +58,7 @@ def measure(name, batch, kind):
         x = images.contiguous(memory_format=torch.channels_last)
         call = lambda: network(x)  # noqa: E731
     else:
-        network = freeze(network, images, winograd=kind == "frozen")
+        network = freeze(network, images)
         decisions = torch.ones(network.num_blocks, dtype=torch.bool)
         call = lambda: network(images, decisions)  # noqa: E731
     trim()
@@ -75,21 +77,18 @@ def main():
         with torch.inference_mode():
             print(measure(args.one[0], int(args.one[1]), args.one[2]))
         return
-    kinds = ("eager", "frozen", "without Winograd")
-    lines = [
-        "| network | batch | dense eager, MB | frozen, MB | `winograd=False`, MB |\n",
-        "|---|---:|---:|---:|---:|\n",
-    ]
+    lines = ["| network | batch | dense eager, MB | frozen, MB |\n", "|---|---:|---:|---:|\n"]
     print("".join(lines), end="")
     for name, batch in CASES:
         if (reason := NETS[name].missing()) is not None:
             print(f"{name}: {reason}", file=sys.stderr)
             continue
         found = []
-        for kind in kinds:
+        for kind in ("eager", "frozen"):
             command = [sys.executable, __file__, "--one", name, str(batch), kind]
-            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        lines.append(f"| {name} | {batch} | {' | '.join(f'{size:.0f}' for size in found)} |\n")
+            runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+            found.append(median(map(float, runs)))
+        lines.append(f"| {name} | {batch} | {' | '.join(f'{size:.1f}' for size in found)} |\n")
         print(lines[-1], end="", flush=True)
     if args.write:
         DOCS.write_text(replace_generated(DOCS.read_text(), "memory", "".join(lines)))
