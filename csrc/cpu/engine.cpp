@@ -68,6 +68,20 @@ std::vector<int64_t> Program::place_slots(int64_t group) const {
   return begin;
 }
 
+// Floats that each thread works in besides the slots, for groups of that many samples.
+int64_t Program::scratch(int64_t group) const {
+  int64_t floats = bands_;
+  for (const Phase& phase : phases_) {
+    for (int64_t i = phase.first; i < phase.end; ++i) {
+      const Step& step = steps_[i];
+      if (step.op != Op::kWinograd) continue;
+      const int64_t tiles = std::min(group, phase.samples) * winograd_tiles(buffers_[step.out]);
+      floats = std::max(floats, std::min(tiles, step.tiles) * step.of_tile + step.of_weights);
+    }
+  }
+  return floats;
+}
+
 int64_t Program::steps(int64_t group) const {
   int64_t steps = 0;
   for (const Phase& phase : phases_) steps += (phase.end - phase.first) * divide_up(group, phase.samples);
@@ -102,7 +116,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   const int64_t arena = slots.back();
   const int64_t counters = together ? groups * steps(group) * threads : 0;
   const int64_t shared = arena * (together ? 1 : workers);
-  const int64_t between = together ? shared_ * threads * group + kGap : 0, scratch = scratch_ + kGap;
+  const int64_t between = together ? shared_ * threads * group + kGap : 0, scratch = this->scratch(group) + kGap;
   std::shared_ptr<Memory> memory = take_memory(shared + between + scratch * workers, counters);
   unpoison(memory->arena.get(), memory->floats);
   fill_with_nan(memory->arena.get() + shared, between + scratch * workers);

@@ -106,6 +106,8 @@ class Program {
     int64_t reduction = 0;         // floats
     int64_t tiles = 0;             // Winograd's: tiles that are done at once, at most
     int64_t depth = 0;             // and input channels whose weights are transformed at once, at most
+    int64_t of_tile = 0;           // scratch memory, floats, for each of these tiles
+    int64_t of_weights = 0;        // and for these weights
     int64_t rows = 0;              // of a band, where bands are
   };
   struct Memory;  // of one call
@@ -128,6 +130,7 @@ class Program {
   void prepare_bands(int64_t number);
   Bands bands(int64_t number) const;
   std::vector<int64_t> place_slots(int64_t group) const;
+  int64_t scratch(int64_t group) const;
   int64_t steps(int64_t group) const;
   void run_group(Frame& frame) const;
   static int64_t rows_at_once(const Step& step, const Frame& frame, const Buffer& out);
@@ -155,7 +158,7 @@ class Program {
   const Kernels& kernels_;
   const float* weights_;
   int64_t columns_ = 0, input_ = -1, output_ = -1, num_slots_ = 0, longest_phase_ = 1;
-  int64_t scratch_ = 0, shared_ = 0;  // floats per thread, and per thread and sample of a group, besides the slots
+  int64_t bands_ = 0, shared_ = 0;  // floats for bands: of each thread, and of each thread and sample of a group
   std::vector<Phase> phases_;
   std::vector<Buffer> buffers_;
   std::vector<Step> steps_;

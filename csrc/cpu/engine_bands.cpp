@@ -64,7 +64,7 @@ void Program::prepare_bands(int64_t number) {
   const int64_t rows = std::clamp<int64_t>((kBandFloats - group.overlap * in_row) / per_row, 1, out.height);
   const int64_t in_rows = rows * depthwise.stride[0] + group.overlap;
   steps_[number].rows = rows;
-  scratch_ = std::max(scratch_, round_up(in_rows * in_row, 16) + rows * out_row);
+  bands_ = std::max(bands_, round_up(in_rows * in_row, 16) + rows * out_row);
   shared_ = std::max(shared_, round_up(group.overlap * in_row, 16));
 }
 

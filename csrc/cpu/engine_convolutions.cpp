@@ -27,10 +27,6 @@ Division divide_conv(int64_t pixels, int64_t panels, int64_t threads) {
   return division;
 }
 
-int64_t winograd_tiles(const Buffer& out) {
-  return divide_up(out.height, kWinogradTile) * divide_up(out.width, kWinogradTile);
-}
-
 // The first output pixel of a tile, and which of the computed samples it is in.
 struct TilePlace {
   int64_t sample, row, column;

@@ -36,6 +36,11 @@ inline Panels divide_channels(int64_t channels, int64_t width) {
   return {count, vectors - kPanel * (count - 1)};
 }
 
+// Of a sample.
+inline int64_t winograd_tiles(const Buffer& out) {
+  return divide_up(out.height, kWinogradTile) * divide_up(out.width, kWinogradTile);
+}
+
 // Of a tile's 36 planes.
 inline int64_t winograd_floats(int64_t channels) { return kWinogradPlanes * channels + kWinogradGap; }
 

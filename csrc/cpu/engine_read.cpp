@@ -118,7 +118,7 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
 }
 
 double Program::floats() const {
-  double sum = double(scratch_) + double(shared_);
+  double sum = double(scratch(1)) + double(shared_);
   for (const Buffer& buffer : buffers_) sum += double(buffer.sample());
   return sum;
 }
@@ -197,10 +197,10 @@ void Program::prepare(Step& step) {
   if (step.op == Op::kWinograd) {
     const int64_t width = kernels_.width;
     const int64_t panel = divide_channels(buffers_[step.out].channels, width).last * width;  // the widest
-    const int64_t of_tile = winograd_floats(round_up(in.channels, width)) + winograd_floats(panel);
-    step.tiles = std::clamp(kWinogradFloats / of_tile / 12 * 12, int64_t(12), kWinogradTiles);
+    step.of_tile = winograd_floats(round_up(in.channels, width)) + winograd_floats(panel);
+    step.tiles = std::clamp(kWinogradFloats / step.of_tile / 12 * 12, int64_t(12), kWinogradTiles);
     step.depth = divide_up(in.channels, divide_up(in.channels * kWinogradPlanes * panel, kWinogradWeights));
-    scratch_ = std::max(scratch_, step.tiles * of_tile + kWinogradPlanes * (step.depth * panel + kWinogradGap));
+    step.of_weights = kWinogradPlanes * (step.depth * panel + kWinogradGap);
     return;
   }
   // Taps beside each other are one stretch of memory where nothing lies between the pixels.
