@@ -26,7 +26,7 @@ from dynexec.report.tables import replace_generated
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 CASES = (
     *(("resnet32", 1), ("resnet110", 1), ("resnet110", 64)),
-    *(("resnet50", 1), ("resnet50", 8)),
+    *(("resnet50", 1), ("resnet50", 8), ("resnet101", 8)),
     *(("efficientnet_lite0", 1), ("efficientnet_lite0", 16)),
 )
 
