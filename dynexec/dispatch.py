@@ -4,6 +4,9 @@ The portable implementation is :mod:`dynexec.reference`, behind checks of the va
 waiting for a device. Native ones are registered under the same schemas when their library is loaded.
 """
 
+import importlib.util
+from contextlib import nullcontext
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -106,6 +109,68 @@ gather_rows = _implement("gather_rows", _portable_gather_rows, _fake_gather_rows
 gather_rows_out = _implement("gather_rows_out", _portable_gather_rows_out, _fake_gather_rows_out)
 scatter_rows_ = _implement("scatter_rows_", _portable_scatter_rows_, _fake_scatter_rows_)
 plan = _implement("plan", _portable_plan, _fake_plan)
+
+_MOVABLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_MOVABLE |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def triton_missing():
+    """Why there are no Triton kernels, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install 'dynexec[triton]'` on Linux"
+    return None
+
+
+def _triton_gather_rows(x, index):
+    out = reference.empty_rows(x, index.shape[0])
+    _triton_gather_rows_out(x, index, out)
+    return out
+
+
+def _triton_gather_rows_out(x, index, out):
+    _check_writable_rows(out, "out")
+    if not _triton_moves(x, index, out, scatter=False):
+        reference.gather_rows_out(x, index, out)
+
+
+def _triton_scatter_rows_(destination, index, rows, add, relu):
+    _check_writable_rows(destination, "destination")
+    if not _triton_moves(destination, index, rows, scatter=True, add=add, relu=relu):
+        reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
+
+
+def _triton_moves(whole, index, part, **how):
+    """Move rows and return True, unless these are not of a kind that the kernel knows."""
+    from dynexec.kernels.rows import move_rows  # not before it is needed: importing Triton takes a second
+
+    if not (reference.has_dense_rows(whole) and whole.stride()[1:] == part.stride()[1:]):
+        return False
+    if whole.dtype == torch.bool:
+        whole, part = whole.view(torch.uint8), part.view(torch.uint8)
+    if whole.dtype not in _MOVABLE:
+        return False
+    with on_device(whole.device):
+        move_rows(reference.flat_rows(whole), reference.flat_rows(part), index.contiguous(), **how)
+    return True
+
+
+def _triton_plan(decisions, choices):
+    from dynexec.kernels.plan import plan
+
+    with on_device(decisions.device):
+        return plan(decisions, choices)
+
+
+def on_device(device):
+    """Makes a GPU the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+if torch.cuda.is_available() and torch.version.hip is None and triton_missing() is None:
+    _library.impl("gather_rows", _triton_gather_rows, "CUDA")
+    _library.impl("gather_rows_out", _triton_gather_rows_out, "CUDA")
+    _library.impl("scatter_rows_", _triton_scatter_rows_, "CUDA")
+    _library.impl("plan", _triton_plan, "CUDA")
 
 # Why the native CPU implementations are not in use, or None where they are.
 native_missing = native.load()

@@ -5,6 +5,7 @@ channels_last), which ``index_select`` and ``index_copy`` on the tensor itself w
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def gather_rows(x, index):
@@ -75,3 +76,45 @@ def contiguous_strides(shape):
 def flat_rows(x):
     """View dense rows as ``[N, numel of a row]``, in memory order."""
     return x.as_strided((x.shape[0], x.shape[1:].numel()), (x.stride(0), 1))
+
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def conv_rows_(out, x, weight, bias, rows, *, activation=None, residual=None, **geometry):
+    """``out[rows] = activation(conv2d(x[rows], weight, bias, **geometry) + residual[rows])``; returns ``out``."""
+    y = F.conv2d(x[rows], weight, bias, **geometry)
+    out[rows] = ACTIVATIONS[activation](y if residual is None else y + residual[rows])
+    return out
+
+
+def combine_rows_(out, x, rows, *, add=None, multiply=None, activation=None):
+    """``out[rows] = activation(x[rows] + add[rows])``, or times ``multiply[rows]``; further channels become zero."""
+    y = x[rows]
+    y = y + add[rows] if add is not None else y * multiply[rows] if multiply is not None else y
+    y = ACTIVATIONS[activation](y)
+    out[rows] = F.pad(y, (0, 0, 0, 0, 0, out.shape[1] - y.shape[1]))
+    return out
+
+
+def pool_rows_(out, x, rows, kind, kernel, *, stride, padding=(0, 0), divisor=0):
+    """Pool ``x[rows]`` into ``out[rows]``: "max", or "sum" over ``divisor`` (0: over the number of inputs)."""
+    h, w = out.shape[2:]
+    after = [(size - 1) * s + k - p for size, s, k, p in zip((h, w), stride, kernel, padding)]
+    after = [max(a - size, 0) for a, size in zip(after, x.shape[2:])]  # the last window may stand over the edge
+    pad = (padding[1], after[1], padding[0], after[0])
+    x = x[rows]
+    if kind == "max":
+        out[rows] = F.max_pool2d(F.pad(x, pad, value=-torch.inf), kernel, stride)[:, :, :h, :w]
+        return out
+    ones = F.pad(torch.ones_like(x[:, :1]), pad)
+    sums, inputs = (F.avg_pool2d(t, kernel, stride, divisor_override=1)[:, :, :h, :w] for t in (F.pad(x, pad), ones))
+    out[rows] = sums / (divisor or inputs)
+    return out

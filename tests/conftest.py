@@ -1,8 +1,24 @@
+import os
+
 import pytest
 import torch
 
+# Triton's kernels run in its interpreter where there is no GPU; it wants to know before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One thread: threads of tiny tensors gain nothing, and on a busy machine they spin against each other.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", help="I/N: of the tests every N-th, from the I-th on")
+
+
+def pytest_collection_modifyitems(config, items):
+    if (shard := config.getoption("--shard")) is not None:
+        first, step = map(int, shard.split("/"))
+        items[:] = items[first::step]
 
 
 @pytest.fixture(autouse=True)

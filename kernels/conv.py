@@ -1,0 +1,198 @@
+"""Convolutions of some rows, as a matrix product whose left side is read from the images (implicit GEMM)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dynexec.kernels.configs import choose_tile
+from dynexec.kernels.device import (
+    ONCE,
+    architecture,
+    begin,
+    count_rows,
+    fill,
+    find_pixels,
+    inside_bits,
+    launch_options,
+    multiprocessors,
+)
+from dynexec.kernels.tiles import finish_tile, sum_taps
+
+MAX_SPLIT = 8  # programs that share one tile's sum
+MOST_PROGRAMS, CELLS = 16, 128 * 128  # that a multiprocessor runs at once, and of all their tiles
+MAX_TAPS = 31  # of a window: a bit of an int32 each
+
+
+@triton.jit(**ONCE)
+def _conv(
+    x_ptr,  # [N, H, W, C]
+    weight_ptr,  # [K, KH, KW, C], of the dtype of x
+    bias_ptr,  # float32 [K]
+    residual_ptr,  # as out, or nothing; may be out itself
+    out_ptr,  # [N, OH, OW, K]
+    index_ptr,  # int32 [N]: row numbers, or nothing
+    offset_ptr,  # int32 [2]: the first of them to work on, and the end, or nothing
+    partial_ptr,  # float32 [programs, BM, BN]: parts of sums
+    arrived_ptr,  # int32 [programs]: how many parts of a tile are there; 0 before and after
+    samples,  # N
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATHERED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    start, count = count_rows(offset_ptr, samples, GATHERED)
+    pixels = count * (OH * OW)
+    tiles_n: tl.constexpr = (K + BN - 1) // BN
+    all_columns: tl.constexpr = K % BN == 0
+    steps: tl.constexpr = KH * KW * ((C + BK - 1) // BK)
+    tiles = tl.cdiv(pixels, BM) * tiles_n
+    # Few tiles leave multiprocessors idle: then several programs share the sum of each. It depends on the number of
+    # kept samples how many, and so does the order of the additions.
+    split = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(tiles, 1), 1), min(SPLIT, steps))
+    for unit in tl.range(tl.program_id(0), tiles * split, tl.num_programs(0)):
+        tile = unit // split
+        part = unit - tile * split
+        tile_m = tile // tiles_n
+        columns = (tile - tile_m * tiles_n) * BN + tl.arange(0, BN)
+        sample, pixel, valid = find_pixels(tile_m * BM, pixels, start, index_ptr, OH * OW, BM, GATHERED)
+        row = pixel // OW
+        top = row * SH - PH
+        left = (pixel - row * OW) * SW - PW
+        if KH * KW == 1 and PH == 0 and PW == 0 and (OH - 1) * SH < H and (OW - 1) * SW < W:
+            bits = valid.to(tl.int32)
+        else:
+            bits = tl.where(valid, inside_bits(top, left, H, W, KH, KW, DH, DW), 0)
+        acc = sum_taps(
+            tl.zeros((BM, BN), tl.float32),
+            x_ptr + sample * (H * W * C) + (top * W + left) * C,
+            bits,
+            weight_ptr + columns.to(tl.int64) * (KH * KW * C),
+            columns < K,
+            steps * part // split,
+            steps * (part + 1) // split,
+            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION,
+        )  # fmt: skip
+        last = True
+        if SPLIT > 1:
+            if split > 1:
+                acc, last = _add_parts(acc, partial_ptr, arrived_ptr, tile, part, split, BM, BN)
+        if last:
+            place = (sample * (OH * OW) + pixel) * K
+            finish_tile(
+                acc, bias_ptr, residual_ptr, out_ptr, place, valid, columns, K, RESIDUAL, ACTIVATION, all_columns
+            )
+
+
+@triton.jit
+def _add_parts(acc, partial_ptr, arrived_ptr, tile, part, split, BM: tl.constexpr, BN: tl.constexpr):
+    """Leave a part of a sum; who leaves the last one adds all of them, in their order: always the same result."""
+    cells = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    first_ptr = partial_ptr + (tile * split).to(tl.int64) * (BM * BN) + cells
+    tl.store(first_ptr + part * (BM * BN), acc)
+    tl.debug_barrier()  # all threads' stores come before the one atomic that announces them
+    last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == split - 1
+    if last:
+        acc = tl.zeros((BM, BN), tl.float32)
+        for other in range(0, split):
+            acc += tl.load(first_ptr + other * (BM * BN))
+        tl.store(arrived_ptr + tile, 0)
+    return acc, last
+
+
+def conv(
+    x,
+    weight,
+    bias,
+    out,
+    *,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    activation=None,
+    residual=None,
+    index=None,
+    offset=None,
+    workspace=None,
+    tile=None,
+    precision="tf32",
+):
+    """``out[n] = activation(conv2d(x[n], weight) + bias + residual[n])`` for the rows ``n``; returns ``out``.
+
+    Parameters
+    ----------
+    x : tensor ``[N, C, H, W]``, channels_last
+        float16, bfloat16 or float32.
+    weight : tensor ``[K, C, KH, KW]``, channels_last
+        Of the dtype of ``x``; at most :data:`MAX_TAPS` taps.
+    bias : float32 tensor ``[K]``
+    out : tensor ``[N, K, OH, OW]``, channels_last
+        Shares no memory with ``x``.
+    activation : {None, "relu", "relu6", "silu", "hardswish", "sigmoid"}
+    residual : tensor as ``out``, optional
+        May be ``out`` itself.
+    index, offset : int32 tensors ``[N]`` and ``[2]``, optional
+        Which rows: ``index[offset[0] : offset[1]]``; all where they are not given.
+    workspace : Workspace, optional
+        Lets several programs add parts of one sum where there are few tiles; without it results do not depend on
+        what else is in the batch.
+    tile : Tile, optional
+        Default: what :func:`choose_tile` says.
+    precision : {"tf32", "ieee"}
+        How float32 is multiplied.
+    """
+    n, c, h, w = x.shape
+    k, _, kh, kw = weight.shape
+    oh, ow = out.shape[2:]
+    assert kh * kw <= MAX_TAPS, f"a window of {kh * kw} taps"
+    if n == 0:
+        return out
+    tile = tile or choose_tile(n * oh * ow, k, c, x.dtype, architecture(x.device))
+    grid = fill(x.device, triton.cdiv(n * oh * ow, tile.bm) * triton.cdiv(k, tile.bn) * MAX_SPLIT, tile.programs)
+    split, partial, arrived = 1, None, None
+    if workspace is not None:
+        split = MAX_SPLIT
+        partial, arrived = workspace.take(grid[0], tile.bm * tile.bn)
+    _conv[grid](
+        x, weight, bias, residual, out, index, offset, partial, arrived, n,
+        h, w, c, k, oh, ow, kh, kw, *stride, *padding, *dilation,
+        tile.bm, tile.bn, tile.bk, split, index is not None, residual is not None, activation, precision,
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(x.device),
+    )  # fmt: skip
+    return out
+
+
+class Workspace:
+    """Memory for the parts of sums on one device, shared by kernels that run one after the other.
+
+    It never changes its place, so that a CUDA graph may hold it.
+    """
+
+    def __init__(self, device):
+        programs = MOST_PROGRAMS * multiprocessors(device)
+        self._partial = torch.empty(CELLS * multiprocessors(device), device=device)
+        self._arrived = torch.zeros(programs, dtype=torch.int32, device=device)
+
+    def take(self, programs, cells):
+        """float32 of ``programs`` times ``cells``, and zeroed int32 of ``programs``."""
+        assert programs * cells <= self._partial.numel() and programs <= self._arrived.numel()
+        return self._partial, self._arrived

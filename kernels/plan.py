@@ -1,0 +1,50 @@
+"""Decisions of all blocks to groups of samples, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _plan(
+    decisions_ptr,  # bool as uint8, or any integer, [N, L]
+    index_ptr,  # int32 [L, N]
+    offset_ptr,  # int32 [L, choices + 1]
+    N,
+    choices,
+    sample_stride,  # of decisions
+    block_stride,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    decisions_ptr += block * block_stride
+    index_ptr += block * N
+    offset_ptr += block * (choices + 1)
+    # A pass per choice, each over all samples: a running sum gives them their places in order.
+    start = 0
+    for choice in range(0, choices):
+        tl.store(offset_ptr + choice, start)
+        for first in range(0, N, BLOCK):
+            sample = first + tl.arange(0, BLOCK)
+            decision = tl.load(decisions_ptr + sample.to(tl.int64) * sample_stride, mask=sample < N, other=0)
+            chosen = ((sample < N) & (decision == choice)).to(tl.int32)
+            place = start + tl.cumsum(chosen, 0) - chosen
+            tl.store(index_ptr + place, sample, mask=chosen != 0)
+            start += tl.sum(chosen, 0)
+    tl.store(offset_ptr + choices, start)
+
+
+def plan(decisions, choices):
+    """Index and offset of a Route, see :func:`dynexec.ops.plan`; decisions outside of ``0..choices - 1`` are left out.
+
+    Equivalent to ``reference.plan(decisions, choices)``.
+    """
+    samples, blocks = decisions.shape
+    index = decisions.new_empty((blocks, samples), dtype=torch.int32)
+    offset = decisions.new_empty((blocks, choices + 1), dtype=torch.int32)
+    if blocks:
+        if decisions.dtype == torch.bool:
+            decisions = decisions.view(torch.uint8)
+        size = min(max(triton.next_power_of_2(samples), 32), 1024)
+        _plan[(blocks,)](decisions, index, offset, samples, choices, *decisions.stride(), BLOCK=size, num_warps=4)
+    return index, offset

@@ -1,0 +1,55 @@
+"""Gather and scatter of whole rows: one kernel, its direction a constant."""
+
+import triton
+import triton.language as tl
+
+from dynexec.kernels.device import fill
+
+_BLOCK = 2048  # elements: 16 bytes for each of 256 threads, of 16-bit numbers
+
+
+@triton.jit
+def _move(
+    whole_ptr,  # [N, size], rows at whole_stride
+    part_ptr,  # [M, size], rows at part_stride: row i belongs to row index[i] of whole
+    index_ptr,  # int32 or int64 [M]
+    M,
+    size,
+    whole_stride,
+    part_stride,
+    SCATTER: tl.constexpr,
+    ADD: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pieces = tl.cdiv(size, BLOCK)
+    for unit in tl.range(tl.program_id(0), M * pieces, tl.num_programs(0)):
+        row = unit // pieces
+        element = (unit - row * pieces) * BLOCK + tl.arange(0, BLOCK)
+        inside = element < size
+        whole = whole_ptr + tl.load(index_ptr + row).to(tl.int64) * whole_stride + element
+        part = part_ptr + row.to(tl.int64) * part_stride + element
+        if SCATTER:
+            value = tl.load(part, mask=inside)
+            if ADD:  # rounded to the dtype before the ReLU, as torch does; the result is the same
+                value += tl.load(whole, mask=inside)
+            if RELU:
+                value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(whole, value, mask=inside)
+        else:
+            tl.store(part, tl.load(whole, mask=inside), mask=inside)
+
+
+def move_rows(whole, part, index, *, scatter, add=False, relu=False):
+    """``part[:] = whole[index]``, or with ``scatter`` ``whole[index] = relu(part + whole[index])`` as far as asked.
+
+    ``whole`` ``[N, size]`` and ``part`` ``[M, size]`` have elements of a row side by side; ``index`` int32 or int64
+    ``[M]``, without duplicates for a scatter.
+    """
+    rows, size = part.shape
+    if rows and size:
+        grid = fill(part.device, rows * triton.cdiv(size, _BLOCK), 8)
+        strides = whole.stride(0), part.stride(0)
+        _move[grid](
+            whole, part, index, rows, size, *strides, SCATTER=scatter, ADD=add, RELU=relu, BLOCK=_BLOCK, num_warps=8
+        )

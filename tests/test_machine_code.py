@@ -1,0 +1,64 @@
+"""What the Triton kernels become for each architecture, and that broken ones do not pass the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_cases  # noqa: F401 - skips where there is no Triton
+import pytest
+
+from dynexec import kernels
+
+ROOT = Path(__file__).parents[1]
+KERNELS = Path(kernels.__file__).parent
+# Runs tests with the kernels of another folder.
+RUN = """
+import importlib.util, sys, pytest
+spec = importlib.util.spec_from_file_location("dynexec.kernels", sys.argv[1] + "/__init__.py")
+sys.modules["dynexec.kernels"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["dynexec.kernels"])
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+MUTATIONS = {
+    "the border of images": ("tiles.py", "inside = ((bits >> tap) & 1) != 0", "inside = (bits >> 4) != 0", "conv"),
+    "the number of rows": ("device.py", "count = tl.load(offset_ptr + 1) - start", "count = samples", "conv"),
+    "the first of the rows": ("device.py", "index_ptr + start + row", "index_ptr + row", "conv"),
+    "the last part of a sum": ("conv.py", "for other in range(0, split)", "for other in range(0, split - 1)", "conv"),
+    "the reset of arrivals": ("conv.py", "tl.store(arrived_ptr + tile, 0)", "pass", "conv"),
+    "the residual": ("tiles.py", "    if RESIDUAL:", "    if False:", "conv_adds"),
+    "the carry of a plan": ("plan.py", "start += tl.sum(chosen, 0)", "start += 0", "plan"),
+}
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+def test_machine_code_is_as_recorded():
+    """Offline, for every architecture, without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "bench" / "machine_code.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "float16 | 90 |" in result.stdout
+
+
+def run_tests(folder, only):
+    command = [sys.executable, "-c", RUN, folder, "-k", only, Path(__file__).parent / "test_kernels.py"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent)
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_kernels_without_something_fail(what, tmp_path):
+    name, old, new, only = MUTATIONS[what]
+    folder = shutil.copytree(KERNELS, tmp_path / "kernels")
+    source = (folder / name).read_text()
+    assert source.count(old) == 1
+    (folder / name).write_text(source.replace(old, new))
+    result = run_tests(folder, f"test_{only} and not pair and not grouped")
+    assert result.returncode != 0 and "no tests ran" not in result.stdout, result.stdout
+    assert "1 failed" in result.stdout or result.returncode < 0, result.stdout + result.stderr
+
+
+def test_a_copy_of_the_kernels_passes(tmp_path):
+    result = run_tests(shutil.copytree(KERNELS, tmp_path / "kernels"), "test_plan or test_conv_adds")
+    assert result.returncode == 0, result.stdout + result.stderr
