@@ -1,6 +1,7 @@
 """Drives CMakeLists.txt where torch is importable; any failure leaves a pure-Python package that says why."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 FAILURE = "native_build_failure.txt"  # read by dynexec/native.py
-LIBRARIES = ("_C.*", "libdynexec_cpu.*")
+LIBRARIES = ("_C.*", "_cuda.*", "libdynexec_cpu.*")
 
 
 class BuildNative(build_ext):
@@ -51,11 +52,51 @@ def build(package, work):
         "DYNEXEC_TORCH_VERSION": torch.__version__,
         "DYNEXEC_OUTPUT_DIR": work / "libraries",
     }
-    run([cmake, "-G", "Ninja", "-S", ROOT, "-B", work, *(f"-D{name}={value}" for name, value in settings.items())])
-    run([cmake, "--build", work])
+    cuda = cuda_settings(torch)
+    try:
+        compile_in(cmake, work, settings | cuda)
+    except subprocess.CalledProcessError as error:
+        if cuda["DYNEXEC_CUDA"] == "OFF":
+            raise
+        print(f"dynexec: the CUDA sources were not built: {explain(error)}", file=sys.stderr)
+        shutil.rmtree(work)
+        compile_in(cmake, work, settings | {"DYNEXEC_CUDA": "OFF"})
     for pattern in LIBRARIES:
         for library in (work / "libraries").glob(pattern):
             shutil.copy2(library, package)
+
+
+def compile_in(cmake, work, settings):
+    """Configure and build."""
+    run([cmake, "-G", "Ninja", "-S", ROOT, "-B", work, *(f"-D{name}={value}" for name, value in settings.items())])
+    run([cmake, "--build", work])
+
+
+def cuda_settings(torch):
+    """Settings for the CUDA sources: they are built where torch has CUDA and the compiler is there.
+
+    ``TORCH_CUDA_ARCH_LIST`` names the architectures, as for every extension of torch ("8.0;9.0+PTX").
+    """
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if torch.version.cuda is None or nvcc is None or cuda_release(nvcc) < 13:
+        return {"DYNEXEC_CUDA": "OFF"}
+    settings = {"DYNEXEC_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";"):
+        names = (name.replace(".", "") for name in listed.split(";"))
+        settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(
+            name.removesuffix("+PTX") if name.endswith("+PTX") else f"{name}-real" for name in names
+        )
+    return settings
+
+
+def cuda_release(nvcc):
+    """Major version of a CUDA compiler; 0 where it does not run."""
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    found = re.search(r"release (\d+)", text)
+    return int(found.group(1)) if found else 0
 
 
 def find_tool(name):

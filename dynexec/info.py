@@ -38,8 +38,9 @@ def facts():
     dict
         Plain values only: ``versions`` and ``optional`` (package -> version, None where not installed), ``system``,
         ``devices`` (names), ``cpu`` (name, cores, threads, instruction set that torch uses, oneDNN), ``native``
-        (part -> None where native, else why not), ``engine`` (the instruction set its convolutions use, or None) and
-        ``build`` (how the native part was built, or None).
+        (part -> None where native, else why not), ``engine`` (the instruction set its convolutions use, or None),
+        ``kernels`` and ``conditional`` (why there are no Triton kernels, no conditional nodes in CUDA graphs, or None)
+        and ``build`` (how the native part was built, or None).
     """
     return {
         "versions": {"python": platform.python_version()}
@@ -54,6 +55,8 @@ def facts():
             "onednn": torch.backends.mkldnn.is_available(),
         },
         "native": dict.fromkeys(("rows", "plan", "engine"), dispatch.native_missing),
+        "kernels": dispatch.triton_missing(),
+        "conditional": native.cuda_missing(),
         "engine": instruction_set(),
         "build": native.build_facts(),
         "optional": {name: _version(name) for name in OPTIONAL},
@@ -85,6 +88,9 @@ def _lines(found):
             f"native{', ' + found['engine'] if part == 'engine' else ''}" if missing is None else f"portable: {missing}"
         )
         yield f"{part + ' (cpu)':<14}{how}"
+    for part, key in (("kernels (gpu)", "kernels"), ("graphs (gpu)", "conditional")):
+        what = "Triton" if key == "kernels" else "with conditional nodes"
+        yield f"{part:<14}{what if found[key] is None else f'without: {found[key]}'}"
     if (build := found["build"]) is not None:
         yield f"{'built with':<14}{build['compiler']}, {build['flags']}, torch {build['torch']}"
     present = {name: version for name, version in found["optional"].items() if version is not None}

@@ -1,6 +1,7 @@
 """Loads the native part, if it was built, and knows why not."""
 
 import ctypes
+import importlib.util
 import os
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def load():
     except OSError as error:
         return f"{library.name} does not load: {error}"
     return None
+
+
+def cuda_missing():
+    """Why there is no :func:`cuda`, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if importlib.util.find_spec("dynexec._cuda") is None:
+        return (
+            "built without CUDA: `pip install --no-build-isolation .` builds it where torch has CUDA and nvcc is found"
+        )
+    return None
+
+
+def cuda():
+    """The native module for GPUs."""
+    from dynexec import _cuda
+
+    return _cuda
 
 
 def free_program(handle):
