@@ -9,6 +9,7 @@ all, so Winograd's can be above the peak. Outputs are compared before anything i
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from dynexec.executors.block import pack_module
 from dynexec.executors.engine import instruction_set, peak_rate
+from dynexec.executors.program import Programs
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.segment import make_segments
 from dynexec.measure.environment import processor_name
@@ -70,7 +72,7 @@ def measure(size, channels, kernel, depthwise, seconds):
     packed = pack_module(model, x)
     calls = {"oneDNN": lambda: packed(x)}
     for name, winograd in (("direct", False), ("Winograd", True)):
-        module, segments = make_segments(packed.__self__, 0, winograd)
+        module, segments = make_segments(packed.__self__, partial(Programs, 0, winograd))
         instructions = [step for segment in segments for step in segment.operations]
         if winograd == ("winograd" in instructions):
             calls[name] = lambda module=module: module.forward(x)

@@ -44,7 +44,7 @@ def write_network(path, name, model, shape):
     frozen = dynexec.freeze(model, torch.randn(2, *shape), executor="resident")
     (segment,) = frozen.segments
     # The frozen network was compared with the model; the segment's output is what the file expects.
-    write_case(path, segment.programs[shape].code, segment.weights.tensor(), columns, shape)
+    write_case(path, segment.programs[shape].code, segment.maker.weights.tensor(), columns, shape)
 
 
 def write_bands(path, rows):

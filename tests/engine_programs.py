@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from dynexec.executors.engine import Program
 from dynexec.executors.packing import PackedConv
-from dynexec.executors.program import BAND_FLOATS, Builder
+from dynexec.executors.program import BAND_FLOATS, ProgramBuilder
 from dynexec.executors.weights import Weights
 
 NOTHING = torch.zeros(0, 0, dtype=torch.bool)
@@ -24,7 +24,7 @@ def program(*args, **options):
 def build(emit, shape, columns=0, winograd=True, band_floats=BAND_FLOATS):
     """Code and weights of the program that ``emit(builder, x)`` makes of a batch of ``shape`` [C, H, W]."""
     weights = Weights()
-    builder = Builder(weights, columns, winograd, band_floats)
+    builder = ProgramBuilder(weights, columns, winograd, band_floats)
     builder.begin_unit()
     builder.store(emit(builder, builder.load(*shape)))
     return builder.finish(), weights.tensor()

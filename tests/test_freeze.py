@@ -12,6 +12,7 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.executors import backends
 from dynexec.executors.engine import engine_missing
 from dynexec.executors.stage import EXECUTORS
 from dynexec.models import create_model
@@ -24,7 +25,7 @@ freezing = sys.modules["dynexec.executors.freeze"]  # the module: the package ha
 @pytest.fixture
 def no_engine(monkeypatch):
     """Networks run by layer, as where the native part is missing."""
-    monkeypatch.setattr(freezing, "engine_missing", lambda: "switched off by a test")
+    monkeypatch.setattr(backends, "engine_missing", lambda: "switched off by a test")
 
 
 def converted(style):
@@ -142,7 +143,9 @@ def test_samples_at_once_change_nothing(samples, executor):
 
 def test_a_network_that_mixes_samples_is_never_split(no_engine, monkeypatch):
     times = itertools.count(1)
-    monkeypatch.setattr(freezing, "seconds", lambda function: 1000 ** next(times))  # the smallest size is the fastest
+    monkeypatch.setattr(
+        freezing, "seconds", lambda function, device: 1000 ** next(times)
+    )  # the smallest size is the fastest
 
     class Centred(nn.Module):
         def __init__(self):
@@ -271,7 +274,7 @@ def test_bad_arguments():
         dynexec.freeze(toys.torchvision_style(), toys.images(2))
     with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
         dynexec.freeze(model, torch.ones(3))
-    with pytest.raises(ValueError, match="on the CPU so far, not on cpu, meta"):
+    with pytest.raises(ValueError, match="on one device, the CPU or a GPU, got cpu, meta"):
         dynexec.freeze(model, toys.images(2).to("meta"))
     with pytest.raises(ValueError, match="fastest"):
         dynexec.freeze(model, toys.images(2), executor="fastest")
@@ -284,7 +287,7 @@ def test_bad_arguments():
 def test_the_fastest_way_to_run_stays(monkeypatch, fastest):
     model, num_blocks = converted("torchvision")
     times = dict.fromkeys(("resident", "fused", "layers"), 2.0) | {fastest: 1.0}
-    monkeypatch.setattr(freezing, "_race", lambda *_: times)
+    monkeypatch.setattr(freezing, "race", lambda *_: times)
     frozen = dynexec.freeze(model, toys.images(4))
     assert f"-> {fastest}" in frozen.explain()
     assert bool(frozen.segments) == (fastest != "layers") and bool(frozen.stages) == (fastest == "layers")

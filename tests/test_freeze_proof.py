@@ -220,8 +220,8 @@ def break_segments(monkeypatch, broken):
     ("broken", "executor"),
     [
         (lambda segment, x: len(x) == 1, "resident"),  # all threads share the layers of a single sample
-        (lambda segment, x: segment.together and len(x) > 1, "fused"),
-        (lambda segment, x: not segment.together, "resident"),
+        (lambda segment, x: segment.executor == "fused" and len(x) > 1, "fused"),
+        (lambda segment, x: segment.executor == "resident", "resident"),
     ],
 )
 def test_every_schedule_of_the_engine_is_compared(monkeypatch, broken, executor):
@@ -250,7 +250,7 @@ def test_as_many_samples_as_threads_are_compared(monkeypatch):
 @needs_engine
 @pytest.mark.parametrize("samples", [1, 4])
 def test_a_policy_that_the_engine_gets_wrong_runs_by_layer(monkeypatch, samples):
-    break_segments(monkeypatch, lambda segment, x: segment.columns == 0 and len(x) == samples)
+    break_segments(monkeypatch, lambda segment, x: segment.maker.columns == 0 and len(x) == samples)
     model = toys.timm_style()
     num_blocks = dynexec.convert(model).num_blocks
     pooled = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, num_blocks, 1))

@@ -22,13 +22,14 @@ class FrozenBlock:
     input_shape : tuple of int
         ``[C, H, W]`` of its input.
     dtype : torch.dtype
+    device : torch.device
     args, kwargs : tuple, dict
         What else its model calls it with: constants. Only a block with an identity shortcut may have them.
     """
 
-    def __init__(self, name, block, input_shape, dtype, args=(), kwargs=None):
+    def __init__(self, name, block, input_shape, dtype, device, args=(), kwargs=None):
         self.name, self.column = name, block.placement.column
-        self.input_shape, self.dtype = tuple(input_shape), dtype
+        self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, device
         x = self.example(2)
         self.shortcut = None
         s = x
@@ -44,7 +45,7 @@ class FrozenBlock:
 
     def example(self, rows):
         """Random input of that many rows."""
-        x = torch.rand(rows, *self.input_shape, dtype=self.dtype)
+        x = torch.rand(rows, *self.input_shape, dtype=self.dtype, device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
     def run_all(self, x, s, chunk):

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from bisect import bisect_left
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,9 +100,14 @@ class BlockCost:
         self.body, self.move, self.select, self.shortcut = self.curves
 
 
+def device_name(device):
+    """What a cache's key needs besides the processor: nothing for a CPU, or the GPU."""
+    return (torch.cuda.get_device_name(device),) if device.type == "cuda" else ()
+
+
 def measure_block(block, batch, cache):
     """The :class:`BlockCost` of ``block`` up to about ``batch`` rows: from ``cache``, or measured now."""
-    key = cache.key(block.signature, block.dtype, batch)
+    key = cache.key(block.signature, block.dtype, batch, *device_name(block.device))
     return BlockCost(**cache.get(key, _is_cost, lambda: _measure(block, batch)))
 
 
@@ -114,27 +120,30 @@ def _is_cost(entry):
 
 
 def _measure(block, batch):
+    timed = partial(seconds, device=block.device)
     most = min(batch, _LARGEST)
     sizes = sorted({2**i for i in range(most.bit_length())} | {most})
     x = block.example(min(batch, max(_CHUNKS)))
     s = _shortcut(block, x)
     # The largest chunk that holds the batch stands for all larger ones.
     sizes_of_chunk = [size for size in _CHUNKS if size < 2 * batch] or [_CHUNKS[-1]]
-    chunks = {size: seconds(lambda size=size: block.run_all(x, s, size)) for size in sizes_of_chunk}
+    chunks = {size: timed(lambda size=size: block.run_all(x, s, size)) for size in sizes_of_chunk}
     fastest = min(chunks.values())
     chunk = next(size for size in chunks if chunks[size] <= 1.03 * fastest)
     entry = {"chunk": chunk, "body": {}, "move": {}, "select": {}, "shortcut": {}}
     for n in sizes:
         rows = x[:n]
         s = _shortcut(block, rows)
-        index = torch.arange(n, dtype=torch.int32).flip(0)  # descending: nothing contiguous to profit from
-        entry["body"][n] = seconds(lambda rows=rows, s=s, n=n: block.run_all(rows, s, chunk))
-        entry["move"][n] = seconds(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
+        index = torch.arange(n, dtype=torch.int32, device=block.device).flip(
+            0
+        )  # descending: nothing contiguous to profit from
+        entry["body"][n] = timed(lambda rows=rows, s=s, n=n: block.run_all(rows, s, chunk))
+        entry["move"][n] = timed(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
         if block.shortcut is not None:
-            entry["move"][n] += seconds(lambda rows=rows, index=index: ops.gather_rows(rows, index))
-            entry["shortcut"][n] = seconds(lambda rows=rows: block.shortcut(rows))
-        keep = (torch.arange(n) % 2 == 0).reshape(-1, *[1] * (s.dim() - 1))
-        entry["select"][n] = seconds(lambda s=s, keep=keep: torch.where(keep, s.clone(), s))
+            entry["move"][n] += timed(lambda rows=rows, index=index: ops.gather_rows(rows, index))
+            entry["shortcut"][n] = timed(lambda rows=rows: block.shortcut(rows))
+        keep = (torch.arange(n, device=block.device) % 2 == 0).reshape(-1, *[1] * (s.dim() - 1))
+        entry["select"][n] = timed(lambda s=s, keep=keep: torch.where(keep, s.clone(), s))
     if block.shortcut is None:
         entry["shortcut"] = {1: 0.0}
     return entry
@@ -144,13 +153,16 @@ def _shortcut(block, x):
     return x if block.shortcut is None else block.shortcut(x)
 
 
-def seconds(function, repeats=5, budget=0.2):
-    """Seconds that ``function()`` takes, the least of a few runs: noise only ever adds."""
+def seconds(function, device=None, repeats=5, budget=0.2):
+    """Seconds that ``function()`` takes on ``device``, the least of a few runs: noise only ever adds."""
+    wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     function()
+    wait()
     best, start = float("inf"), time.perf_counter()
     for _ in range(repeats):
         before = time.perf_counter()
         function()
+        wait()
         now = time.perf_counter()
         best = min(best, now - before)
         if now - start > budget:

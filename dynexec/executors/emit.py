@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
-from dynexec.executors.program import Value
 from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS, hooked
 from dynexec.executors.stage import Stage
 

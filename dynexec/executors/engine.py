@@ -39,6 +39,11 @@ class Program:
         self.handle = torch.ops.dynexec.make_program(code, weights)
         weakref.finalize(self, native.free_program, self.handle)
 
+    @property
+    def signature(self):
+        """What it computes, as text."""
+        return str(self.code.tolist())
+
     def __call__(self, x, decisions, group=0, together=False):
         """Run it.
 
@@ -46,7 +51,7 @@ class Program:
         ----------
         x : float32 tensor ``[N, C, H, W]``
             In any memory format.
-        decisions : bool tensor ``[N, columns]``
+        decisions : bool tensor ``[N, columns]``, or a Route of such; None where nothing is decided
         group : int
             Samples that go through the program together; 0: what suits the batch.
         together : bool
@@ -56,4 +61,7 @@ class Program:
         -------
         float32 tensor ``[N, C, H, W]``, channels_last
         """
+        if decisions is None:
+            decisions = x.new_empty((len(x), 0), dtype=torch.bool)
+        decisions = getattr(decisions, "decisions", decisions)
         return torch.ops.dynexec.run_program(x, decisions, self.handle, group, together)

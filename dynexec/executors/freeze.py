@@ -1,26 +1,27 @@
 """``freeze``: a model of dynamic blocks as a fast inference network."""
 
 import copy
-from hashlib import sha256
+from functools import partial
 
 import torch
 from torch import fx, nn
 
+from dynexec import dispatch
+from dynexec.executors.backends import choose_backend
 from dynexec.executors.block import pack_module
-from dynexec.executors.costs import CostCache, seconds
-from dynexec.executors.engine import engine_missing
+from dynexec.executors.candidate import are_times, digest, race, try_backend
+from dynexec.executors.costs import CostCache, device_name, seconds
 from dynexec.executors.frozen import FrozenNetwork
+from dynexec.executors.graphs import choosing_algorithms
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
-from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error
+from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error, tolerance
 from dynexec.executors.segment import make_segments
 from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.context import decide
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import apply_layers, dynamic_blocks
 from dynexec.route import Route
-
-_ENGINE_EXECUTORS = ("resident", "fused")
 
 
 def freeze(
@@ -31,6 +32,7 @@ def freeze(
     executor=None,
     policy=None,
     winograd=True,
+    batch_invariant=False,
     cost_cache=None,
     keep_memory=True,
 ):
@@ -40,12 +42,15 @@ def freeze(
     and the residual stream is updated in place. Two ways to run are built, compared with the original model on
     ``example_input`` and timed; the faster one stays (times are cached on disk):
 
-    * The engine, native code: everything that it knows, usually the whole network, is one call.
+    * On a CPU the engine, native code: everything that it knows, usually the whole network, is one call.
       ``resident``: each thread takes a few samples at a time through all layers, while their activations stay in its
       cache. ``fused``: all threads share one layer after the other. Dropped blocks are jumped over; nothing is moved.
-    * Layers: oneDNN's fused convolutions. Consecutive blocks of one shape form a stage, and a cost model chooses per
-      stage and call among ``masked`` (compute all, put dropped ones back), ``compact`` (gather, compute, scatter) and
-      ``grouped`` (samples with equal decisions share a static sub-network).
+    * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
+      only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
+      graph per input shape. ``dense`` is the same with all samples computed by cuDNN and the kept ones copied.
+    * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
+      and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
+      (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
 
     Layers that neither knows run as they are.
 
@@ -56,8 +61,9 @@ def freeze(
     example_input : tensor ``[N, C, H, W]``
         Of the size and about the batch size that will be used; other batch sizes work as well.
     dtype : torch.dtype, optional
-        Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``.
-    executor : {"fused", "resident", "masked", "compact", "grouped"}, optional
+        Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``. On a GPU float16
+        and bfloat16 are, and float32 uses TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
+    executor : {"fused", "resident", "dense", "masked", "compact", "grouped"}, optional
         Use this one everywhere instead of choosing.
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
@@ -65,6 +71,9 @@ def freeze(
         Whether the engine may compute 3x3 convolutions by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): up to three
         times as fast, with larger rounding errors, still around 1e-6 of the largest value. An infinity becomes NaN in
         its neighbourhood.
+    batch_invariant : bool
+        Whether on a GPU a sample's result must not depend, by rounding, on what else is in the batch; costs time where
+        few samples keep a block. On a CPU the engine's never does.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
     keep_memory : bool
@@ -82,7 +91,11 @@ def freeze(
     RuntimeError
         If the frozen blocks' output is not the original's.
     """
-    _check(model, example_input, dtype, executor, policy)
+    device = _check(model, example_input, dtype, executor, policy)
+    backend = choose_backend(device, winograd, batch_invariant)
+    known = sorted((*EXECUTORS, *backend.executors))
+    if executor is not None and executor not in known:
+        raise ValueError(f"executor must be None or one of {known} on {device.type}, got {executor!r}")
     if keep_memory:
         keep_freed_memory()
     backbone = model
@@ -92,126 +105,83 @@ def freeze(
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     images = example_input.detach().to(dtype).contiguous(memory_format=torch.channels_last)
     cache = CostCache(cost_cache)
-    with torch.no_grad():
+    # On a GPU the proof is the first to run many shapes, and cuDNN keeps what it chooses for them.
+    with torch.no_grad(), dispatch.on_device(device), choosing_algorithms():
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-            policy = _freeze_policy(policy, images, executor, winograd, cache)
-        frozen = _freeze_backbone(backbone, images, executor, winograd, cache)
+            policy = _freeze_policy(policy, images, executor, backend, cache)
+        frozen = _freeze_backbone(backbone, images, executor, backend, cache)
     frozen.policy = policy
     cache.save()
     return frozen
 
 
-def _freeze_backbone(backbone, images, executor, winograd, cache):
+def _freeze_backbone(backbone, images, executor, backend, cache):
     by_layer = executor if executor in EXECUTORS else None
     network, stages = pack_stages(backbone, images, by_layer, PROOF_SAMPLES)
     columns = sum(len(stage.blocks) for stage, _, _ in stages)
-    layers = FrozenNetwork(network.forward, [stage for stage, _, _ in stages], [], columns, images.dtype)
+    like = columns, images.dtype, images.device
+    layers = FrozenNetwork(network.forward, [stage for stage, _, _ in stages], [], *like)
     proof = Proof(backbone, images, columns)
-    if executor not in _ENGINE_EXECUTORS:
+    if executor not in backend.executors:
         _prove_and_measure(stages, cache)
         if (reason := proof.difference(layers)) is not None:
             raise RuntimeError(f"model cannot be frozen: {reason}; does it have hooks, or change tensors in place?")
         layers.samples_at_once = _measure_samples_at_once(layers, images, cache)
-    engine, reason = None, f"executor is {executor!r}"
+    fast, reason = None, f"executor is {executor!r}"
     if by_layer is None:
-        engine, reason = _try_engine(network, layers, proof, executor, winograd)
-    if executor in _ENGINE_EXECUTORS:
-        if reason is None and engine.stages:
-            reason = f"it does not know {engine.stages[0].blocks[0].name}"
+        fast, reason = try_backend(backend, network, layers, proof, executor)
+    if executor in backend.executors:
+        if reason is None and fast.stages:
+            reason = f"it does not know {fast.stages[0].blocks[0].name}"
         if reason is not None:
             raise RuntimeError(f"executor {executor!r} cannot run this network: {reason}")
-        return engine.keep_only()
-    if engine is None:
-        layers.notes.append(f"engine not used: {reason}")
+        return fast.keep_only()
+    if fast is None:
+        layers.notes.append(f"{backend.name} not used: {reason}")
         return layers.keep_only()
-    times = _race(engine, layers, images, cache)
+    times = race(fast, layers, images, cache)
     fastest = min(times, key=times.get)
-    chosen = layers if fastest == "layers" else engine
-    engine.share_layers(fastest == "fused")
+    chosen = layers if fastest == "layers" else fast
+    if chosen is fast:
+        fast.use(fastest)
     compared = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
     chosen.notes.append(f"batch {len(images)}, keep 0.5 and 1 together: {compared} (measured) -> {fastest}")
     return chosen.keep_only()
 
 
-def _try_engine(network, layers, proof, executor, winograd):
-    """The network with the engine's segments, or why there is none."""
-    if (reason := engine_missing()) is not None:
-        return None, f"no native code, {reason}"
-    try:
-        module, segments = make_segments(network, layers.num_blocks, winograd)
-    except ValueError as error:
-        return None, str(error)
-    if not segments:
-        return None, "it knows none of the layers"
-    taken = {stage for segment in segments for stage in segment.stages}
-    left = [stage for stage in layers.stages if stage not in taken]
-    engine = FrozenNetwork(module.forward, left, segments, layers.num_blocks, layers.dtype)
-    for name in _ENGINE_EXECUTORS if executor is None else (executor,):
-        engine.share_layers(name == "fused")
-        if (reason := proof.difference(engine)) is not None:
-            return None, reason if executor else f"{name}: {reason}"
-    return engine, None
-
-
-def _freeze_policy(policy, images, executor, winograd, cache):
-    """The policy as a function: by the engine where that is faster, or asked for, and possible."""
+def _freeze_policy(policy, images, executor, backend, cache):
+    """The policy as a function: by the backend where that is faster, or asked for, and possible."""
     cases = [(x, policy(x.clone())) for x in (images, images[:1])]
 
     def gives_the_same(function):
-        return all(relative_error(function(x), expected) <= TOLERANCE[images.dtype] for x, expected in cases)
+        most = tolerance(images.dtype, images.device)
+        try:
+            return all(relative_error(function(x), expected) <= most for x, expected in cases)
+        except Exception:  # of a kernel: the policy runs as it is
+            return False
 
     layers = pack_module(policy, images)
     if not gives_the_same(layers):
         return policy
     module = getattr(layers, "__self__", None)
-    if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or engine_missing():
+    if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or backend.missing is not None:
         return layers
-    engine, segments = make_segments(module, 0, winograd)
-    if not segments or not gives_the_same(engine.forward):
+    fast, segments = make_segments(module, partial(backend.programs, 0))
+    if not segments or not gives_the_same(fast.forward):
         return layers
     if executor is None:
-        signature = _digest([policy, *(segment.signature for segment in segments)])
-        key = cache.key("policy", signature, tuple(images.shape))
-        runs = {"engine": lambda: engine.forward(images), "layers": lambda: layers(images)}
-        times = cache.get(key, _are_times(runs), lambda: {name: seconds(run) for name, run in runs.items()})
+        signature = digest([policy, *(segment.signature for segment in segments)])
+        key = cache.key("policy", signature, tuple(images.shape), *device_name(images.device))
+        runs = {"engine": lambda: fast.forward(images), "layers": lambda: layers(images)}
+        times = cache.get(
+            key, are_times(runs), lambda: {name: seconds(run, images.device) for name, run in runs.items()}
+        )
         if times["engine"] > times["layers"]:
             return layers
     for segment in segments:
         segment.release()
-    return engine.forward
-
-
-def _race(engine, layers, images, cache):
-    """Seconds of every way to run: the images once with half of the blocks and once with all."""
-    generator = torch.Generator().manual_seed(0)
-    keeps = [torch.rand(len(images), layers.num_blocks, generator=generator) < keep for keep in (0.5, 1.0)]
-    # Fewer samples than threads are shared by all of them in any case.
-    several = 1 < torch.get_num_threads() <= len(images)
-    names = ("resident", *(("fused",) if several else ()), "layers")
-
-    def measure(name):
-        engine.share_layers(name == "fused")
-        network = layers if name == "layers" else engine
-        return sum(seconds(lambda d=d: network.run_in_parts(images, d)) for d in keeps)
-
-    parts = [part for network in (engine, layers) for part in (*network.segments, *network.stages)]
-    signature = " ".join(part.signature for part in parts)
-    key = cache.key("race", _digest(signature), tuple(images.shape), layers.dtype)
-    return cache.get(key, _are_times(names), lambda: {name: measure(name) for name in names})
-
-
-def _are_times(names):
-    """A check of an entry of the cost cache: positive seconds for these names."""
-    return lambda entry: (
-        isinstance(entry, dict)
-        and entry.keys() == set(names)
-        and all(isinstance(time, float) and time > 0 for time in entry.values())
-    )
-
-
-def _digest(value):
-    return sha256(str(value).encode()).hexdigest()
+    return fast.forward
 
 
 def _check(model, example_input, dtype, executor, policy):
@@ -229,12 +199,10 @@ def _check(model, example_input, dtype, executor, policy):
     if policy is not None and not isinstance(policy, nn.Module):
         raise TypeError(f"policy must be an nn.Module, got {type(policy).__name__}")
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example_input)}
-    if devices != {torch.device("cpu")}:
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"freeze runs on the CPU so far, not on {found}, where model and example_input are")
-    known = sorted((*EXECUTORS, *_ENGINE_EXECUTORS))
-    if executor is not None and executor not in known:
-        raise ValueError(f"executor must be None or one of {known}, got {executor!r}")
+        raise ValueError(f"model and example_input must be on one device, the CPU or a GPU, got {found}")
+    return example_input.device
 
 
 def _prove_and_measure(stages, cache):
@@ -246,6 +214,7 @@ def _prove_and_measure(stages, cache):
         for keep in (0.5, 1.0):
             decisions = torch.rand(len(x), total, generator=generator) < keep
             decisions[1] = decisions[0]  # two samples that agree, for the grouped executor
+            decisions = decisions.to(x.device)
             with decide(decisions):
                 reference = apply_layers(originals, x)
             stage.prove(x, Route.from_decisions(decisions), reference)
@@ -259,15 +228,19 @@ def _measure_samples_at_once(frozen, images, cache):
     """
     n = len(images)
     decisions = torch.rand(n, frozen.num_blocks, generator=torch.Generator().manual_seed(0)) < 0.5
+    decisions = decisions.to(images.device)
     sizes = [2**i for i in range(n.bit_length()) if 2**i < n]
     if not sizes or not _splits(frozen, images, decisions, sizes[-1]):
         return None
     signature = " ".join(stage.signature for stage in frozen.stages)
-    key = cache.key("samples at once", _digest(signature), tuple(images.shape), frozen.dtype)
+    key = cache.key(
+        "samples at once", digest(signature), tuple(images.shape), frozen.dtype, *device_name(images.device)
+    )
 
     def measure():
         per_sample = {
-            size: seconds(lambda size=size: frozen.run(images[:size], decisions[:size])) / size for size in (*sizes, n)
+            size: seconds(lambda size=size: frozen.run(images[:size], decisions[:size]), images.device) / size
+            for size in (*sizes, n)
         }
         fastest = min(per_sample.values())
         return max(size for size in per_sample if per_sample[size] <= 1.03 * fastest)

@@ -3,8 +3,8 @@
 import torch
 from torch import fx, nn
 
+from dynexec import dispatch
 from dynexec.executors.choose import CAUSES
-from dynexec.executors.engine import instruction_set
 from dynexec.nn.context import check_decisions
 from dynexec.policy import threshold
 from dynexec.route import Route
@@ -16,11 +16,11 @@ class FrozenNetwork(nn.Module):
     It belongs to the processor and thread count it was made on: save the original model and freeze it again.
     """
 
-    def __init__(self, network, stages, segments, num_blocks, dtype):
+    def __init__(self, network, stages, segments, num_blocks, dtype, device, backend=None):
         super().__init__()
-        self.network, self.dtype, self.num_blocks = network, dtype, num_blocks
-        self.stages, self.segments = tuple(stages), tuple(segments)
-        self.policy, self.samples_at_once, self.notes = None, None, []
+        self.network, self.num_blocks, self.dtype, self.device = network, num_blocks, dtype, device
+        self.stages, self.segments, self.backend = tuple(stages), tuple(segments), backend
+        self.policy, self.samples_at_once, self.graphs, self.notes = None, None, None, []
 
     @torch.no_grad()
     def forward(self, x, decisions=None, *, return_decisions=False):
@@ -37,16 +37,28 @@ class FrozenNetwork(nn.Module):
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"x must be a tensor [N, C, H, W], got {found}")
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device}, but the network was frozen on {self.device}: move x there")
         x = x.to(self.dtype)
-        if not self.segments:  # the engine reads any layout
+        if not self.segments:  # these read any layout
             x = x.contiguous(memory_format=torch.channels_last)
-        if decisions is None:
-            if self.policy is None:
-                raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
-            decisions = threshold(self.policy(x))
-        decisions = self._check_decisions(decisions, x)
-        y = self.run_in_parts(x, decisions)
+        if decisions is not None:
+            decisions = self._check_decisions(decisions, x)
+        elif self.policy is None:
+            raise ValueError(f"decisions is None, but there is no policy: give bool [N, {self.num_blocks}]")
+        with dispatch.on_device(x.device):
+            y, decisions = self.call(x, decisions)
         return (y, decisions) if return_decisions else y
+
+    def call(self, x, decisions):
+        """Output and decisions, in the fastest way that there is; arguments as for :meth:`compute`."""
+        return self.compute(x, decisions) if self.graphs is None or len(x) == 0 else self.graphs(x, decisions)
+
+    def compute(self, x, decisions):
+        """Output and decisions for ``x`` in the network's dtype and decisions bool ``[N, L]``; None: the policy's."""
+        if decisions is None:
+            decisions = self._check_decisions(threshold(self.policy(x)), x)
+        return self.run_in_parts(x, decisions), decisions
 
     def run_in_parts(self, x, decisions):
         """``x`` in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""
@@ -58,14 +70,18 @@ class FrozenNetwork(nn.Module):
         return self.network(x, self.plan(decisions))
 
     def plan(self, decisions):
-        """What the network gets for bool decisions ``[N, L]``: a Route, or the decisions where only the engine runs."""
-        return Route.from_decisions(decisions) if self.stages else decisions
+        """What the network gets for bool decisions ``[N, L]``: a Route, or the decisions where only the engine runs.
 
-    def share_layers(self, together):
-        """Whether all threads share one layer of the engine after the other (``fused``), or each takes samples of its
-        own through all of them (``resident``)."""
+        Only stages that run by layer need to know on the host how many samples keep a block.
+        """
+        if self.stages or self.backend.plans:
+            return Route.from_decisions(decisions, exact=bool(self.stages))
+        return decisions
+
+    def use(self, executor):
+        """Let segments run as this executor of the :class:`Backend`."""
         for segment in self.segments:
-            segment.together = together
+            segment.executor, segment.options = executor, self.backend.executors[executor]
 
     def keep_only(self):
         """Give up the weights that this way to run does not need; return the network."""
@@ -99,12 +115,14 @@ class FrozenNetwork(nn.Module):
         """
         routes = [Route.from_decisions(part) for part in self._split(decisions)[0]]
         found = [stage.predict_losses(route) for route in routes for stage in self.stages]
-        return {cause: sum(losses[cause] for losses in found) for cause in CAUSES}  # the engine has none of them
+        return {cause: sum(losses[cause] for losses in found) for cause in CAUSES}  # segments have none of them
 
     def explain(self):
         """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
+        by = f" of the {self.backend.name} ({self.backend.runs_on})" if self.segments else ""
+        graphs = ", in CUDA graphs" if self.graphs is not None else ""
         lines = [
-            f"{self.num_blocks} blocks, {len(self.segments)} segments of the engine ({instruction_set()}), "
+            f"{self.num_blocks} blocks, {len(self.segments)} segments{by}{graphs}, "
             f"{len(self.stages)} stages by layer, {self.dtype}, {self.samples_at_once or 'all'} samples at once, "
             f"policy: {self._policy_name()}",
             *self.notes,

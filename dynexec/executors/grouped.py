@@ -10,7 +10,7 @@ def prepare(stage, route):
     """Samples by what they keep of this stage: ``{kept columns as bytes: [sample numbers]}``."""
     first, last = stage.blocks[0].column, stage.blocks[-1].column
     found = {}
-    for sample, row in enumerate(route.decisions[:, first : last + 1].numpy()):
+    for sample, row in enumerate(route.decisions[:, first : last + 1].cpu().numpy()):
         found.setdefault(row.tobytes(), []).append(sample)
     return found
 
@@ -24,7 +24,7 @@ def run(stage, x, parts):
     for kept, samples in parts.items():
         if not reshapes and not any(kept):
             continue
-        index = torch.tensor(samples, dtype=torch.int32)
+        index = torch.tensor(samples, dtype=torch.int32, device=x.device)
         rows = _run_static(stage, ops.gather_rows(x, index), kept)
         if y is None:
             y = empty_rows(rows, len(x))

@@ -45,7 +45,8 @@ def pack_stages(backbone, images, executor, samples):
         for node in run:
             meta = node.args[0].meta["tensor_meta"]
             block = modules[node.target]
-            blocks.append(FrozenBlock(node.target, block, meta.shape[1:], meta.dtype, node.args[1:], node.kwargs))
+            like = meta.shape[1:], meta.dtype, images.device
+            blocks.append(FrozenBlock(node.target, block, *like, node.args[1:], node.kwargs))
         stage = Stage(number, blocks, _is_fresh(source, modules), executor, len(images))
         with graph.inserting_before(run[0]):
             call = graph.call_function(stage, (source, route))

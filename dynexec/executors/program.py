@@ -18,9 +18,12 @@ Winograd's F(4x4, 3x3) takes a convolution's weights; the engine transforms them
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
+
+from dynexec.executors.engine import Program
+from dynexec.executors.instructions import Builder
+from dynexec.executors.weights import Weights
 
 _VERSION = 2
 # Their places are the codes.
@@ -37,51 +40,30 @@ _WINOGRAD_SHARE = 0.75  # of the direct algorithm's products, at most: tiles sta
 BAND_FLOATS = 256 * 1024
 
 
-@dataclass(eq=False)
-class Value:
-    """A buffer: ``[channels, height, width]`` per sample, and what the instructions that read it need around it."""
+class Programs:
+    """Makes the programs of one segment, for all image sizes.
 
-    channels: int
-    height: int
-    width: int
-    packed: bool = False  # pixels follow each other without padding to whole vectors, as in an image of 3 channels
-    border: list = field(default_factory=lambda: [0, 0, 0, 0])  # top, left, bottom, right
-    pooled: bool = False  # all pixels of an image of any size are in this one
+    Parameters
+    ----------
+    columns : int
+        Of the decisions.
+    winograd : bool
+        As for :class:`ProgramBuilder`.
+    """
 
-    @property
-    def shape(self):
-        return self.channels, self.height, self.width
+    def __init__(self, columns, winograd=True):
+        self.columns, self.winograd = columns, winograd
+        self.weights = Weights()
 
-    @property
-    def pixels(self):
-        return self.height * self.width
+    def builder(self):
+        return ProgramBuilder(self.weights, self.columns, self.winograd)
 
-
-@dataclass
-class _Instruction:
-    op: str
-    input: Value | None
-    output: Value | None
-    other: Value | None = None
-    weights: int = 0
-    bias: int = 0
-    activation: str | None = None
-    kernel: tuple = (1, 1)
-    stride: tuple = (1, 1)
-    dilation: tuple = (1, 1)
-    padding: tuple = (0, 0)
-    divisor: int = 0
-    column: int = 0  # gate
-    gated: int = 0  # gate: how many instructions
-    bands: int = 0  # how many of the next ones run with this one on bands of rows
-
-    @property
-    def values(self):
-        return [value for value in (self.input, self.output, self.other) if value is not None]
+    def finish(self, builder):
+        return Program(builder.finish(), self.weights.tensor())
 
 
-class Builder:
-    """Collects the instructions of a program; every method returns the value that it makes, or None if it cannot.
+class ProgramBuilder(Builder):
+    """A builder of programs for the engine.
 
     Parameters
     ----------
@@ -95,41 +77,16 @@ class Builder:
     """
 
     def __init__(self, weights, columns, winograd=True, band_floats=BAND_FLOATS):
-        self.weights, self.columns, self.winograd, self.band_floats = weights, columns, winograd, band_floats
-        self.instructions, self.units = [], []  # units: first instruction and pixels of what one phase must hold
+        super().__init__(columns)
+        self.weights, self.winograd, self.band_floats = weights, winograd, band_floats
 
-    def load(self, channels, height, width):
-        """The samples from outside."""
-        return self._emit(_Instruction("load", None, Value(channels, height, width, packed=True)))
+    def pool(self, x, kind, kernel, *args, **kwargs):
+        return None if kernel[0] * kernel[1] > _LARGEST_WINDOW else super().pool(x, kind, kernel, *args, **kwargs)
 
-    def store(self, value):
-        """The samples to the outside."""
-        self.instructions.append(_Instruction("store", value, None))
-
-    def conv(self, conv, x, other=None, out=None, zeros=(0, 0, 0, 0)):
-        """A :class:`PackedConv` of ``x`` with ``zeros`` around (top, left, bottom, right) before its own padding, plus
-        ``other``, into ``out`` (which may be ``other``) or something new."""
-        padding, stride, dilation, groups = conv.geometry
-        channels, depth, *kernel = conv.shape
-        depthwise = groups == x.channels == channels and depth == 1 and groups > 1
-        if conv.dtype != torch.float32 or (groups != 1 and not (depthwise and other is None)):
+    def _choose(self, conv, op, size, even):
+        if conv.dtype != torch.float32:
             return None
-        before = [padding[d] + zeros[d] for d in (0, 1)]
-        after = [padding[d] + zeros[d + 2] for d in (0, 1)]
-        size = _output_size(x, kernel, stride, dilation, before, after)
-        if min(size) < 1 or (other is not None and other.shape != (channels, *size)):
-            return None
-        op = "depthwise" if depthwise else "winograd" if self._suits_winograd(conv, size) else "conv"
-        for d in (0, 1):
-            computed = size[d] + (-size[d] % _WINOGRAD_TILE if op == "winograd" else 0)  # in whole tiles
-            reach = (computed - 1) * stride[d] + (kernel[d] - 1) * dilation[d] + 1
-            x.border[d] = max(x.border[d], before[d])
-            x.border[d + 2] = max(x.border[d + 2], reach - before[d] - x.shape[d + 1])
-        value = out if out is not None else Value(channels, *size)
-        positions = self.weights.conv(conv, depthwise)
-        return self._emit(
-            _Instruction(op, x, value, other, *positions, conv.activation, kernel, stride, dilation, before)
-        )
+        return "winograd" if op == "conv" and self._suits_winograd(conv, size) else op
 
     def _suits_winograd(self, conv, size):
         _, stride, dilation, groups = conv.geometry
@@ -138,59 +95,6 @@ class Builder:
             return False
         tiles = -(-size[0] // _WINOGRAD_TILE) * -(-size[1] // _WINOGRAD_TILE)
         return self.winograd and 36 * tiles <= _WINOGRAD_SHARE * 9 * size[0] * size[1]
-
-    def pool(self, x, kind, kernel, stride, padding=(0, 0), divisor=0, ceil=False):
-        """Pooling: ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by how many inputs they have."""
-        after = padding
-        if ceil:  # one more window where it begins within the input or the padding before it
-            reach = [x.shape[d + 1] + 2 * padding[d] - kernel[d] for d in (0, 1)]
-            more = [-reach[d] % stride[d] for d in (0, 1)]
-            fits = [reach[d] + more[d] - padding[d] < x.shape[d + 1] for d in (0, 1)]
-            after = [padding[d] + more[d] * fits[d] for d in (0, 1)]
-        size = _output_size(x, kernel, stride, (1, 1), padding, after)
-        if min(size) < 1 or kernel[0] * kernel[1] > _LARGEST_WINDOW:
-            return None
-        return self._emit(
-            _Instruction(kind, x, Value(x.channels, *size), None, 0, 0, None, kernel, stride, (1, 1), padding, divisor)
-        )
-
-    def add(self, x, other=None, activation=None, channels=None, out=None):
-        """``activation(x + other)``, with zeros for further ``channels``."""
-        if other is not None and other.shape != x.shape:
-            return None
-        value = out if out is not None else Value(channels or x.channels, x.height, x.width)
-        return self._emit(_Instruction("add", x, value, other, activation=activation))
-
-    def multiply(self, x, factors):
-        """``x`` times one factor per sample and channel."""
-        if factors.shape != (x.channels, 1, 1):
-            return None
-        return self._emit(_Instruction("multiply", x, Value(*x.shape), factors))
-
-    def gate(self, column):
-        """What follows, up to :meth:`end_gate`, runs for the samples that keep the block of ``column``."""
-        self.instructions.append(_Instruction("gate", None, None, column=column))
-        return len(self.instructions) - 1
-
-    def end_gate(self, gate):
-        self.instructions[gate].gated = len(self.instructions) - gate - 1
-
-    def begin_unit(self):
-        """What follows stays in one phase."""
-        self.units.append(len(self.instructions))
-
-    def mark(self):
-        """Where the builder is, for :meth:`back`."""
-        borders = {id(value): list(value.border) for step in self.instructions for value in step.values}
-        return len(self.instructions), len(self.units), borders
-
-    def back(self, mark):
-        """Forget what was emitted since ``mark``."""
-        instructions, units, borders = mark
-        del self.instructions[instructions:], self.units[units:]
-        for step in self.instructions:
-            for value in step.values:
-                value.border = list(borders.get(id(value), value.border))
 
     def finish(self):
         """The program as int64 tensor."""
@@ -215,11 +119,20 @@ class Builder:
         return torch.tensor(code, dtype=torch.int64)
 
     def _emit(self, instruction):
-        for value in instruction.values if instruction.op != "load" else ():
+        step = instruction
+        for value in step.values if step.op != "load" else ():
             # Only convolutions read packed pixels, as what they convolve; nothing writes them but a load.
-            value.packed &= instruction.op == "conv" and value is instruction.input and value is not instruction.other
-        self.instructions.append(instruction)
-        return instruction.output
+            value.packed &= step.op == "conv" and value is step.input and value is not step.other
+        if step.conv is not None:
+            for d in (0, 1):
+                size = step.output.shape[d + 1]
+                computed = size + (-size % _WINOGRAD_TILE if step.op == "winograd" else 0)  # in whole tiles
+                reach = (computed - 1) * step.stride[d] + (step.kernel[d] - 1) * step.dilation[d] + 1
+                border, before = step.input.border, step.padding[d]
+                border[d] = max(border[d], before)
+                border[d + 2] = max(border[d + 2], reach - before - step.input.shape[d + 1])
+            step.weights, step.bias = self.weights.conv(step.conv, step.op == "depthwise")
+        return super()._emit(step)
 
     def _phases(self):
         """[first, end, samples] of runs of units that want the same number of samples together."""
@@ -235,11 +148,6 @@ class Builder:
             else:
                 phases.append([first, end, samples])
         return phases
-
-
-def _output_size(x, kernel, stride, dilation, before, after):
-    sizes = zip(x.shape[1:], kernel, stride, dilation, before, after, strict=True)
-    return tuple((size + first + last - (k - 1) * step - 1) // s + 1 for size, k, s, step, first, last in sizes)
 
 
 def _find_bands(instructions, phase_of, floats):

@@ -1,15 +1,12 @@
 """Parts of a packed graph as programs for the CPU engine."""
 
-import torch
 from torch import fx, nn
 
 from dynexec.executors.emit import Flat, emit_nodes
-from dynexec.executors.engine import Program, engine_missing
+from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
-from dynexec.executors.program import Builder, Value
 from dynexec.executors.rewrite import hooked
 from dynexec.executors.stage import Stage
-from dynexec.executors.weights import Weights
 
 
 class Segment:
@@ -25,15 +22,13 @@ class Segment:
         Their output.
     modules : dict
         The graph's modules by name, ``PackedLinear`` in place of Linear layers.
-    columns : int
-        Of the network's decisions.
-    winograd : bool
-        As for :class:`Builder`.
+    maker : Programs or LaunchPrograms
+        Of this segment alone.
     """
 
-    def __init__(self, number, nodes, source, result, modules, columns, winograd):
+    def __init__(self, number, nodes, source, result, modules, maker):
         self.__name__ = f"segment_{number}"  # what generated code calls it
-        self.number, self.columns, self.winograd = number, columns, winograd
+        self.number, self.maker = number, maker
         # A graph of its own: the network's would keep all weights of the original alive.
         graph = fx.Graph()
         copies = {source: graph.placeholder("x")}
@@ -43,8 +38,8 @@ class Segment:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         self.nodes, self.source, self.result = [copies[node] for node in nodes], copies[source], copies[result]
         self.modules = {node.target: modules[node.target] for node in nodes if node.op == "call_module"}
-        self.weights, self.programs = Weights(), {}
-        self.group, self.together = 0, False
+        self.programs = {}
+        self.executor, self.options = "fused", {}
         shape = tuple(source.meta["tensor_meta"].shape[1:])
         self.programs[shape] = self._program(shape)
 
@@ -56,15 +51,14 @@ class Segment:
     @property
     def signature(self):
         """What it computes, as text: equal for equal work."""
-        return " ".join(str(program.code.tolist()) for program in self.programs.values())
+        return " ".join(program.signature for program in self.programs.values())
 
     def explain(self):
         """Lines of text: the nodes, how many blocks, how it runs."""
         blocks = sum(len(stage.blocks) for stage in self.stages)
-        executor = "fused" if self.together else "resident"
         names = f"{self.nodes[0].name} .. {self.nodes[-1].name}"
         sizes = ", ".join(str(shape) for shape in self.programs)
-        return [f"segment {self.number}: {names}, {blocks} blocks, for images {sizes} -> {executor}"]
+        return [f"segment {self.number}: {names}, {blocks} blocks, for images {sizes} -> {self.executor}"]
 
     def release(self):
         """Give up the weights that are packed in the programs' now."""
@@ -79,17 +73,16 @@ class Segment:
                 target.release()
 
     def __call__(self, x, route):
-        """Run on ``x`` with a Route or bool decisions ``[N, L]``; None where nothing is decided."""
-        decisions = x.new_empty((len(x), 0), dtype=torch.bool) if route is None else getattr(route, "decisions", route)
+        """Run on ``x`` with what the network's ``plan`` gave; None where nothing is decided."""
         shape = tuple(x.shape[1:])
         program = self.programs.get(shape)
         if program is None:
             program = self.programs[shape] = self._program(shape)
-        y = program(x, decisions, self.group, self.together)
+        y = program(x, route, **self.options)
         return y.flatten(1) if self.flat else y
 
     def _program(self, shape):
-        builder = Builder(self.weights, self.columns, self.winograd)
+        builder = self.maker.builder()
         builder.begin_unit()
         values = {self.source: builder.load(*shape)}
         if not emit_nodes(builder, self.nodes, self.modules, values):
@@ -100,32 +93,30 @@ class Segment:
         self.flat = isinstance(result, Flat)
         builder.store(result.value if self.flat else result)
         self.operations = [instruction.op for instruction in builder.instructions]
-        return Program(builder.finish(), self.weights.tensor())
+        return self.maker.finish(builder)
 
 
-def make_segments(module, columns, winograd=True):
-    """A copy of a packed graph module in which the engine runs what it can, and the list of the segments that it runs.
+def make_segments(module, make_programs):
+    """A copy of a packed graph module in which programs run what they can, and the list of its segments.
 
     Parameters
     ----------
     module : fx.GraphModule
         As :func:`pack` or ``pack_stages`` made it: takes ``(x)`` or ``(x, route)``.
-    columns : int
-        Of the decisions; 0 without a route.
-    winograd : bool
-        Whether 3x3 convolutions may run by Winograd's algorithm.
+    make_programs : callable
+        Makes the :class:`Programs` or :class:`LaunchPrograms` of a segment.
     """
     modules = {
         name: PackedLinear(layer) if _is_plain_linear(layer) else layer for name, layer in module.named_modules()
     }
-    found = [] if engine_missing() else _find(list(module.graph.nodes), modules, columns)
+    found = _find(list(module.graph.nodes), modules, make_programs)
     graph = fx.Graph()
     copies = {}
     graph.output(graph.graph_copy(module.graph, copies))
     route = next((node for node in graph.nodes if node.op == "placeholder" and node.name == "route"), None)
     segments = []
     for nodes, source, result in found:
-        segment = Segment(len(segments), nodes, source, result, modules, columns, winograd)
+        segment = Segment(len(segments), nodes, source, result, modules, make_programs())
         with graph.inserting_after(copies[nodes[-1]]):
             call = graph.call_function(segment, (copies[source], route))
         copies[result].replace_all_uses_with(call)
@@ -138,11 +129,11 @@ def make_segments(module, columns, winograd=True):
     return copy, segments
 
 
-def _find(nodes, modules, columns):
-    """Longest runs of nodes that the engine can run, each with its one input and the one output that others use."""
+def _find(nodes, modules, make_programs):
+    """Longest runs of nodes that programs can run, each with its one input and the one output that others use."""
     found, start = [], 0
     while start < len(nodes):
-        run = _run_from(nodes, start, modules, columns)
+        run = _run_from(nodes, start, modules, make_programs)
         if run is None:
             start += 1
         else:
@@ -151,15 +142,15 @@ def _find(nodes, modules, columns):
     return found
 
 
-def _run_from(nodes, start, modules, columns):
+def _run_from(nodes, start, modules, make_programs):
     inputs = _tensor_inputs(nodes[start])
     if len(inputs) != 1 or "tensor_meta" not in inputs[0].meta:
         return None
     source = inputs[0]
     meta = source.meta["tensor_meta"]
-    if not hasattr(meta, "shape") or len(meta.shape) != 4 or meta.dtype != torch.float32:
+    if not hasattr(meta, "shape") or len(meta.shape) != 4 or not meta.dtype.is_floating_point:
         return None
-    builder = Builder(Weights(), columns)
+    builder = make_programs().builder()
     values = {source: builder.load(*meta.shape[1:])}
     run = []
     for node in nodes[start:]:

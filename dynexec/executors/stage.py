@@ -5,7 +5,7 @@ import torch
 from dynexec.executors import compact, grouped, masked
 from dynexec.executors.choose import StageCosts
 from dynexec.executors.costs import measure_block
-from dynexec.executors.proof import TOLERANCE, relative_error
+from dynexec.executors.proof import relative_error, tolerance
 from dynexec.route import Route
 
 EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
@@ -83,7 +83,7 @@ class Stage:
         for name in list(self.proven):
             y = EXECUTORS[name].run(self, x.clone(), EXECUTORS[name].prepare(self, route))
             error = relative_error(y, reference)
-            if not error <= TOLERANCE[reference.dtype]:
+            if not error <= tolerance(reference.dtype, reference.device):
                 self.proven.remove(name)
                 self.refused[name] = f"its output differs by {error:.1e} of the largest value"
         wanted = self.executor or "compact"

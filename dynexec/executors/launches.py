@@ -1,0 +1,303 @@
+"""Programs for a GPU: a part of a network as launches of the kernels in :mod:`dynexec.kernels`.
+
+Inside of a gate every kernel reads and writes, at their own places, the samples that keep the block; how many they are
+is known to the device alone, so nothing waits for it, and the launches are the same for all decisions. What all samples
+run, stems, shortcuts and classifiers, is the library's.
+"""
+
+from collections import Counter
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+from dynexec.executors.conditional import Conditional, conditional_missing
+from dynexec.executors.instructions import Builder
+from dynexec.executors.proof import allows_tf32
+from dynexec.reference import ACTIVATIONS
+
+# Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
+_LARGEST_MIDDLE = 128
+# Up to so many samples a block is often kept by none. A conditional node costs about as much as two launches.
+_CONDITIONAL_SAMPLES = 4
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class LaunchBuilder(Builder):
+    """A builder of what the kernels can do."""
+
+    def _choose(self, conv, op, size, even):
+        from dynexec.kernels.conv import MAX_TAPS
+
+        _, _, *kernel = conv.shape
+        in_gate = any(step.op == "gate" and not step.gated for step in self.instructions)  # one that is still open
+        by_library = op == "conv" and even and not in_gate
+        return op if conv.dtype in _DTYPES and (by_library or kernel[0] * kernel[1] <= MAX_TAPS) else None
+
+
+class LaunchPrograms:
+    """Makes the programs of one segment, for all image sizes.
+
+    Parameters
+    ----------
+    columns : int
+        Of the decisions.
+    batch_invariant : bool
+        Whether a sample's result must not depend on what else is in the batch, by a bit.
+    """
+
+    def __init__(self, columns, batch_invariant=False):
+        self.columns, self.batch_invariant = columns, batch_invariant
+        self.weights, self._workspaces, self._conditional = _Weights(), {}, None
+
+    def builder(self):
+        return LaunchBuilder(self.columns)
+
+    def finish(self, builder):
+        return LaunchProgram(builder.instructions, self)
+
+    def take_conditional(self, x):
+        """Whether this batch has so few samples that blocks are left out by conditional nodes, and what inserts them.
+
+        The latter only while a graph is being captured; the former also before, when what it needs is compiled.
+        """
+        if x.device.type != "cuda" or len(x) > _CONDITIONAL_SAMPLES or conditional_missing() is not None:
+            return False, None
+        if self._conditional is None:
+            self._conditional = Conditional(x.device)
+        return True, self._conditional if torch.cuda.is_current_stream_capturing() else None
+
+    def take_workspace(self, device):
+        """For sums that several programs of a kernel share; None where that is not wanted."""
+        from dynexec.kernels.conv import Workspace
+
+        if self.batch_invariant:
+            return None
+        # Kernels of one stream run one after the other; those of another one must not use the same memory.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        if stream not in self._workspaces:
+            self._workspaces[stream] = Workspace(device)
+        return self._workspaces[stream]
+
+
+class _Weights:
+    """Convolutions' weights as the kernels and the library read them: both channels_last."""
+
+    def __init__(self):
+        self._found = {}  # by identity, which holds while the convolution is kept
+
+    def __call__(self, conv, depthwise=False):
+        """Weights, bias in float32, bias in the dtype."""
+        if id(conv) not in self._found:
+            weight = conv.weight
+            if depthwise:
+                weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+            else:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            self._found[id(conv)] = conv, (weight, conv.bias.float(), conv.bias)
+        return self._found[id(conv)][1]
+
+
+class LaunchProgram:
+    """Instructions as launches: ``program(x, route)``.
+
+    Parameters
+    ----------
+    instructions : list of Instruction
+    programs : LaunchPrograms
+    """
+
+    def __init__(self, instructions, programs):
+        self.instructions, self.programs = instructions, programs
+        self.pairs, self._unfused = _find_pairs(instructions), []
+        last = {}
+        for number, step in enumerate(instructions):
+            last |= {id(value): number for value in step.values}
+        self._last_uses = [[] for _ in instructions]
+        for key, number in last.items():
+            self._last_uses[number].append(key)
+        for step in instructions:  # weights are laid out now, not in the first call
+            if step.conv is not None:
+                programs.weights(step.conv, step.op == "depthwise")
+
+    @property
+    def signature(self):
+        """What it computes, as text."""
+        return "; ".join(
+            f"{step.op} {[value.shape for value in step.values]} {step.kernel} {step.stride} {step.activation}"
+            for step in self.instructions
+        )
+
+    def __call__(self, x, route, dense=False):
+        """Run it.
+
+        Parameters
+        ----------
+        x : tensor ``[N, C, H, W]``
+        route : Route
+            A device route will do.
+        dense : bool
+            Compute all samples by the library's convolutions, then copy those that keep a block: as fast as a dense
+            network but for the copies, whatever the decisions.
+
+        Returns
+        -------
+        tensor ``[N, C, H, W]``, channels_last
+        """
+        from dynexec.kernels.device import plain_launches
+
+        few, conditional = (False, None) if dense else self.programs.take_conditional(x)
+        with plain_launches() if few else nullcontext():
+            frame = _Frame(x, self.programs.take_workspace(x.device), dense)
+            number = 0
+            while (step := self.instructions[number]).op != "store":
+                if step.op == "gate":
+                    self._run_gated(number, step, frame, route, conditional)
+                else:
+                    self._run(number, step, frame, {})
+                number += 1 + step.gated
+            return frame.values[id(step.input)]
+
+    def _run_gated(self, gate, step, frame, route, conditional):
+        """What follows a gate, on the rows that pass it."""
+        rows = {"index": route.index[step.column], "offset": route.offset[step.column, 1:]}
+        numbers = range(gate + 1, gate + 1 + step.gated)
+        if conditional is not None:  # nothing may be allocated inside
+            for number in set(numbers) - self.pairs:
+                frame.output(self.instructions[number].output)
+        with nullcontext() if conditional is None else conditional.if_any(rows["offset"]):
+            for number in numbers:
+                self._run(number, self.instructions[number], frame, rows)
+
+    def _run(self, number, step, frame, rows):
+        if step.op == "load":
+            frame.values[id(step.output)] = self._load(frame.x, step.output)
+        elif frame.dense:
+            self._run_alone(step, frame, rows)
+        elif number in self.pairs:
+            self._run_pair(step, self.instructions[number + 1], frame, rows)
+        elif number - 1 not in self.pairs:
+            self._run_alone(step, frame, rows)
+        for key in self._last_uses[number]:
+            frame.values.pop(key, None)  # the middle of a pair never was
+
+    def _load(self, x, value):
+        written = any(step.output is value and step.op != "load" for step in self.instructions)
+        y = x.contiguous(memory_format=torch.channels_last)
+        return y.clone() if written and y is x else y
+
+    def _run_alone(self, step, frame, rows):
+        x, other = frame.values[id(step.input)], frame.get(step.other)
+        from dynexec.kernels import conv, depthwise, pointwise
+
+        into = frame.get(step.output)
+        if step.op == "conv" and _is_plain(step, x) and (frame.dense and rows or not rows and into is None):
+            y = self._run_by_library(step, x, other)
+            if into is None:
+                frame.values[id(step.output)] = y
+            else:
+                pointwise.combine(y, into, **rows)
+            return
+        out = frame.output(step.output)
+        geometry = {"stride": tuple(step.stride), "padding": tuple(step.padding)}
+        more = {"dilation": tuple(step.dilation), "activation": step.activation}
+        if step.op == "conv":
+            weight, bias, _ = self.programs.weights(step.conv)
+            more |= {"residual": other, "precision": _precision(x.dtype), "workspace": frame.workspace}
+            conv.conv(x, weight, bias, out, **geometry, **more, **rows)
+        elif step.op == "depthwise":
+            weight, bias, _ = self.programs.weights(step.conv, depthwise=True)
+            depthwise.depthwise(x, weight, bias, out, **geometry, **more, **rows)
+        elif step.op in ("max", "sum"):
+            pointwise.pool(x, out, step.op, step.kernel, divisor=step.divisor, **geometry, **rows)
+        else:
+            pointwise.combine(x, out, **{step.op: other}, activation=step.activation, **rows)
+
+    def _run_by_library(self, step, x, other):
+        fused = x.device.type == "cuda" and step.activation == "relu" and len(x) > 0 and step not in self._unfused
+        weights = self.programs.weights(step.conv)
+        try:
+            return _run_by_library(step, x, other, weights, fused)
+        except RuntimeError:  # cuDNN has no fused one for some numbers of channels
+            if not fused:
+                raise
+            self._unfused.append(step)
+            return _run_by_library(step, x, other, weights, False)
+
+    def _run_pair(self, first, last, frame, rows):
+        from dynexec.kernels.bottleneck import conv_pair
+
+        conv_pair(
+            frame.values[id(first.input)], *self.programs.weights(first.conv)[:2],
+            *self.programs.weights(last.conv)[:2], frame.output(last.output), stride=tuple(first.stride),
+            padding=tuple(first.padding), dilation=tuple(first.dilation), middle_activation=first.activation,
+            activation=last.activation, residual=frame.get(last.other), precision=_precision(frame.x.dtype), **rows,
+        )  # fmt: skip
+
+
+class _Frame:
+    """The values of one call."""
+
+    def __init__(self, x, workspace, dense):
+        self.x, self.workspace, self.dense, self.values = x, workspace, dense, {}
+
+    def get(self, value):
+        """A tensor, or None where there is none yet."""
+        return self.values.get(id(value))
+
+    def output(self, value):
+        """A tensor to write to, new where there is none yet."""
+        if id(value) not in self.values:
+            shape = len(self.x), *value.shape
+            new = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+            self.values[id(value)] = new
+        return self.values[id(value)]
+
+
+def _precision(dtype):
+    """How float32 is multiplied: as cuDNN does."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def _find_pairs(instructions):
+    """Numbers of the convolutions inside of gates that run as one kernel with the 1x1 convolution behind them."""
+    readers = Counter(id(value) for step in instructions for value in (step.input, step.other) if value is not None)
+    pairs, gate_ends = set(), 0
+    for number, (step, after) in enumerate(zip(instructions, instructions[1:], strict=False)):
+        if step.op == "gate":
+            gate_ends = number + 1 + step.gated
+        if number + 1 >= gate_ends or (step.op, after.op) != ("conv", "conv"):
+            continue
+        between = step.output
+        pointwise = (*after.kernel, *after.stride, *after.padding) == (1, 1, 1, 1, 0, 0)
+        pointwise &= after.output.shape[1:] == between.shape[1:]  # no zeros around it either
+        only = after.input is between and after.other is not between and readers[id(between)] == 1
+        if pointwise and only and step.kernel[0] * step.kernel[1] > 1 and after.output is not step.input:
+            if step.other is None and between.channels <= _LARGEST_MIDDLE:
+                pairs.add(number)
+    return pairs
+
+
+def _is_plain(step, x):
+    """Whether the library can run a convolution: with the same padding on both sides."""
+    size = [
+        (x.shape[d + 2] + 2 * step.padding[d] - step.dilation[d] * (step.kernel[d] - 1) - 1) // step.stride[d] + 1
+        for d in (0, 1)
+    ]
+    return tuple(size) == step.output.shape[1:]
+
+
+def _run_by_library(step, x, other, weights, fused):
+    """A convolution of all samples, into new memory; ``fused``: cuDNN's with bias, addition and ReLU."""
+    weight, _, bias = weights
+    geometry = step.stride, step.padding, step.dilation, 1
+    if x.shape[2:] == (1, 1) and weight.shape[2:] == (1, 1):
+        y = F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+    elif fused:
+        if other is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)
+    else:
+        y = F.conv2d(x, weight, bias, *geometry)
+    y = ACTIVATIONS[step.activation](y if other is None else y + other)
+    return y.contiguous(memory_format=torch.channels_last)  # as the kernels read it

@@ -1,0 +1,168 @@
+"""Frozen networks as launches of the Triton kernels: on a GPU, or in the interpreter."""
+
+import sys
+
+import pytest
+import torch
+import toys
+from kernel_cases import DEVICE
+from torch import nn
+
+import dynexec
+from dynexec.executors import backends
+from dynexec.executors.instructions import Value
+from dynexec.executors.launches import LaunchBuilder, _find_pairs
+from dynexec.executors.packing import PackedConv
+from dynexec.executors.proof import relative_error
+from dynexec.nn.context import decide
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:invalid value:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def on_kernels(monkeypatch):
+    module = sys.modules["dynexec.executors.freeze"]  # the package has the function by that name
+    monkeypatch.setattr(module, "choose_backend", lambda device, _, invariant: backends.kernels(device, invariant))
+
+
+class Odd(nn.Module):
+    """Zeros on two sides only, further channels, ceiling mode, dilation, an activation on its own, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 12, 3, 2), nn.SiLU())
+        self.pool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)
+        self.blocks = nn.Sequential(
+            toys.BasicBlock(12, 12), toys.InvertedResidual(12, 12), toys.Bottleneck(12, 20, 2, True)
+        )
+        self.last = nn.Conv2d(20, 18, 3, padding=2, dilation=2)
+        self.head = nn.Linear(18, 7)
+
+    def forward(self, x):
+        x = torch.sigmoid(self.last(self.blocks(self.pool(self.stem(x)))))
+        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+
+
+def odd():
+    return toys.finish(Odd())
+
+
+MODELS = {"odd": odd, "timm": toys.timm_style}
+
+
+def frozen_pair(name, dtype=torch.float32, size=9, executor="fused", **options):
+    model = MODELS[name]().to(DEVICE, dtype)
+    num_blocks = dynexec.convert(model).num_blocks
+    x = torch.randn(4, 3, size, size).to(DEVICE, dtype)
+    return model, num_blocks, x, dynexec.freeze(model, x, executor=executor, **options)
+
+
+def expected(model, x, decisions):
+    with torch.no_grad(), decide(decisions):
+        return model(x.clone())
+
+
+@pytest.mark.parametrize("executor", ["fused", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_output_is_the_models(name, dtype, executor):
+    model, num_blocks, x, frozen = frozen_pair(name, dtype, executor=executor)
+    assert "Triton kernels" in frozen.explain() and f"-> {executor}" in frozen.explain()
+    before = x.clone()
+    for keep in (0.0, 0.5, 1.0):
+        decisions = torch.rand(len(x), num_blocks, device=DEVICE) < keep
+        error = relative_error(frozen(x, decisions), expected(model, x, decisions))
+        assert error <= (2e-5 if dtype == torch.float32 and DEVICE.type == "cpu" else 1e-2)
+    assert torch.equal(x, before)
+
+
+def test_other_sizes_batches_and_layouts():
+    model, num_blocks, _, frozen = frozen_pair("odd", size=13)
+    for n, size in ((1, 13), (3, 17), (0, 13)):
+        x = torch.randn(n, 3, size, size, device=DEVICE)
+        decisions = torch.rand(n, num_blocks, device=DEVICE) < 0.5
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(frozen(given, decisions), expected(model, x, decisions), rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_alone_gives_the_same_bits():
+    """With batch_invariant, whether others keep the blocks too or not; without, rounding depends on it."""
+    for invariant in (True, False):
+        _, num_blocks, x, frozen = frozen_pair("odd", size=25, batch_invariant=invariant)
+        everything = torch.ones(len(x), num_blocks, dtype=torch.bool, device=DEVICE)
+        alone = everything.clone()
+        alone[[0, 2, 3]] = False
+        assert torch.equal(frozen(x, everything)[1], frozen(x, alone)[1]) == invariant
+
+
+def test_policy_and_race():
+    model, num_blocks, x, _ = frozen_pair("odd")
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_blocks))
+    policy = toys.finish(nn.Sequential(pooled, nn.Sigmoid())).to(DEVICE)
+    frozen = dynexec.freeze(model, x, policy=policy)
+    assert "(measured)" in frozen.explain()
+    y, decisions = frozen(x, return_decisions=True)
+    assert torch.equal(decisions, policy(x) >= 0.5)
+    torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
+
+
+def test_a_kernel_that_fails_is_not_used(monkeypatch):
+    from dynexec.kernels import conv
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(conv, "conv", fail)
+    model = toys.timm_style().to(DEVICE)
+    num_blocks = dynexec.convert(model).num_blocks
+    x = torch.randn(4, 3, 13, 13, device=DEVICE)
+    frozen = dynexec.freeze(model, x)
+    assert "Triton kernels not used: fused: RuntimeError: out of shared memory" in frozen.explain()
+    decisions = torch.rand(len(x), num_blocks, device=DEVICE) < 0.5
+    torch.testing.assert_close(frozen(x, decisions), expected(model, x, decisions), rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match="executor 'fused' cannot run this network: RuntimeError: out of"):
+        dynexec.freeze(model, x, executor="fused")
+
+
+def test_without_triton_layers_run(monkeypatch):
+    monkeypatch.setattr(backends.dispatch, "triton_missing", lambda: "triton is not installed")
+    model = toys.timm_style().to(DEVICE)
+    dynexec.convert(model)
+    x = torch.randn(4, 3, 13, 13, device=DEVICE)
+    assert "Triton kernels not used: triton is not installed" in dynexec.freeze(model, x).explain()
+
+
+def conv(c, k, kernel, **options):
+    padding = (kernel // 2,) * 2
+    weight = torch.randn(k, c // options.get("groups", 1), kernel, kernel)
+    return PackedConv(
+        "conv", weight, torch.randn(k), (1, 1), padding, (1, 1), options.get("groups", 1), "relu", False, (1, c, 8, 8)
+    )
+
+
+def test_pairs():
+    """A 3x3 and the 1x1 behind it become one kernel, inside of a gate and where nobody else reads what is between."""
+
+    def pairs(gated=True, read_again=False, middle=16, kernel=3, last=1):
+        builder = LaunchBuilder(1)
+        x = builder.add(builder.load(16, 8, 8))
+        gate = builder.gate(0)
+        before = builder.conv(conv(16, 16, 1), x)
+        between = builder.conv(conv(16, middle, kernel), before)
+        if not gated:
+            builder.end_gate(gate)
+        y = builder.conv(conv(middle, 16, last), between, x, out=x)
+        if read_again:
+            builder.add(between)
+        if gated:
+            builder.end_gate(gate)
+        assert isinstance(y, Value)
+        builder.store(x)
+        return _find_pairs(builder.instructions)
+
+    assert pairs() == {4}
+    assert not pairs(gated=False)
+    assert not pairs(read_again=True)
+    assert not pairs(middle=256)
+    assert not pairs(kernel=1)
+    assert not pairs(last=3)
