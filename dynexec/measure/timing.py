@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 # A turn of a fast candidate repeats it for about this long, so that a turn is far above the clock's resolution.
 _TURN_SECONDS = 0.02
@@ -77,6 +78,7 @@ def compare(
     candidates: dict[str, Callable[[], object]],
     *,
     baseline: str | None = None,
+    device: torch.device | None = None,
     seconds: float = 10.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
@@ -92,6 +94,9 @@ def compare(
         What to time, called without arguments.
     baseline : str, optional
         The candidate to time twice for :attr:`Comparison.spread`; default the first.
+    device : torch.device, optional
+        Of a GPU: then its own clock takes the time of all calls of a turn, one behind the other, and every call counts
+        with their mean.
     seconds : float
         Rounds start while this has not passed since the first one.
     min_rounds, max_rounds : int
@@ -114,9 +119,9 @@ def compare(
     turns = []
     for name, call in candidates.items():
         progress(0.0, f"warming up {name}")
-        turns.append(_Turn(name, call))
+        turns.append((_GpuTurn if device is not None and device.type == "cuda" else _Turn)(name, call))
     first = next(turn for turn in turns if turn.name == (baseline or turns[0].name))
-    again = _Turn.again(first)
+    again = first.again()
     # Half a round away from the first, so that both halves of the machine's ups and downs are seen.
     turns.insert((turns.index(first) + len(turns) // 2 + 1) % (len(turns) + 1), again)
     rounds = _take_turns(turns, seconds, min_rounds, max_rounds, progress)
@@ -151,18 +156,22 @@ class _Turn:
         self.name, self.call = name, call
         self.wall, self.cpu = [], []
         call()
+        self.wait()
         start = time.perf_counter()
         call()
+        self.wait()
         once = time.perf_counter() - start
         self.settle = once < _SETTLE_BELOW_SECONDS
         self.calls = max(1, min(_MAX_CALLS_PER_TURN, round(_TURN_SECONDS / max(once, 1e-9))))
 
-    @classmethod
-    def again(cls, other):
+    def again(self):
         """The same candidate a second time, warm already."""
-        turn = object.__new__(cls)
-        turn.__dict__.update(other.__dict__, wall=[], cpu=[])
+        turn = object.__new__(type(self))
+        turn.__dict__.update(self.__dict__, wall=[], cpu=[])
         return turn
+
+    def wait(self):
+        """For what was called."""
 
     def take(self):
         if self.settle:
@@ -176,3 +185,21 @@ class _Turn:
 
     def timing(self):
         return Timing(tuple(self.wall), tuple(self.cpu))
+
+
+class _GpuTurn(_Turn):
+    def wait(self):
+        torch.cuda.synchronize()
+
+    def take(self):
+        if self.settle:
+            self.call()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cpu = time.process_time()
+        begin.record()
+        for _ in range(self.calls):
+            self.call()
+        end.record()
+        self.cpu.append((time.process_time() - cpu) / self.calls)
+        self.wait()
+        self.wall.append(begin.elapsed_time(end) / 1e3 / self.calls)

@@ -1,4 +1,4 @@
-"""What dynexec is compared with: every other way to run the same network on a CPU.
+"""What dynexec is compared with: every other way to run the same network on a CPU or a GPU.
 
 A baseline is prepared once for a network and a batch size, then called with images and decisions. Those that are
 ``dense`` run the static network and ignore the decisions.
@@ -16,6 +16,10 @@ import torch
 
 from dynexec.convert import revert
 from dynexec.executors import freeze
+from dynexec.executors.block import pack_module
+from dynexec.executors.graphs import Graphs, choosing_algorithms
+from dynexec.executors.launches import LaunchPrograms
+from dynexec.executors.segment import make_segments
 from dynexec.nn.residual import apply_layers, dynamic_blocks
 
 
@@ -33,6 +37,8 @@ class Baseline:
         Whether it is dynexec's. Such a dense one is not a candidate for the strongest dense.
     needs : tuple of str
         Packages that must be installed.
+    device : str or None
+        The only type of device that it is for.
     policy : callable or None
         The policy network as this baseline runs it, images to probabilities ``[N, L]``.
 
@@ -41,8 +47,8 @@ class Baseline:
     model : nn.Module
         Holds L dynamic blocks with columns (our own or converted), in evaluation mode, with or without a policy
         (see :class:`dynexec.nn.DynamicNetwork`). Not changed.
-    images : float32 tensor ``[N, C, H, W]``
-        An example of the batch.
+    images : tensor ``[N, C, H, W]``
+        An example of the batch, in the dtype and on the device of the model.
     threads : int
         For libraries with thread pools of their own; torch's is set by the caller.
     """
@@ -52,11 +58,16 @@ class Baseline:
     follows_decisions = False
     own = False
     needs = ()
+    device = None
 
     def __init__(self, model, images, *, threads):
         policy = getattr(model, "policy", None)
         self.policy = None if policy is None else _Eager(policy)
         self.prepare(model, images, threads)
+        if images.device.type == "cuda" and not self.follows_decisions:
+            # cuDNN keeps the algorithms that it measures now. Those that run other batches would measure all the time.
+            with choosing_algorithms():
+                self(images, images.new_ones(len(images), len(dynamic_blocks(_backbone(model))), dtype=torch.bool))
 
     def prepare(self, model, images, threads):
         raise NotImplementedError
@@ -169,12 +180,30 @@ class DenseCompiled(DenseEager):
     def prepare(self, model, images, threads):
         super().prepare(model, images, threads)
         torch.compiler.reset()  # the code of earlier batch sizes and networks counts against a limit
-        self.model.module.compile(dynamic=False, fullgraph=True, options={"freezing": True})
+        how = {"mode": "max-autotune"} if images.device.type == "cuda" else {"options": {"freezing": True}}
+        self.model.module.compile(dynamic=False, fullgraph=True, **how)
         self.model(images)
 
     @classmethod
     def missing(cls):
         return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+
+
+class DenseLibrary(Baseline):
+    """The static network, BatchNorm folded, in cuDNN's convolutions with bias, addition and ReLU, in one CUDA graph."""
+
+    name = "dense cuDNN"
+    dense = True
+    device = "cuda"
+
+    def prepare(self, model, images, threads):
+        packed = pack_module(static_network(model).to(memory_format=torch.channels_last), images)
+        module, segments = make_segments(packed.__self__, partial(LaunchPrograms, 0))
+        assert segments, "a network without convolutions"
+        self.graphs = Graphs(lambda images, _: (module.forward(images),), images.device)
+
+    def __call__(self, images, decisions):
+        return self.graphs(images, None)[0]
 
 
 class OnnxRuntime(Baseline):
@@ -183,6 +212,7 @@ class OnnxRuntime(Baseline):
     name = "ONNX Runtime"
     dense = True
     needs = ("onnxruntime", "onnxscript")
+    device = "cpu"
 
     def prepare(self, model, images, threads):
         import onnxruntime
@@ -208,6 +238,7 @@ class OpenVino(Baseline):
     name = "OpenVINO"
     dense = True
     needs = ("openvino", "onnxscript")
+    device = "cpu"
 
     def prepare(self, model, images, threads):
         import openvino
@@ -257,6 +288,7 @@ REFERENCE = MaskedEager
 BASELINES = (
     MaskedEager,
     DenseEager,
+    DenseLibrary,
     DenseCompiled,
     OnnxRuntime,
     OpenVino,

@@ -19,6 +19,7 @@ from dynexec.report.tables import COLUMNS, LEGEND, cells
 
 KEEPS = (0.25, 0.5, 0.75, 0.9, 1.0, PUBLISHED)
 DEFAULT_OUT = "out/bench.jsonl"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WIDE = 200  # columns of text that the whole table needs
 
 
@@ -37,6 +38,12 @@ def add_arguments(parser):
         f"they are known; default: {' '.join(map(str, KEEPS))}",
     )
     add("--baselines", nargs="+", default=names, choices=names, metavar="NAME", help=f"only these of: {names}")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    add(
+        "--dtype",
+        choices=list(_DTYPES),
+        help="default: float32 on the CPU, float16 on a GPU; outputs are compared with float32's",
+    )
     add("--threads", type=_positive, help="default: as many as torch takes by itself")
     add(
         "--seconds",
@@ -53,6 +60,8 @@ def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
     if not args.append:
         args.out.unlink(missing_ok=True)
     rows = []
@@ -87,17 +96,18 @@ def _measure(args, progress):
             progress.console.print(f"{name}: {reason}", markup=False)
             continue
         if built != name:
-            model, built = build(net), name
+            model, built = build(net).to(args.device), name
         settings = _settings(net, num_blocks(model), batch, args.keep)
         if not settings:
             progress.console.print(f"{name}: nothing is published about its decisions", markup=False)
             continue
         yield from run_experiment(
             model,
-            make_images(batch, net.size),
+            make_images(batch, net.size).to(args.device),
             settings,
             name=name,
             baselines=baselines,
+            dtype=_DTYPES[args.dtype or ("float16" if args.device == "cuda" else "float32")],
             seconds=args.seconds,
             progress=lambda share, text, done=done, label=label: progress.update(
                 task, completed=done + share, description=f"{label}: {text}"

@@ -18,7 +18,7 @@ from dynexec.measure.environment import processor_name
 #: Keys of every row, with the types of their values.
 SCHEMA = {
     "time": str,  # when, UTC
-    "device": str,
+    "device": str,  # "cpu", or the name of a GPU
     "cpu": str,
     "cores": int,
     "threads": int,
@@ -156,16 +156,17 @@ def read_rows(*paths):
     return list(latest.values())
 
 
-def environment():
-    """The columns of a row that say where it was measured, except ``time``."""
+def environment(device=None, dtype=torch.float32):
+    """The columns of a row that say where and in which dtype it was measured, except ``time``."""
+    packages, gpu = ("torch", "onnxruntime", "openvino"), device is not None and device.type == "cuda"
     return {
-        "device": "cpu",
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
+        "versions": {name: _version(name) for name in (("torch", "triton") if gpu else packages)},
         "commit": _commit(),
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

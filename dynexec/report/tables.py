@@ -46,20 +46,28 @@ def sort_rows(rows):
 
     def key(row):
         net = order.get(row["net"], len(order)), row["net"]
-        return row["cpu"], row["threads"], net, row["batch"], row["decisions"], row["keep"]
+        return *machine(row), net, row["batch"], row["decisions"], row["keep"]
 
     return sorted(rows, key=key)
 
 
 def group_rows(rows):
     """Sorted rows as a list of (title, rows): one group per machine, thread count and network."""
-    keyed = groupby(sort_rows(rows), key=lambda row: (row["net"], row["cpu"], row["threads"]))
+    keyed = groupby(sort_rows(rows), key=lambda row: (row["net"], *machine(row)))
     groups = []
-    for (net, cpu, threads), members in keyed:
+    for (net, *where), members in keyed:
         members = list(members)
         size = members[0]["image_size"]
-        groups.append((f"{net}, {size}x{size}, {cpu}, {threads} thread{'s' * (threads != 1)}", members))
+        groups.append((f"{net}, {size}x{size}, {', '.join(where)}", members))
     return groups
+
+
+def machine(row):
+    """What a row was measured on, as texts: a processor and the number of threads, or a GPU and the dtype."""
+    if row["device"] != "cpu":
+        return row["device"], row["dtype"]
+    threads = row["threads"]
+    return row["cpu"], f"{threads} thread{'s' * (threads != 1)}"
 
 
 def versions(rows):

@@ -1,0 +1,237 @@
+"""What ``bench/gpu.sh`` runs: correctness tests, rates of the GPU, then networks against every baseline.
+
+    python bench/gpu.py FOLDER [--minutes 10] [--dry]
+
+Every step is a process of its own with a time limit, so that none takes another one's results with it. Rows are written
+as soon as they are measured: ``rates.jsonl``, ``gpu.jsonl`` (as of ``dynexec bench``); rows that are there already are
+not measured again. ``--dry`` does the same on a CPU, with tiny networks and kernels in Triton's interpreter.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dynexec import freeze
+from dynexec.executors import forecast
+from dynexec.measure.roofline import H100, forward_seconds
+from dynexec.report.baselines import BASELINES
+from dynexec.report.experiment import Dynexec, draw_decisions, num_blocks, run_experiment
+from dynexec.report.nets import NETS, build, make_images
+from dynexec.report.rows import append_row, read_rows
+from dynexec.report.tables import markdown
+
+ROOT = Path(__file__).parents[1]
+TESTS = [f"tests/test_{name}.py" for name in ("kernels", "launches", "graphs", "conditional")]
+KEEPS = (0.5, 0.25, 0.75, 0.9, 1.0)
+# Network and batch size, the most important first.
+HEADLINE = [
+    *(("resnet101", 32), ("resnet110", 128), ("resnet101", 128), ("resnet110", 32), ("resnet101", 64)),
+    *(("resnet110", 1024), ("resnet101", 256), ("resnet101", 1), ("resnet50", 64), ("resnet32", 128)),
+    *(("resnet101", 8), ("resnet110", 1), ("efficientnet_lite0", 64)),
+]
+COMPILED = [("resnet110", 128), ("resnet101", 64)]
+SHARDS = 8
+
+
+def tests(folder, dry):
+    """The tests of the kernels and of what runs them, in several processes; their compiled kernels are cached."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # The interpreter is slow: a few of them show that they run.
+    shards = [f"{number}/{40 if dry else SHARDS}" for number in range(1 if dry else SHARDS)]
+    files = TESTS[:1] if dry else [name for name in TESTS if (ROOT / name).exists()]
+    processes = [
+        subprocess.Popen([*command, "--shard", shard, *files], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for shard in shards
+    ]
+    (folder / "tests.txt").unlink(missing_ok=True)
+    for process in processes:
+        report = process.communicate()[0] or "nothing\n"
+        with (folder / "tests.txt").open("a") as file:  # what ended is there if the others take too long
+            file.write(report)
+        print(report.strip().splitlines()[-1], f"exit status {process.returncode}", flush=True)
+    return int(any(process.returncode for process in processes))
+
+
+def warm_up(folder, dry):
+    """Compile the kernels of all networks, several at once: each compilation takes one core for a second."""
+    queue, running = list(HEADLINE), []
+    while (queue or running) and not dry:
+        running = [process for process in running if process.poll() is None]
+        while queue and len(running) < SHARDS:
+            net, batch = queue.pop(0)
+            code = f"import gpu; gpu.freeze_once({net!r}, {batch})"
+            running.append(subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent))
+        time.sleep(0.5)
+    return 0
+
+
+def freeze_once(net, batch):
+    """Freeze a network, for the kernels that this compiles."""
+    if NETS[net].missing() is None:
+        model = build(NETS[net]).to("cuda").half()
+        freeze(model, make_images(batch, NETS[net].size).to("cuda").half(), executor="fused")
+
+
+def rates(folder, dry):
+    """Rates of the GPU, and of the kernels against the library's."""
+    return subprocess.call([sys.executable, Path(__file__).parent / "gpu_rates.py", folder, *["--dry"] * dry])
+
+
+def headline(folder, dry):
+    """Networks against all baselines but ``torch.compile``, which takes minutes."""
+    return networks(folder, dry, [("tiny", 3)] if dry else HEADLINE, compiled=False)
+
+
+def compiled(folder, dry):
+    """Two networks against all baselines."""
+    return networks(folder, dry, [] if dry else COMPILED, compiled=True)
+
+
+def networks(folder, dry, plan, compiled):
+    """Each in a process of its own, so that one that fails does not end the others; the number of failures."""
+    path, done, failed = folder / "gpu.jsonl", {}, 0
+    for row in read_rows(path) if path.exists() else []:
+        tried = done.setdefault((row["net"], row["batch"]), set())
+        tried.update(row["milliseconds"], row["failed"], row["unavailable"])
+    for net, batch in plan:
+        names = [baseline.name for baseline in choose_baselines(batch, dry, compiled)]
+        if not set(names) <= done.get((net, batch), set()):
+            command = [sys.executable, __file__, folder, *["--dry"] * dry, "--network", net, str(batch), *names]
+            failed += subprocess.call(command) != 0
+    return failed
+
+
+def choose_baselines(batch, dry, compiled):
+    found = [baseline for baseline in BASELINES if baseline.device in (None, "cpu" if dry else "cuda")]
+    if dry:
+        return found[:2]
+    # With many samples this one has hundreds of policies, and runs the network once for each.
+    few = [baseline for baseline in found if batch <= 32 or baseline.name != "group by policy"]
+    return [baseline for baseline in few if compiled or baseline.name != "dense compiled"]
+
+
+def measure_network(folder, dry, net, batch, names):
+    """Rows of one network and batch size."""
+    device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.float16
+    if dry:
+        use_kernels_on_the_cpu()
+    elif (reason := NETS[net].missing()) is not None:
+        print(f"{net}: {reason}")
+        return 0
+    model = (tiny() if dry else build(NETS[net])).to(device)
+    images = make_images(batch, 8 if dry else NETS[net].size).to(device)
+    settings = [draw_decisions(keep, num_blocks(model), batch) for keep in (KEEPS[:1] if dry else KEEPS)]
+    frozen = []
+
+    class Kept(Dynexec):
+        def prepare(self, model, images, threads):
+            self.model = freeze(model, images, executor="fused" if dry else None)
+            frozen.append(self.model)
+
+    baselines = [baseline for baseline in BASELINES if baseline.name in names]
+    how = {"baselines": baselines, "executor": Kept, "dtype": dtype, "seconds": 0.0 if dry else 4.0}
+    failed = False
+    for row in run_experiment(model, images, settings, name=net, **how):
+        append_row(folder / "gpu.jsonl", row)
+        failed |= bool(row["failed"])
+        expected = predict(folder, frozen[0], row, settings, dtype)
+        print(
+            f"{net} batch {batch} keep {row['keep']}: "
+            + ", ".join(f"{name} {times['median']:.3f} ms" for name, times in row["milliseconds"].items())
+            + f"; expected {expected:.3f} ms; efficiency {row['efficiency'] or float('nan'):.2f}; "
+            f"failed: {row['failed'] or 'none'}",
+            flush=True,
+        )
+    print(frozen[0].explain().replace("\n", "\n  "), flush=True)
+    return int(failed)
+
+
+def predict(folder, frozen, row, settings, dtype):
+    """Milliseconds that the model expects of segments, by the rates that were measured if there are some."""
+    path, rates = folder / "rates.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        rate = json.loads(line)
+        rates |= {rate["name"]: rate["value"]} if "value" in rate else {}
+    setting = next(setting for setting in settings if setting.keep == row["keep"])
+    layers = [
+        layer
+        for segment in frozen.segments
+        for program in segment.programs.values()
+        for layer in forecast.layers(program, row["batch"], dtype)
+    ]
+    kept = setting.draws[0].sum(0).tolist()
+    return 1e3 * forward_seconds(H100.calibrate(rates), layers, row["batch"], kept) if layers else float("nan")
+
+
+def tiny():
+    """A network that the interpreter runs in a second."""
+    from dynexec.models import blockdrop_resnet
+    from dynexec.report.nets import randomize_batch_norm
+
+    model = blockdrop_resnet((1, 1), (8, 16), num_classes=4).eval()
+    randomize_batch_norm(model, make_images(4, 8))
+    return model.requires_grad_(False)
+
+
+def use_kernels_on_the_cpu():
+    from dynexec.executors.backends import kernels
+
+    sys.modules["dynexec.executors.freeze"].choose_backend = lambda device, _, invariant: kernels(device, invariant)
+
+
+# What it does, and its share of the time. Steps of one line run at the same time.
+STEPS = [([tests, warm_up], 0.3), ([rates], 0.15), ([headline], 0.4), ([compiled], 0.15)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--network", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    steps = {step.__name__: step for line, _ in STEPS for step in line}
+    if args.step:
+        return steps[args.step](args.folder, args.dry)
+    if args.network:
+        net, batch, *names = args.network
+        return measure_network(args.folder, args.dry, net, int(batch), names)
+    if not args.dry and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU; --dry runs without one")
+    environment = dict(os.environ)
+    if args.dry:
+        environment["TRITON_INTERPRET"] = "1"
+    codes, start, left = {}, time.monotonic(), 1.0
+    for line, share in STEPS:
+        # What an earlier step left of its time goes to all later ones.
+        seconds = (60 * args.minutes - (time.monotonic() - start)) * share / left
+        left -= share
+        command = [sys.executable, __file__, args.folder, *["--dry"] * args.dry, "--step"]
+        running = {
+            step.__name__: subprocess.Popen([*command, step.__name__], env=environment, start_new_session=True)
+            for step in line
+        }
+        deadline = time.monotonic() + seconds
+        for name, process in running.items():
+            try:
+                codes[name] = process.wait(max(deadline - time.monotonic(), 1))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+                codes[name] = "stopped after its time"
+    rows = read_rows(args.folder / "gpu.jsonl") if (args.folder / "gpu.jsonl").exists() else []
+    (args.folder / "summary.md").write_text(markdown(rows) if rows else "no rows\n")
+    print(json.dumps({"steps": codes, "rows": len(rows), "seconds": round(time.monotonic() - start)}))
+    return int(not rows or any(code not in (0, "stopped after its time") for code in codes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

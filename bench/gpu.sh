@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything about one GPU, the most important first, in ten minutes: bash bench/gpu.sh OUTPUT_FOLDER [--dry]
+# Needs python3 with torch and triton, and nvcc for the native part. Run again with the same folder, it goes on.
+set -eu
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+if ! "$python" -c "import dynexec._C" 2>/dev/null; then
+  "$python" -m pip install -q --no-build-isolation --no-deps -e . >"$out/install.txt" 2>&1 || cat "$out/install.txt"
+fi
+"$python" -m dynexec info >"$out/info.txt"
+exec "$python" bench/gpu.py "$out" --minutes "$(awk "BEGIN { print 9.5 - $SECONDS / 60 }")" "$@"

@@ -1,0 +1,127 @@
+"""What a GPU needs for a network, from its rates: a model, to know what to expect before anything is measured.
+
+A kernel takes as long as its arithmetic or its memory traffic, whichever is longer, and a fixed time to start and to
+drain (Williams et al., "Roofline", 2009, with launches and whole tiles on top).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+_EMPTY = 0.3e-6  # seconds of a kernel that finds nothing to do
+_MAX_SPLIT = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a GPU.
+
+    Attributes
+    ----------
+    multiprocessors : int
+    flops : float
+        Per second, of large matrix products in 16 bits.
+    bandwidth, cache_bandwidth : float
+        Bytes per second read and written, of the memory and of its cache.
+    cache_bytes : float
+        What of the cache holds.
+    launch, dependent_launch : float
+        Seconds between two kernels of a CUDA graph that need each other, plain and with programmatic dependent launch.
+    fill : float
+        Seconds that a kernel takes to fill its pipelines and to drain them.
+    efficiency : tuple of (int, float)
+        Share of ``flops`` that tiles of at least so many outputs reach, largest first.
+    """
+
+    name: str
+    multiprocessors: int
+    flops: float
+    bandwidth: float
+    cache_bandwidth: float
+    cache_bytes: float
+    launch: float
+    dependent_launch: float
+    fill: float
+    efficiency: tuple[tuple[int, float], ...]
+
+    def calibrate(self, measured):
+        """With the rates that a dict of measured ones names."""
+        return replace(self, **{name: value for name, value in measured.items() if hasattr(self, name)})
+
+
+#: An H100 SXM. The first two rates were measured on one; the others are estimates until bench/gpu.sh has measured them.
+H100 = Gpu(
+    name="H100 SXM",
+    multiprocessors=132,
+    flops=798e12,
+    bandwidth=3.0e12,
+    cache_bandwidth=5.0e12,
+    cache_bytes=40e6,
+    launch=1.3e-6,
+    dependent_launch=0.6e-6,
+    fill=1.2e-6,
+    efficiency=((128 * 128, 0.85), (128 * 64, 0.70), (64 * 64, 0.52), (128 * 32, 0.40), (0, 0.22)),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kernel of a network.
+
+    Attributes
+    ----------
+    pixels, channels, reduction : int
+        Of the matrix product of one sample: rows, columns, terms of each sum; 0 terms where there is none.
+    traffic, weights : int
+        Bytes read and written per sample, and of weights.
+    tile : (int, int, int), optional
+        Rows and columns of a tile, and how many a multiprocessor works on at once; None: a library's.
+    column : int or None
+        The block's, whose kept samples it runs for; None: all samples.
+    launched : bool
+        Whether it is a kernel of its own, and not the second part of the one before.
+    """
+
+    pixels: int
+    channels: int
+    reduction: int
+    traffic: int
+    weights: int
+    tile: tuple[int, int, int] | None = None
+    column: int | None = None
+    launched: bool = True
+
+
+def layer_seconds(gpu: Gpu, layer: Layer, samples: int) -> float:
+    """Seconds that a layer takes for so many samples, launch included."""
+    launch = gpu.launch if layer.tile is None else gpu.dependent_launch
+    if samples == 0:
+        return (launch + _EMPTY) * layer.launched
+    traffic = samples * layer.traffic + layer.weights
+    memory = traffic / (gpu.cache_bandwidth if traffic <= gpu.cache_bytes else gpu.bandwidth)
+    return max(_arithmetic(gpu, layer, samples), memory) + (launch + gpu.fill) * layer.launched
+
+
+def forward_seconds(gpu: Gpu, layers: Sequence[Layer], samples: int, kept: Sequence[int]) -> float:
+    """Seconds of all layers; ``kept``: how many of the samples keep the block of each column."""
+    return sum(layer_seconds(gpu, layer, samples if layer.column is None else kept[layer.column]) for layer in layers)
+
+
+def _arithmetic(gpu, layer, samples):
+    if layer.reduction == 0:
+        return 0.0
+    # A library is taken to choose the best of these.
+    tiles = [layer.tile] if layer.tile else [(128, 128, 1), (128, 64, 2), (64, 64, 3)]
+    return min(_tiled(gpu, layer, samples, *tile) for tile in tiles)
+
+
+def _tiled(gpu, layer, samples, rows, columns, together):
+    places = gpu.multiprocessors * together
+    tiles = ceil(samples * layer.pixels / rows) * ceil(layer.channels / columns)
+    split = min(max(places // tiles, 1), _MAX_SPLIT)
+    share = next(share for outputs, share in gpu.efficiency if rows * columns >= outputs)
+    rounds = ceil(tiles * split / places)
+    seconds = rounds * 2 * rows * columns * layer.reduction / split / (share * gpu.flops / places)
+    if split > 1:  # parts of sums are written and read
+        seconds += 2 * 4 * split * tiles * rows * columns / gpu.cache_bandwidth
+    return seconds

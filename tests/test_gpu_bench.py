@@ -1,0 +1,38 @@
+"""``bench/gpu.sh`` to its end, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_cases  # noqa: F401 - skips where there is no Triton
+import pytest
+
+from dynexec.report.rows import read_rows
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
+def test_dry_run(tmp_path):
+    def run():
+        command = ["bash", SCRIPT, tmp_path, "--dry"]
+        environment = os.environ | {"PYTHON": sys.executable}
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+    result = run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    end = json.loads(result.stdout.splitlines()[-1])
+    assert end["steps"] == dict.fromkeys(("tests", "warm_up", "rates", "headline", "compiled"), 0)
+    (row,) = read_rows(tmp_path / "gpu.jsonl")
+    assert row["net"] == "tiny" and {"dynexec", "masked eager", "dense eager"} <= row["milliseconds"].keys()
+    rates = [json.loads(line) for line in (tmp_path / "rates.jsonl").read_text().splitlines()]
+    assert not [rate for rate in rates if "failed" in rate]
+    assert sum("dynexec_us" in rate for rate in rates) == 2 and sum("one_us" in rate for rate in rates) == 1
+    assert " passed" in (tmp_path / "tests.txt").read_text()
+    assert "tiny" in (tmp_path / "summary.md").read_text()
+    measured = [tmp_path / name for name in ("gpu.jsonl", "rates.jsonl")]
+    before = [path.read_text() for path in measured]
+    assert run().returncode == 0
+    assert [path.read_text() for path in measured] == before  # what is measured is not measured again

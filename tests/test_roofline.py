@@ -1,0 +1,43 @@
+from dataclasses import replace
+
+import pytest
+
+from dynexec.measure.roofline import H100, Layer, forward_seconds, layer_seconds
+
+DENSE = Layer(pixels=196, channels=256, reduction=2304, traffic=2 * 2 * 196 * 256, weights=2 * 256 * 2304)
+OURS = replace(DENSE, tile=(128, 128, 1), column=1)
+
+
+def test_a_large_product_takes_its_flops_at_the_tiles_rate():
+    samples = 132 * 128 // 196 * 64
+    flops = 2 * samples * 196 * 256 * 2304
+    expected = flops / (0.85 * H100.flops)
+    assert layer_seconds(H100, DENSE, samples) == pytest.approx(expected, rel=0.05)
+
+
+def test_traffic_counts_where_there_is_little_arithmetic():
+    copy = Layer(1, 1, 0, 10**6, 0)
+    seconds = layer_seconds(H100, copy, 1000)
+    assert seconds == pytest.approx(1e9 / H100.bandwidth + H100.launch + H100.fill)
+    assert layer_seconds(H100, copy, 10) == pytest.approx(1e7 / H100.cache_bandwidth + H100.launch + H100.fill)
+
+
+def test_few_samples_are_split_but_never_free():
+    times = [layer_seconds(H100, OURS, n) for n in (0, 1, 16, 64, 256)]
+    assert times == sorted(times)
+    assert times[0] == pytest.approx(H100.dependent_launch + 0.3e-6)
+    alone = layer_seconds(H100, replace(OURS, tile=(64, 64, 3)), 1)
+    assert alone < 8 * times[0] + 1e-5
+
+
+def test_forward_counts_the_kept_samples_of_each_column():
+    layers = [replace(OURS, column=None), OURS, replace(OURS, column=0, launched=False)]
+    expected = layer_seconds(H100, OURS, 8) + layer_seconds(H100, OURS, 3) + layer_seconds(H100, layers[2], 0)
+    assert forward_seconds(H100, layers, 8, [0, 3]) == pytest.approx(expected)
+    assert layer_seconds(H100, layers[2], 0) == 0.0
+
+
+def test_measured_rates_take_the_place_of_estimates():
+    calibrated = H100.calibrate({"launch": 5e-6, "of another kind": 1.0})
+    assert calibrated.launch == 5e-6 and calibrated.flops == H100.flops
+    assert layer_seconds(calibrated, DENSE, 1) - layer_seconds(H100, DENSE, 1) == pytest.approx(5e-6 - H100.launch)
