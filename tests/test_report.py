@@ -72,6 +72,23 @@ def arguments(tmp_path, *more):
     return parser.parse_args([*fixed, *more])
 
 
+def test_rows_of_a_gpu_are_a_group_of_their_own(tmp_path):
+    row = {"cpu": "C", "threads": 2, "dtype": "float16", "net": "n", "batch": 1, "decisions": "bernoulli", "keep": 0.5}
+    cpu, gpu = (row | {"device": device, "image_size": 8} for device in ("cpu", "NVIDIA H100"))
+    assert [title for title, _ in tables.group_rows([gpu, cpu])] == [
+        "n, 8x8, C, 2 threads",
+        "n, 8x8, NVIDIA H100, float16",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_on_a_missing_gpu(tmp_path, capsys):
+    for device, message in (("cuda", "torch sees no GPU here"), ("tpu", "must be cpu or cuda, got 'tpu'")):
+        with pytest.raises(SystemExit):
+            arguments(tmp_path, "--device", device)
+        assert message in capsys.readouterr().err
+
+
 @pytest.fixture
 def tiny_nets(monkeypatch):
     absent = nets.Net(tiny, 16, (2,), needs=("no_such_package",))

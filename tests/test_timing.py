@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+import torch
 
 from dynexec.measure import timing
 from dynexec.measure.timing import Timing, compare
@@ -122,3 +123,29 @@ def test_real_time():
     result = compare({"A": lambda: sum(range(1000))}, seconds=0)
     times = result.timings["A"]
     assert isinstance(times, Timing) and 0 < times.p10 <= times.median <= times.p90
+
+
+def test_a_gpus_clock_takes_the_time_of_a_turn(clock, monkeypatch):
+    """The host is done long before the device: its clock must not count."""
+    device = {"time": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = device["time"]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    def launch():
+        device["time"] += 0.004
+        clock.wall += 0.001
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    result = compare({"a": launch}, device=torch.device("cuda"), seconds=0.0, min_rounds=3)
+    assert result.timings["a"].median == pytest.approx(0.004)
+    assert len(result.timings["a"].wall) == 3  # a mean per turn
+    assert compare({"a": launch}, seconds=0.0, min_rounds=3).timings["a"].median == pytest.approx(0.001)

@@ -38,7 +38,7 @@ def add_arguments(parser):
         f"they are known; default: {' '.join(map(str, KEEPS))}",
     )
     add("--baselines", nargs="+", default=names, choices=names, metavar="NAME", help=f"only these of: {names}")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    add("--device", type=_device, default="cpu", help="cpu or cuda; default: %(default)s")
     add(
         "--dtype",
         choices=list(_DTYPES),
@@ -60,8 +60,6 @@ def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
     if not args.append:
         args.out.unlink(missing_ok=True)
     rows = []
@@ -131,6 +129,14 @@ def _positive(text):
     if value < 1:
         raise ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
+
+
+def _device(text):
+    if text not in ("cpu", "cuda"):
+        raise ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise ArgumentTypeError("torch sees no GPU here")
+    return text
 
 
 def _keep(text):
