@@ -31,4 +31,4 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt Makefile $(
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info dynexec/*.so dynexec/native_build_failure.txt
+	rm -rf $(VENV) build dist out *.egg-info dynexec/*.so dynexec/*_build_failure.txt

@@ -12,7 +12,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FAILURE = "native_build_failure.txt"  # read by dynexec/native.py
+FAILURE, CUDA_FAILURE = "native_build_failure.txt", "cuda_build_failure.txt"  # read by dynexec/native.py
 LIBRARIES = ("_C.*", "_cuda.*", "libdynexec_cpu.*")
 
 
@@ -22,7 +22,7 @@ class BuildNative(build_ext):
     def run(self):
         package = ROOT / "dynexec" if self.inplace else Path(self.build_lib).resolve() / "dynexec"
         package.mkdir(parents=True, exist_ok=True)
-        for old in (path for pattern in (*LIBRARIES, FAILURE) for path in package.glob(pattern)):
+        for old in (path for pattern in (*LIBRARIES, FAILURE, CUDA_FAILURE) for path in package.glob(pattern)):
             old.unlink()
         try:
             build(package, Path(self.build_temp).resolve())
@@ -58,6 +58,7 @@ def build(package, work):
     except subprocess.CalledProcessError as error:
         if cuda["DYNEXEC_CUDA"] == "OFF":
             raise
+        (package / CUDA_FAILURE).write_text(explain(error) + "\n")
         print(f"dynexec: the CUDA sources were not built: {explain(error)}", file=sys.stderr)
         shutil.rmtree(work)
         compile_in(cmake, work, settings | {"DYNEXEC_CUDA": "OFF"})
@@ -77,7 +78,8 @@ def cuda_settings(torch):
 
     ``TORCH_CUDA_ARCH_LIST`` names the architectures, as for every extension of torch ("8.0;9.0+PTX").
     """
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    folders = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
     if torch.version.cuda is None or nvcc is None or cuda_release(nvcc) < 13:
         return {"DYNEXEC_CUDA": "OFF"}
     settings = {"DYNEXEC_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}

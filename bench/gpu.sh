@@ -7,7 +7,8 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 if ! "$python" -c "import dynexec._C" 2>/dev/null; then
-  "$python" -m pip install -q --no-build-isolation --no-deps -e . >"$out/install.txt" 2>&1 || cat "$out/install.txt"
+  "$python" -m pip install -v --no-build-isolation --no-deps -e . >"$out/install.txt" 2>&1 ||
+    tail -50 "$out/install.txt"
 fi
 "$python" -m dynexec info >"$out/info.txt"
 exec "$python" bench/gpu.py "$out" --minutes "$(awk "BEGIN { print 9.5 - $SECONDS / 60 }")" "$@"

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parent
-FAILURE = PACKAGE / "native_build_failure.txt"  # written by setup.py
+# Written by setup.py.
+FAILURE, CUDA_FAILURE = PACKAGE / "native_build_failure.txt", PACKAGE / "cuda_build_failure.txt"
 
 
 def load():
@@ -38,6 +39,8 @@ def cuda_missing():
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if importlib.util.find_spec("dynexec._cuda") is None:
+        if CUDA_FAILURE.exists():
+            return f"the build failed: {CUDA_FAILURE.read_text().strip()}"
         return (
             "built without CUDA: `pip install --no-build-isolation .` builds it where torch has CUDA and nvcc is found"
         )

@@ -43,6 +43,38 @@ def test_replays_take_new_inputs_and_decisions():
     assert len(frozen.graphs.graphs) == 1
 
 
+def test_executors_have_graphs_of_their_own():
+    model = toys.timm_style().cuda().half()
+    num_blocks = dynexec.convert(model).num_blocks
+    x = torch.randn(6, 3, 13, 13, device="cuda", dtype=torch.float16)
+    frozen = dynexec.freeze(model, x)
+    assert "refused" not in frozen.explain() and "no CUDA graph" not in frozen.explain()
+    if frozen.graphs is not None:
+        assert {variant for variant, *_ in frozen.graphs.graphs} == {frozen.executor}
+        for name in ("fused", "dense", "fused"):
+            frozen.use(name)
+            decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
+            close(frozen(x, decisions), expected(model, x, decisions))
+        assert {variant for variant, *_ in frozen.graphs.graphs} == {"fused", "dense"}
+
+
+def test_what_cannot_be_captured_runs_without_a_graph():
+    model, num_blocks, x, frozen = freeze()
+    compute = frozen.graphs.function
+
+    def waits(x, decisions):
+        decisions.any().item()
+        return compute(x, decisions)
+
+    frozen.graphs.function = waits
+    for n in (5, 5, 6):
+        decisions = torch.rand(n, num_blocks, device="cuda") < 0.5
+        close(frozen(x[:n], decisions), expected(model, x[:n], decisions))
+    assert [shape[0] for _, shape, _ in frozen.graphs.failed] == [5]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    close(frozen(x[:4], decisions[:4]), expected(model, x[:4], decisions[:4]))
+
+
 def test_nothing_waits_for_the_device():
     model, num_blocks, x, frozen = freeze(policy=True)
     frozen(x)

@@ -20,6 +20,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:in
 
 
 @pytest.fixture(autouse=True)
+def no_tf32():
+    """It would take tolerances that find nothing."""
+    if DEVICE.type == "cpu":
+        yield
+        return
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
     module = sys.modules["dynexec.executors.freeze"]  # the package has the function by that name
     monkeypatch.setattr(module, "choose_backend", lambda device, _, invariant: backends.kernels(device, invariant))
@@ -92,7 +103,9 @@ def test_a_sample_alone_gives_the_same_bits():
         everything = torch.ones(len(x), num_blocks, dtype=torch.bool, device=DEVICE)
         alone = everything.clone()
         alone[[0, 2, 3]] = False
-        assert torch.equal(frozen(x, everything)[1], frozen(x, alone)[1]) == invariant
+        same = torch.equal(frozen(x, everything)[1], frozen(x, alone)[1])
+        if invariant or DEVICE.type == "cpu":  # a GPU has so many multiprocessors that all tiles are split equally
+            assert same == invariant
 
 
 def test_policy_and_race():
@@ -107,7 +120,7 @@ def test_policy_and_race():
 
 
 def test_a_kernel_that_fails_is_not_used(monkeypatch):
-    from dynexec.kernels import conv
+    from dynexec.kernels import conv, pointwise
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of shared memory")
@@ -117,11 +130,14 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     num_blocks = dynexec.convert(model).num_blocks
     x = torch.randn(4, 3, 13, 13, device=DEVICE)
     frozen = dynexec.freeze(model, x)
-    assert "Triton kernels not used: fused: RuntimeError: out of shared memory" in frozen.explain()
+    assert "fused refused: RuntimeError: out of shared memory" in frozen.explain()
     decisions = torch.rand(len(x), num_blocks, device=DEVICE) < 0.5
     torch.testing.assert_close(frozen(x, decisions), expected(model, x, decisions), rtol=1e-3, atol=1e-4)
     with pytest.raises(RuntimeError, match="executor 'fused' cannot run this network: RuntimeError: out of"):
         dynexec.freeze(model, x, executor="fused")
+    monkeypatch.setattr(pointwise, "combine", fail)
+    text = dynexec.freeze(model, x).explain()
+    assert "Triton kernels not used: fused: RuntimeError: out of shared memory; dense: RuntimeError: out of" in text
 
 
 def test_without_triton_layers_run(monkeypatch):

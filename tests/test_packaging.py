@@ -47,7 +47,7 @@ def copy_tree(folder):
         shutil.copy2(ROOT / name, folder)
     for name in FOLDERS:
         shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "native_build_failure.txt")
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*_build_failure.txt")
         )
     return folder
 

@@ -1,12 +1,17 @@
 """Which programs run whole segments of a network on a device, and in which ways."""
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 
 from dynexec import dispatch
+from dynexec import kernels as package
+from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.engine import engine_missing, instruction_set
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.program import Programs
@@ -27,6 +32,10 @@ class Backend:
         The executors that its programs are, by name: with which arguments programs are called.
     plans : bool
         Whether its programs need a Route, and not only the decisions.
+    strict : bool
+        Whether one executor that is wrong stands for all, since they share their code.
+    version : tuple
+        Of what runs; part of the key of cached times.
     programs : callable
         ``programs(columns)`` makes the programs of a segment.
     """
@@ -36,6 +45,8 @@ class Backend:
     missing: str | None
     executors: dict
     plans: bool
+    strict: bool
+    version: tuple
     programs: Callable
 
 
@@ -43,7 +54,9 @@ def engine(winograd):
     """The engine for CPUs."""
     executors = {"resident": {"together": False}, "fused": {"together": True}}
     missing = engine_missing() and f"no native code, {engine_missing()}"
-    return Backend("engine", instruction_set(), missing, executors, False, partial(Programs, winograd=winograd))
+    return Backend(
+        "engine", instruction_set(), missing, executors, False, True, (), partial(Programs, winograd=winograd)
+    )
 
 
 def kernels(device, batch_invariant):
@@ -51,7 +64,15 @@ def kernels(device, batch_invariant):
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
     executors = {"fused": {}, "dense": {"dense": True}}
-    return Backend("Triton kernels", gpu, dispatch.triton_missing(), executors, True, programs)
+    version = _digest_of_kernels(), batch_invariant, conditional_missing()
+    return Backend("Triton kernels", gpu, dispatch.triton_missing(), executors, True, False, version, programs)
+
+
+def _digest_of_kernels():
+    """Changes with the kernels and with Triton."""
+    sources = sorted(Path(package.__file__).parent.glob("*.py"))
+    triton = importlib.metadata.version("triton") if dispatch.triton_missing() is None else ""
+    return sha256("".join([triton, *(path.read_text() for path in sources)]).encode()).hexdigest()[:16]
 
 
 def choose_backend(device, winograd, batch_invariant):

@@ -7,8 +7,7 @@ import torch
 
 from dynexec.executors.costs import device_name, seconds
 from dynexec.executors.frozen import FrozenNetwork
-from dynexec.executors.graphs import Graphs
-from dynexec.executors.proof import relative_error, tolerance
+from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.segment import make_segments
 
 
@@ -26,42 +25,27 @@ def try_backend(backend, network, layers, proof, executor):
     left = [stage for stage in layers.stages if stage not in taken]
     like = layers.num_blocks, layers.dtype, layers.device
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
+    if layers.device.type == "cuda" and not left:
+        fast.graphs = Graphs(fast.compute, layers.device)
+    refused = {}
     for name in backend.executors if executor is None else (executor,):
         fast.use(name)
         try:
-            # The whole batch, too: it has other tiles than a few samples.
-            reason = proof.difference(fast) or _disagreement(fast, layers, proof.images)
+            with choosing_algorithms():
+                reason = proof.difference(fast)
+                if reason is None and fast.graphs is not None:
+                    reason = proof.difference(fast, FrozenNetwork.in_graphs)
         except Exception as error:  # a kernel that does not compile, or fails: then layers are there
             reason = f"{type(error).__name__}: {error}"
         if reason is not None:
-            return None, reason if executor else f"{name}: {reason}"
-    if layers.device.type == "cuda" and not left:
-        _use_graphs(fast, proof.images)
-    return fast, None
-
-
-def _disagreement(fast, layers, images):
-    """How two ways to run differ on all images and blocks, or None."""
-    if images.device.type == "cpu":
-        return None  # the engine does the same for any batch
-    decisions = torch.ones(len(images), fast.num_blocks, dtype=torch.bool, device=images.device)
-    error = relative_error(fast.run(images, decisions), layers.run(images, decisions))
-    return None if error <= 2 * tolerance(fast.dtype, images.device) else f"the whole batch differs by {error:.1e}"
-
-
-def _use_graphs(fast, images):
-    """Let a network run as CUDA graphs if the whole batch can and gives the same."""
-    decisions = torch.ones(len(images), fast.num_blocks, dtype=torch.bool, device=images.device)
-    expected = fast.run(images, decisions)
-    try:
-        fast.graphs = Graphs(fast.compute, images.device)
-        error = relative_error(fast.call(images, decisions)[0], expected)
-        reason = None if error <= tolerance(fast.dtype, images.device) else f"its output differs by {error:.1e}"
-    except Exception as problem:  # something that waits for the device, or is no tensor
-        reason = f"{type(problem).__name__}: {problem}"
-    if reason is not None:
+            refused[name] = reason
+            fast.executors.remove(name)
+    if refused and (backend.strict or not fast.executors or executor is not None):
         fast.graphs = None
-        fast.notes.append(f"no CUDA graphs: {reason}")
+        return None, refused[executor] if executor else "; ".join(f"{name}: {why}" for name, why in refused.items())
+    fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
+    fast.note_failed_graphs()
+    return fast, None
 
 
 def race(fast, layers, images, cache):
@@ -71,7 +55,8 @@ def race(fast, layers, images, cache):
     keeps = [(torch.rand(shape, generator=generator) < keep).to(images.device) for keep in (0.5, 1.0)]
     # Fewer samples than threads are shared by all of them in any case.
     several = 1 < torch.get_num_threads() <= len(images)
-    names = [name for name, options in fast.backend.executors.items() if several or not options.get("together")]
+    options = fast.backend.executors
+    names = [name for name in fast.executors if several or not options[name].get("together")]
     names.append("layers")
 
     def measure(name):
@@ -82,7 +67,9 @@ def race(fast, layers, images, cache):
 
     parts = [part for network in (fast, layers) for part in (*network.segments, *network.stages)]
     signature = " ".join(part.signature for part in parts)
-    key = cache.key("race", digest(signature), tuple(images.shape), layers.dtype, *device_name(images.device))
+    key = cache.key(
+        "race", digest(signature), tuple(images.shape), layers.dtype, *fast.backend.version, *device_name(images.device)
+    )
     return cache.get(key, are_times(names), lambda: {name: measure(name) for name in names})
 
 

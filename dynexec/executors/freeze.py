@@ -12,7 +12,6 @@ from dynexec.executors.block import pack_module
 from dynexec.executors.candidate import are_times, digest, race, try_backend
 from dynexec.executors.costs import CostCache, device_name, seconds
 from dynexec.executors.frozen import FrozenNetwork
-from dynexec.executors.graphs import choosing_algorithms
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
 from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error, tolerance
@@ -72,8 +71,9 @@ def freeze(
         times as fast, with larger rounding errors, still around 1e-6 of the largest value. An infinity becomes NaN in
         its neighbourhood.
     batch_invariant : bool
-        Whether on a GPU a sample's result must not depend, by rounding, on what else is in the batch; costs time where
-        few samples keep a block. On a CPU the engine's never does.
+        Whether with the executor ``fused`` on a GPU a sample's result must not depend, by rounding, on who else keeps
+        its blocks; costs time where few do. For one batch size: cuDNN's algorithms differ. On a CPU the engine's never
+        does.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
     keep_memory : bool
@@ -105,13 +105,16 @@ def freeze(
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     images = example_input.detach().to(dtype).contiguous(memory_format=torch.channels_last)
     cache = CostCache(cost_cache)
-    # On a GPU the proof is the first to run many shapes, and cuDNN keeps what it chooses for them.
-    with torch.no_grad(), dispatch.on_device(device), choosing_algorithms():
+    with torch.no_grad(), dispatch.on_device(device):
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
             policy = _freeze_policy(policy, images, executor, backend, cache)
         frozen = _freeze_backbone(backbone, images, executor, backend, cache)
     frozen.policy = policy
+    if policy is not None and frozen.graphs is not None:
+        with torch.no_grad(), dispatch.on_device(device):
+            frozen.call(images, None)
+        frozen.note_failed_graphs()
     cache.save()
     return frozen
 
@@ -145,6 +148,9 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     chosen = layers if fastest == "layers" else fast
     if chosen is fast:
         fast.use(fastest)
+    else:
+        layers.notes += fast.notes
+        fast.graphs = None  # and their memory
     compared = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
     chosen.notes.append(f"batch {len(images)}, keep 0.5 and 1 together: {compared} (measured) -> {fastest}")
     return chosen.keep_only()
@@ -170,7 +176,7 @@ def _freeze_policy(policy, images, executor, backend, cache):
     fast, segments = make_segments(module, partial(backend.programs, 0))
     if not segments or not gives_the_same(fast.forward):
         return layers
-    if executor is None:
+    if executor is None and not backend.plans:  # kernels run in a graph, where the host's time does not count
         signature = digest([policy, *(segment.signature for segment in segments)])
         key = cache.key("policy", signature, tuple(images.shape), *device_name(images.device))
         runs = {"engine": lambda: fast.forward(images), "layers": lambda: layers(images)}

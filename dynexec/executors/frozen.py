@@ -20,6 +20,8 @@ class FrozenNetwork(nn.Module):
         super().__init__()
         self.network, self.num_blocks, self.dtype, self.device = network, num_blocks, dtype, device
         self.stages, self.segments, self.backend = tuple(stages), tuple(segments), backend
+        self.executors = list(backend.executors) if backend is not None else []  # those that were proven
+        self.executor = None
         self.policy, self.samples_at_once, self.graphs, self.notes = None, None, None, []
 
     @torch.no_grad()
@@ -52,7 +54,21 @@ class FrozenNetwork(nn.Module):
 
     def call(self, x, decisions):
         """Output and decisions, in the fastest way that there is; arguments as for :meth:`compute`."""
-        return self.compute(x, decisions) if self.graphs is None or len(x) == 0 else self.graphs(x, decisions)
+        if self.graphs is None or len(x) == 0 or torch.cuda.is_current_stream_capturing():  # into somebody else's graph
+            return self.compute(x, decisions)
+        return self.graphs(x, decisions, self.executor)
+
+    def in_graphs(self, x, decisions):
+        """The output alone."""
+        return self.call(x, decisions)[0]
+
+    def note_failed_graphs(self):
+        """Have ``explain`` say for which inputs there is no CUDA graph, and why."""
+        for (executor, shape, decided), reason in (self.graphs.failed if self.graphs is not None else {}).items():
+            by = "by the policy" if decided else "given"
+            note = f"no CUDA graph for {executor}, {shape}, decisions {by}: {reason}"
+            if note not in self.notes:
+                self.notes.append(note)
 
     def compute(self, x, decisions):
         """Output and decisions for ``x`` in the network's dtype and decisions bool ``[N, L]``; None: the policy's."""
@@ -80,11 +96,14 @@ class FrozenNetwork(nn.Module):
 
     def use(self, executor):
         """Let segments run as this executor of the :class:`Backend`."""
+        self.executor = executor
         for segment in self.segments:
             segment.executor, segment.options = executor, self.backend.executors[executor]
 
     def keep_only(self):
-        """Give up the weights that this way to run does not need; return the network."""
+        """Give up the weights and graphs that this way to run does not need; return the network."""
+        if self.graphs is not None:
+            self.graphs.keep_only(self.executor)
         for segment in self.segments:
             segment.release()
         for stage in self.stages:
