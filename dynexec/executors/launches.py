@@ -56,6 +56,10 @@ class LaunchPrograms:
     def finish(self, builder):
         return LaunchProgram(builder.instructions, self)
 
+    def renew(self, program):
+        """The program itself: it keeps nothing between calls."""
+        return program
+
     def take_conditional(self, x):
         """Whether this batch has so few samples that blocks are left out by conditional nodes, and what inserts them.
 

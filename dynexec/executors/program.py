@@ -61,6 +61,10 @@ class Programs:
     def finish(self, builder):
         return Program(builder.finish(), self.weights.tensor())
 
+    def renew(self, program):
+        """The same program without the workspace that it keeps, made for the largest batch so far."""
+        return Program(program.code, self.weights.tensor())
+
 
 class ProgramBuilder(Builder):
     """A builder of programs for the engine.
