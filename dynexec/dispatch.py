@@ -1,7 +1,8 @@
 """What PyTorch's dispatcher knows of the ops: schemas, implementations per device, fakes, FLOP formulas.
 
 The portable implementation is :mod:`dynexec.reference`, behind checks of the values where they can be read without
-waiting for a device. Native ones are registered under the same schemas when their library is loaded.
+waiting for a device. Native ones are registered under the same schemas when their library is loaded, Triton's where
+there is a GPU.
 """
 
 import importlib.util

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def load():
     return None
 
 
+@cache
 def cuda_missing():
     """Why there is no :func:`cuda`, or None."""
     if not torch.cuda.is_available():

@@ -120,6 +120,9 @@ class LaunchProgram:
         self._last_uses = [[] for _ in instructions]
         for key, number in last.items():
             self._last_uses[number].append(key)
+        # A tensor of the caller's must not be written to.
+        loaded = next(step.output for step in instructions if step.op == "load")
+        self._copies_input = any(step.output is loaded and step.op != "load" for step in instructions)
         for step in instructions:  # weights are laid out now, not in the first call
             if step.conv is not None:
                 programs.weights(step.conv, step.op == "depthwise")
@@ -175,7 +178,8 @@ class LaunchProgram:
 
     def _run(self, number, step, frame, rows):
         if step.op == "load":
-            frame.values[id(step.output)] = self._load(frame.x, step.output)
+            y = frame.x.contiguous(memory_format=torch.channels_last)
+            frame.values[id(step.output)] = y.clone() if self._copies_input and y is frame.x else y
         elif frame.dense:
             self._run_alone(step, frame, rows)
         elif number in self.pairs:
@@ -184,11 +188,6 @@ class LaunchProgram:
             self._run_alone(step, frame, rows)
         for key in self._last_uses[number]:
             frame.values.pop(key, None)  # the middle of a pair never was
-
-    def _load(self, x, value):
-        written = any(step.output is value and step.op != "load" for step in self.instructions)
-        y = x.contiguous(memory_format=torch.channels_last)
-        return y.clone() if written and y is x else y
 
     def _run_alone(self, step, frame, rows):
         x, other = frame.values[id(step.input)], frame.get(step.other)
