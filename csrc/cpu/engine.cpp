@@ -56,16 +56,18 @@ std::vector<const Kernels*> Program::all_kernels() {
   return found;
 }
 
-// Where the slots begin, for groups of that many samples, and where the last one ends.
-std::vector<int64_t> Program::place_slots(int64_t group) const {
-  std::vector<int64_t> begin(num_slots_ + 1, 0);
-  for (const Buffer& buffer : buffers_) {
-    if (buffer.slot < 0) continue;
-    const int64_t samples = buffer.phase < 0 ? group : std::min(group, phases_[buffer.phase].samples);
-    begin[buffer.slot + 1] = std::max(begin[buffer.slot + 1], samples * buffer.sample());
+// For all groups now, so that a call allocates nothing.
+void Program::place_slots() {
+  slots_.assign((kMaxGroup + 1) * (num_slots_ + 1), 0);
+  for (int64_t group = 1; group <= kMaxGroup; ++group) {
+    int64_t* const begin = &slots_[group * (num_slots_ + 1)];
+    for (const Buffer& buffer : buffers_) {
+      if (buffer.slot < 0) continue;
+      const int64_t samples = buffer.phase < 0 ? group : std::min(group, phases_[buffer.phase].samples);
+      begin[buffer.slot + 1] = std::max(begin[buffer.slot + 1], samples * buffer.sample());
+    }
+    for (int64_t slot = 0; slot < num_slots_; ++slot) begin[slot + 1] += begin[slot] + kGap;
   }
-  for (int64_t slot = 0; slot < num_slots_; ++slot) begin[slot + 1] += begin[slot] + kGap;
-  return begin;
 }
 
 // Floats that each thread works in besides the slots, for groups of that many samples.
@@ -112,8 +114,8 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   group = std::min({group, kMaxGroup, batch.samples});
   const int64_t groups = divide_up(batch.samples, group);
   const int64_t workers = together ? threads : std::min(threads, groups);
-  const std::vector<int64_t> slots = place_slots(group);
-  const int64_t arena = slots.back();
+  const int64_t* const slots = this->slots(group);
+  const int64_t arena = slots[num_slots_];
   const int64_t counters = together ? groups * steps(group) * threads : 0;
   const int64_t shared = arena * (together ? 1 : workers);
   const int64_t between = together ? shared_ * threads * group + kGap : 0, scratch = this->scratch(group) + kGap;
@@ -132,7 +134,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     memory->counter[i].done.store(0, std::memory_order_relaxed);
   }
   std::atomic<int64_t> next_worker{0}, next_group{0};
-  const std::function<void()> work = [&] {
+  const auto work = [&] {
     const int64_t worker = next_worker.fetch_add(1);
     if (worker >= workers) return;
     Frame frame(batch, slots);
@@ -153,7 +155,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   if (workers == 1) {
     work();
   } else {
-    parallel(workers, work);
+    parallel(workers, std::cref(work));  // not a copy, which would be allocated
   }
   const std::lock_guard lock(mutex_);
   unused_.push_back(std::move(memory));

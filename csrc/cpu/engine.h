@@ -129,7 +129,8 @@ class Program {
   void prepare(Step& step);
   void prepare_bands(int64_t number);
   Bands bands(int64_t number) const;
-  std::vector<int64_t> place_slots(int64_t group) const;
+  void place_slots();
+  const int64_t* slots(int64_t group) const { return &slots_[group * (num_slots_ + 1)]; }
   int64_t scratch(int64_t group) const;
   int64_t steps(int64_t group) const;
   void run_group(Frame& frame) const;
@@ -162,6 +163,7 @@ class Program {
   std::vector<Phase> phases_;
   std::vector<Buffer> buffers_;
   std::vector<Step> steps_;
+  std::vector<int64_t> slots_;  // where each begins, and where the last one ends, for groups of 0, 1, ... samples
 
   std::shared_ptr<Memory> take_memory(int64_t floats, int64_t counters) const;
   mutable std::mutex mutex_;

@@ -62,7 +62,7 @@ struct alignas(64) Counter {
 // Where a thread is in a call: its group, the samples of the phase that it works on, those that a gate lets through.
 struct Program::Frame {
   const Batch& batch;
-  const std::vector<int64_t>& slots;      // where they begin
+  const int64_t* const slots;             // where they begin
   float* arena = nullptr;
   float* scratch = nullptr;               // of this thread
   float* shared = nullptr;                // of all
@@ -72,7 +72,7 @@ struct Program::Frame {
   int64_t first = 0, size = 0;            // of the phase, within the group
   int64_t count = 0, active[kMaxGroup];   // samples of the phase
 
-  Frame(const Batch& batch, const std::vector<int64_t>& slots) : batch(batch), slots(slots) {}
+  Frame(const Batch& batch, const int64_t* slots) : batch(batch), slots(slots) {}
 
   // The sample `sample` of the phase in a buffer.
   float* at(const Buffer& buffer, int64_t sample) const {

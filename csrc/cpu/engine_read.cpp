@@ -26,7 +26,7 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
   next(kVersion, kVersion, "version");
   next(kernels_.width, kernels_.width, "vector width");
   columns_ = next(0, kMaxSize, "number of columns");
-  num_slots_ = next(1, 1 << 20, "number of slots");
+  num_slots_ = next(1, 1 << 12, "number of slots");
   const int64_t num_phases = next(1, 1 << 20, "number of phases");
   const int64_t num_buffers = next(1, 1 << 20, "number of buffers");
   const int64_t num_steps = next(1, 1 << 20, "number of instructions");
@@ -115,6 +115,7 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
   }
   if (input_ < 0 || output_ < 0) fail("it loads or stores nothing");
   if (floats() > kMaxFloats) fail("it needs too much memory");
+  place_slots();
 }
 
 double Program::floats() const {

@@ -6,15 +6,19 @@
 // A file has int64 values: magic, sizes of code and weights, samples, columns, input [C, H, W], output [C, H, W]; then
 // the code, the weights, the input batch, the decisions (a byte each) and the expected output, both batches NHWC. Every
 // set of kernels whose vector width the program was made for runs it: by one thread and by four, in groups of several
-// sizes, each thread on its own and all together, and several calls at once. Exit status 1: an output was wrong.
+// sizes, each thread on its own and all together, and several calls at once. Exit status 1: an output was wrong, or a
+// call allocated memory though one like it had gone before.
 //
 // With --mutate, COUNT programs are made of each by changing some of its integers. The engine must refuse them or stay
 // within its memory and that of the batch, whatever they now say; there is no right output to compare with.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -22,6 +26,26 @@
 #include <vector>
 
 #include "../cpu/engine.h"
+
+namespace {
+
+std::atomic<int64_t> allocations{0};
+
+void* allocate(std::size_t size, std::size_t alignment) {
+  ++allocations;
+  const std::size_t whole = (std::max<std::size_t>(size, 1) + alignment - 1) / alignment * alignment;
+  if (void* const memory = std::aligned_alloc(alignment, whole)) return memory;
+  throw std::bad_alloc();
+}
+
+}  // namespace
+
+void* operator new(std::size_t size) { return allocate(size, __STDCPP_DEFAULT_NEW_ALIGNMENT__); }
+void* operator new(std::size_t size, std::align_val_t alignment) { return allocate(size, std::size_t(alignment)); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -65,6 +89,10 @@ void parallel(int64_t threads, const std::function<void()>& work) {
   for (std::thread& thread : team) thread.join();
 }
 
+void one_after_the_other(int64_t threads, const std::function<void()>& work) {
+  for (int64_t i = 0; i < threads; ++i) work();
+}
+
 // Whether the program gives what is expected, the same bits every time.
 bool check(const std::string& path, Case& test, const dynexec::Kernels& kernels) {
   const dynexec::Program program(test.code.data(), test.code.size(), test.weights.data(), test.weights.size(), kernels);
@@ -92,6 +120,18 @@ bool check(const std::string& path, Case& test, const dynexec::Kernels& kernels)
           good = false;
         }
       }
+    }
+  }
+  std::vector<float> y(test.expected.size());
+  const dynexec::Program::Batch batch = {test.samples, view(test.x.data(), test.in), view(y.data(), test.out),
+                                         test.decisions.data()};
+  for (const bool together : {false, true}) {
+    program.run(batch, 4, 0, together, one_after_the_other);
+    const int64_t before = allocations;
+    program.run(batch, 4, 0, together, one_after_the_other);
+    if (allocations != before) {
+      std::printf("%s: together %d: %ld allocations in a call\n", path.c_str(), together, long(allocations - before));
+      good = false;
     }
   }
   std::vector<std::thread> callers;
