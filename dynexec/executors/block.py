@@ -147,4 +147,7 @@ def describe(function):
 
 
 def _describe_target(module, node):
-    return repr(module.get_submodule(node.target)) if node.op == "call_module" else repr(node.target)
+    if node.op == "call_module":
+        return repr(module.get_submodule(node.target))
+    name = getattr(node.target, "__qualname__", node.target)  # repr of a function: another address in every process
+    return f"{getattr(node.target, '__module__', None)}.{name}"
