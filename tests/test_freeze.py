@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import dynexec
 from dynexec.executors import backends
+from dynexec.executors.candidate import halves
 from dynexec.executors.engine import engine_missing
 from dynexec.executors.stage import EXECUTORS
 from dynexec.models import create_model
@@ -236,6 +238,31 @@ def test_costs_are_measured_once_and_a_broken_cache_is_replaced(tmp_path, no_eng
     path.write_text(json.dumps({**first, "version": 0}))
     dynexec.freeze(model, toys.images(2), cost_cache=path)
     assert json.loads(path.read_text())["version"] == 1
+
+
+def test_another_process_finds_the_costs(tmp_path):
+    """Among them those of a shortcut with F.pad, a function, whose repr has its address."""
+    path = tmp_path / "costs.json"
+    program = (
+        "import sys, dynexec, torch; from dynexec.models import create_model;"
+        "model = create_model('blockdrop_resnet32_cifar10').backbone.eval();"
+        "dynexec.freeze(model, torch.rand(2, 3, 32, 32), cost_cache=sys.argv[1])"
+    )
+    found = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program, path], check=True)
+        found.append(json.loads(path.read_text())["entries"])
+    assert len(found[0]) >= 4 and found[0] == found[1]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 64])
+def test_half_of_the_samples_keep_a_block(n):
+    half = halves(n, 40)
+    assert half.shape == (n, 40) and half.dtype == torch.bool
+    for size in (n - n % 2, n // 4 * 2):
+        assert (half[:size].sum(0) * 2 == size).all()
+    assert n < 2 or 0 < half[0].sum() < 40
+    assert n < 5 or not torch.equal(half[0], half[2])
 
 
 def test_memory_does_not_grow_over_a_thousand_calls():

@@ -9,7 +9,7 @@ from torch import fx, nn
 from dynexec import dispatch
 from dynexec.executors.backends import choose_backend
 from dynexec.executors.block import pack_module
-from dynexec.executors.candidate import are_times, digest, race, try_backend
+from dynexec.executors.candidate import are_times, digest, halves, race, try_backend
 from dynexec.executors.costs import CostCache, device_name, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.memory import keep_freed_memory
@@ -233,8 +233,7 @@ def _measure_samples_at_once(frozen, images, cache):
     Large activations are slow: they leave the caches, and the system hands out and takes back their memory every time.
     """
     n = len(images)
-    decisions = torch.rand(n, frozen.num_blocks, generator=torch.Generator().manual_seed(0)) < 0.5
-    decisions = decisions.to(images.device)
+    decisions = halves(n, frozen.num_blocks).to(images.device)
     sizes = [2**i for i in range(n.bit_length()) if 2**i < n]
     if not sizes or not _splits(frozen, images, decisions, sizes[-1]):
         return None
