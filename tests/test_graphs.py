@@ -8,19 +8,23 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.executors.conditional import conditional_missing
 from dynexec.nn.context import decide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def freeze(policy=False, dtype=torch.float16, batch=6):
+EXECUTORS = ["fused"] + ["bucketed"] * (conditional_missing() is None)
+
+
+def freeze(policy=False, dtype=torch.float16, batch=6, executor="fused"):
     model = toys.timm_style().cuda().to(dtype)
     num_blocks = dynexec.convert(model).num_blocks
     x = torch.randn(batch, 3, 13, 13, device="cuda", dtype=dtype)
     if policy:
         pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_blocks))
         policy = toys.finish(nn.Sequential(pooled, nn.Sigmoid())).cuda().to(dtype)
-    frozen = dynexec.freeze(model, x, executor="fused", policy=policy or None)
+    frozen = dynexec.freeze(model, x, executor=executor, policy=policy or None)
     assert "in CUDA graphs" in frozen.explain()
     return model, num_blocks, x, frozen
 
@@ -34,8 +38,10 @@ def close(actual, wanted):
     torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
 
 
-def test_replays_take_new_inputs_and_decisions():
-    model, num_blocks, x, frozen = freeze()
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_replays_take_new_inputs_and_decisions(executor):
+    model, num_blocks, x, frozen = freeze(batch=19, executor=executor)
+    assert "no CUDA graph" not in frozen.explain()
     for keep in (0.5, 0.0, 1.0, 0.3, 0.5):
         x = torch.randn_like(x)
         decisions = torch.rand(len(x), num_blocks, device="cuda") < keep
@@ -51,11 +57,11 @@ def test_executors_have_graphs_of_their_own():
     assert "refused" not in frozen.explain() and "no CUDA graph" not in frozen.explain()
     if frozen.graphs is not None:
         assert {variant for variant, *_ in frozen.graphs.graphs} == {frozen.executor}
-        for name in ("fused", "dense", "fused"):
+        for name in ("fused", "dense", "bucketed", "fused"):
             frozen.use(name)
             decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
             close(frozen(x, decisions), expected(model, x, decisions))
-        assert {variant for variant, *_ in frozen.graphs.graphs} == {"fused", "dense"}
+        assert {variant for variant, *_ in frozen.graphs.graphs} == {"fused", "dense", "bucketed"}
 
 
 def test_what_cannot_be_captured_runs_without_a_graph():
@@ -75,8 +81,9 @@ def test_what_cannot_be_captured_runs_without_a_graph():
     close(frozen(x[:4], decisions[:4]), expected(model, x[:4], decisions[:4]))
 
 
-def test_nothing_waits_for_the_device():
-    model, num_blocks, x, frozen = freeze(policy=True)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_nothing_waits_for_the_device(executor):
+    model, num_blocks, x, frozen = freeze(policy=True, executor=executor)
     frozen(x)
     decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
     frozen(x, decisions)
@@ -100,8 +107,9 @@ def test_a_policy_is_in_the_graph():
         close(y, expected(model, x, decisions))
 
 
-def test_several_streams_and_threads():
-    model, num_blocks, x, frozen = freeze()
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_several_streams_and_threads(executor):
+    model, num_blocks, x, frozen = freeze(executor=executor)
     inputs = [(torch.randn_like(x), torch.rand(len(x), num_blocks, device="cuda") < 0.5) for _ in range(8)]
     wanted = [expected(model, *given) for given in inputs]
     torch.cuda.synchronize()

@@ -9,7 +9,7 @@ from kernel_cases import DEVICE
 from torch import nn
 
 import dynexec
-from dynexec.executors import backends
+from dynexec.executors import backends, launches
 from dynexec.executors.instructions import Value
 from dynexec.executors.launches import LaunchBuilder, _find_pairs
 from dynexec.executors.packing import PackedConv
@@ -73,7 +73,7 @@ def expected(model, x, decisions):
         return model(x.clone())
 
 
-@pytest.mark.parametrize("executor", ["fused", "dense"])
+@pytest.mark.parametrize("executor", ["fused", "dense", "bucketed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_is_the_models(name, dtype, executor):
@@ -87,8 +87,25 @@ def test_output_is_the_models(name, dtype, executor):
     assert torch.equal(x, before)
 
 
-def test_other_sizes_batches_and_layouts():
-    model, num_blocks, _, frozen = frozen_pair("odd", size=13)
+def test_every_number_of_samples_in_buckets(monkeypatch):
+    """Of eleven the library computes the last two, four, ... or all, whatever lies in the rows that are left out."""
+    model, num_blocks, _, frozen = frozen_pair("timm", executor="bucketed")
+    x = torch.randn(11, 3, 9, 9, device=DEVICE)
+    run, sizes = launches._run_by_library, set()
+    monkeypatch.setattr(launches, "_run_by_library", lambda step, x, *more: sizes.add(len(x)) or run(step, x, *more))
+    for count in (0, 1, 2, 3, 7, 10, 11):
+        order = torch.rand(11, num_blocks, device=DEVICE).argsort(0)
+        x[:, :, 4, 4] = torch.nan if count % 2 else 1.0  # goes into what its own sample gives and nothing else
+        x[3, :, 4, 4] = 1.0
+        y, wanted = frozen(x, order < count), expected(model, x, order < count)
+        torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-4, equal_nan=True)
+        assert y[3].isfinite().all()
+    assert sizes == {2, 4, 6, 8, 10, 11}
+
+
+@pytest.mark.parametrize("executor", ["fused", "bucketed"])
+def test_other_sizes_batches_and_layouts(executor):
+    model, num_blocks, _, frozen = frozen_pair("odd", size=13, executor=executor)
     for n, size in ((1, 13), (3, 17), (0, 13)):
         x = torch.randn(n, 3, size, size, device=DEVICE)
         decisions = torch.rand(n, num_blocks, device=DEVICE) < 0.5
@@ -120,7 +137,7 @@ def test_policy_and_race():
 
 
 def test_a_kernel_that_fails_is_not_used(monkeypatch):
-    from dynexec.kernels import conv, pointwise
+    from dynexec.kernels import conv, pointwise, rows
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of shared memory")
@@ -136,8 +153,10 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     with pytest.raises(RuntimeError, match="executor 'fused' cannot run this network: RuntimeError: out of"):
         dynexec.freeze(model, x, executor="fused")
     monkeypatch.setattr(pointwise, "combine", fail)
+    monkeypatch.setattr(rows, "move_rows", fail)
     text = dynexec.freeze(model, x).explain()
     assert "Triton kernels not used: fused: RuntimeError: out of shared memory; dense: RuntimeError: out of" in text
+    assert "; bucketed: RuntimeError: out of shared memory" in text
 
 
 def test_without_triton_layers_run(monkeypatch):

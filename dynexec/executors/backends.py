@@ -63,7 +63,7 @@ def kernels(device, batch_invariant):
     """The Triton kernels for GPUs, which in the interpreter run on a CPU as well."""
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-    executors = {"fused": {}, "dense": {"dense": True}}
+    executors = {name: {"executor": name} for name in ("fused", "dense", "bucketed")}
     version = _digest_of_kernels(), batch_invariant, conditional_missing()
     return Backend("Triton kernels", gpu, dispatch.triton_missing(), executors, True, False, version, programs)
 

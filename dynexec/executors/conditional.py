@@ -12,31 +12,55 @@ def conditional_missing():
     return native.cuda_missing()
 
 
+def switch(offset, size, functions):
+    """Let function number ``ceil(count / size)``, at most the last one, work on the rows ``offset``.
+
+    ``offset`` is int32 ``[2]`` on the device, ``count`` is ``offset[1] - offset[0]``. All functions are called, since
+    the host does not know which, and all but that one with an ``offset`` of no rows.
+    """
+    chosen = (((offset[1] - offset[0]) + (size - 1)) // size).clamp(max=len(functions) - 1)
+    for number, function in enumerate(functions):
+        function(offset * (chosen == number))
+
+
 class Conditional:
     """Inserts conditional nodes into the graph that the current stream is captured into.
 
-    Nothing may be allocated inside of a body: a graph's memory pool belongs to the stream that captures it.
+    A graph's memory pool belongs to the stream that captures it, and not to a body's. Inside of ``if_any`` nothing may
+    be allocated; what a function of ``switch`` allocates is memory that all of them share, so nothing stays there.
     """
 
     def __init__(self, device):
-        self.stream = torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.memory = torch.cuda.MemPool()
         native.cuda().prepare_conditional()
 
     @contextmanager
     def if_any(self, offset):
-        """What is launched inside runs where ``offset``, int32 ``[2]`` on the device, has two different values."""
+        """What is launched inside runs where ``offset``, int32 ``[2]`` on the device, has two different values.
+
+        Always, while nothing is captured.
+        """
+        if not torch.cuda.is_current_stream_capturing():
+            yield
+            return
         (body,) = self._insert(offset, 0, 1)
         with self._capture(body):
             yield
 
     def switch(self, offset, size, functions):
-        """One of the functions' launches, number ``ceil(count / size)`` of them, at most the last one.
-
-        ``count`` is ``offset[1] - offset[0]``.
-        """
+        """As :func:`switch`, while a graph is captured by a node that runs one of the functions' launches."""
+        if not torch.cuda.is_current_stream_capturing():
+            # On the stream of the bodies, for which the libraries then have what they keep for every stream.
+            current = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                switch(offset, size, functions)
+            current.wait_stream(self.stream)
+            return
         for body, function in zip(self._insert(offset, size, len(functions)), functions, strict=True):
-            with self._capture(body):
-                function()
+            with torch.cuda.use_mem_pool(self.memory, self.device), self._capture(body):
+                function(offset)
 
     def _insert(self, offset, size, bodies):
         current = torch.cuda.current_stream(offset.device).cuda_stream

@@ -38,15 +38,16 @@ def freeze(
     """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
 
     BatchNorm is folded, activations and residual additions run inside the convolutions, activations are channels_last
-    and the residual stream is updated in place. Two ways to run are built, compared with the original model on
-    ``example_input`` and timed; the faster one stays (times are cached on disk):
+    and the residual stream is updated in place. Several ways to run are built, compared with the original model
+    on ``example_input`` and timed; the fastest one stays (times are cached on disk):
 
     * On a CPU the engine, native code: everything that it knows, usually the whole network, is one call.
       ``resident``: each thread takes a few samples at a time through all layers, while their activations stay in its
       cache. ``fused``: all threads share one layer after the other. Dropped blocks are jumped over; nothing is moved.
     * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
-      graph per input shape. ``dense`` is the same with all samples computed by cuDNN and the kept ones copied.
+      graph per input shape. ``dense`` is the same with all samples computed by cuDNN and the kept ones copied,
+      ``bucketed`` with an eighth of the batch, two eighths, ... or all, chosen on the device by a node of the graph.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
@@ -62,7 +63,7 @@ def freeze(
     dtype : torch.dtype, optional
         Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``. On a GPU float16
         and bfloat16 are, and float32 uses TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
-    executor : {"fused", "resident", "dense", "masked", "compact", "grouped"}, optional
+    executor : {"fused", "resident", "dense", "bucketed", "masked", "compact", "grouped"}, optional
         Use this one everywhere instead of choosing.
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.

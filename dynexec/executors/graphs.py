@@ -96,11 +96,11 @@ class _Graph:
 
 
 @contextmanager
-def choosing_algorithms():
-    """Let cuDNN measure which of its algorithms is the fastest, for a shape that it sees for the first time."""
+def choosing_algorithms(measure=True):
+    """Let cuDNN measure, for a shape that it sees for the first time, which of its algorithms is fastest, or guess."""
     with _capturing:
         before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = measure
         try:
             yield
         finally:

@@ -7,19 +7,24 @@ run, stems, shortcuts and classifiers, is the library's.
 
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from dynexec.executors.conditional import Conditional, conditional_missing
+from dynexec import dispatch
+from dynexec.executors.conditional import Conditional, conditional_missing, switch
+from dynexec.executors.graphs import choosing_algorithms
 from dynexec.executors.instructions import Builder
 from dynexec.executors.proof import allows_tf32
-from dynexec.reference import ACTIVATIONS
+from dynexec.reference import ACTIVATIONS, flat_rows
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
 _LARGEST_MIDDLE = 128
 # Up to so many samples a block is often kept by none. A conditional node costs about as much as two launches.
 _CONDITIONAL_SAMPLES = 4
+# Numbers of samples that a block is prepared for where the library computes it.
+_BUCKETS = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -60,16 +65,18 @@ class LaunchPrograms:
         """The program itself: it keeps nothing between calls."""
         return program
 
-    def take_conditional(self, x):
-        """Whether this batch has so few samples that blocks are left out by conditional nodes, and what inserts them.
-
-        The latter only while a graph is being captured; the former also before, when what it needs is compiled.
-        """
-        if x.device.type != "cuda" or len(x) > _CONDITIONAL_SAMPLES or conditional_missing() is not None:
-            return False, None
+    def take_conditional(self, x, executor):
+        """What inserts conditional nodes, or None where there are none for this batch and executor."""
+        wanted = executor == "bucketed" or executor == "fused" and len(x) <= _CONDITIONAL_SAMPLES
+        if not wanted or x.device.type != "cuda":
+            return None
+        if (reason := conditional_missing()) is not None:
+            if executor == "bucketed":
+                raise RuntimeError(f"no conditional nodes: {reason}")
+            return None
         if self._conditional is None:
             self._conditional = Conditional(x.device)
-        return True, self._conditional if torch.cuda.is_current_stream_capturing() else None
+        return self._conditional
 
     def take_workspace(self, device):
         """For sums that several programs of a kernel share; None where that is not wanted."""
@@ -135,7 +142,7 @@ class LaunchProgram:
             for step in self.instructions
         )
 
-    def __call__(self, x, route, dense=False):
+    def __call__(self, x, route, executor="fused"):
         """Run it.
 
         Parameters
@@ -143,9 +150,11 @@ class LaunchProgram:
         x : tensor ``[N, C, H, W]``
         route : Route
             A device route will do.
-        dense : bool
-            Compute all samples by the library's convolutions, then copy those that keep a block: as fast as a dense
-            network but for the copies, whatever the decisions.
+        executor : {"fused", "dense", "bucketed"}
+            ``dense``: compute all samples by the library's convolutions, then copy those that keep a block: as fast as
+            a dense network but for the copies, whatever the decisions. ``bucketed``: compute the samples that keep a
+            block, and others so that there are a multiple of an eighth of the batch, by the library's convolutions
+            between a gather and a scatter; a graph holds them all and chooses on the device.
 
         Returns
         -------
@@ -153,28 +162,62 @@ class LaunchProgram:
         """
         from dynexec.kernels.device import plain_launches
 
-        few, conditional = (False, None) if dense else self.programs.take_conditional(x)
-        with plain_launches() if few else nullcontext():
-            frame = _Frame(x, self.programs.take_workspace(x.device), dense)
+        conditional = self.programs.take_conditional(x, executor)
+        # Dependent launches are edges of a kind that conditional nodes do not have.
+        with nullcontext() if conditional is None else plain_launches():
+            frame = _Frame(x, self.programs.take_workspace(x.device), executor != "fused")
             number = 0
             while (step := self.instructions[number]).op != "store":
                 if step.op == "gate":
-                    self._run_gated(number, step, frame, route, conditional)
+                    gated = range(number + 1, number + 1 + step.gated)
+                    index, offset = route.index[step.column], route.offset[step.column, 1:]
+                    run = self._run_bucketed if executor == "bucketed" else self._run_gated
+                    run(gated, frame, index, offset, conditional)
                 else:
                     self._run(number, step, frame, {})
                 number += 1 + step.gated
             return frame.values[id(step.input)]
 
-    def _run_gated(self, gate, step, frame, route, conditional):
-        """What follows a gate, on the rows that pass it."""
-        rows = {"index": route.index[step.column], "offset": route.offset[step.column, 1:]}
-        numbers = range(gate + 1, gate + 1 + step.gated)
+    def _run_gated(self, numbers, frame, index, offset, conditional):
+        """The instructions ``numbers`` behind a gate, on the rows ``index[offset[0] : offset[1]]`` that pass it."""
         if conditional is not None:  # nothing may be allocated inside
             for number in set(numbers) - self.pairs:
                 frame.output(self.instructions[number].output)
-        with nullcontext() if conditional is None else conditional.if_any(rows["offset"]):
-            for number in numbers:
-                self._run(number, self.instructions[number], frame, rows)
+        with nullcontext() if conditional is None else conditional.if_any(offset):
+            self._run_rows(numbers, frame, index, offset)
+
+    def _run_rows(self, numbers, frame, index, offset):
+        for number in numbers:
+            self._run(number, self.instructions[number], frame, {"index": index, "offset": offset})
+
+    def _run_bucketed(self, numbers, frame, index, offset, conditional):
+        """The same by the library, on so many of the last rows of ``index`` that these are among them."""
+        n = len(index)
+        if n == 0:
+            return
+        size = -(-n // _BUCKETS)
+        functions = [lambda offset: None]
+        for rows in range(size, n, size):
+            functions.append(partial(self._run_last, numbers, frame, index, n - rows))
+        functions.append(lambda offset: self._run_rows(numbers, frame.copy(), index, offset))
+        (switch if conditional is None else conditional.switch)(offset, size, functions)
+        for number in numbers:
+            self._forget(number, frame)
+
+    def _run_last(self, numbers, frame, index, first, offset):
+        """On the rows from number ``first`` of ``index`` on, of which only those of ``offset`` are written back."""
+        from dynexec.kernels.rows import move_rows
+
+        index = index[first:]
+        part = _Part(frame, index)
+        for number in numbers:
+            step = self.instructions[number]
+            with choosing_algorithms(measure=False):  # of eight batch sizes each: it would take longer than all else
+                self._run_alone(step, part, {})
+            if (whole := frame.get(step.output)) is not None:
+                rows = flat_rows(part.get(step.output))
+                move_rows(flat_rows(whole), rows, index, scatter=True, offset=offset, first=first)
+            self._forget(number, part)
 
     def _run(self, number, step, frame, rows):
         if step.op == "load":
@@ -186,17 +229,20 @@ class LaunchProgram:
             self._run_pair(step, self.instructions[number + 1], frame, rows)
         elif number - 1 not in self.pairs:
             self._run_alone(step, frame, rows)
+        self._forget(number, frame)
+
+    def _forget(self, number, frame):
         for key in self._last_uses[number]:
             frame.values.pop(key, None)  # the middle of a pair never was
 
     def _run_alone(self, step, frame, rows):
-        x, other = frame.values[id(step.input)], frame.get(step.other)
         from dynexec.kernels import conv, depthwise, pointwise
 
+        x, other = frame.read(step.input), frame.read(step.other)
         into = frame.get(step.output)
-        if step.op == "conv" and _is_plain(step, x) and (frame.dense and rows or not rows and into is None):
+        if step.op == "conv" and _is_plain(step, x) and (frame.dense or not rows and into is None):
             y = self._run_by_library(step, x, other)
-            if into is None:
+            if into is None or not rows:
                 frame.values[id(step.output)] = y
             else:
                 pointwise.combine(y, into, **rows)
@@ -231,7 +277,7 @@ class LaunchProgram:
         from dynexec.kernels.bottleneck import conv_pair
 
         conv_pair(
-            frame.values[id(first.input)], *self.programs.weights(first.conv)[:2],
+            frame.read(first.input), *self.programs.weights(first.conv)[:2],
             *self.programs.weights(last.conv)[:2], frame.output(last.output), stride=tuple(first.stride),
             padding=tuple(first.padding), dilation=tuple(first.dilation), middle_activation=first.activation,
             activation=last.activation, residual=frame.get(last.other), precision=_precision(frame.x.dtype), **rows,
@@ -241,12 +287,20 @@ class LaunchProgram:
 class _Frame:
     """The values of one call."""
 
-    def __init__(self, x, workspace, dense):
-        self.x, self.workspace, self.dense, self.values = x, workspace, dense, {}
+    def __init__(self, x, workspace, dense, values=()):
+        self.x, self.workspace, self.dense, self.values = x, workspace, dense, dict(values)
+
+    def copy(self):
+        """With the same tensors, but forgetting them by itself."""
+        return _Frame(self.x, self.workspace, self.dense, self.values)
 
     def get(self, value):
         """A tensor, or None where there is none yet."""
         return self.values.get(id(value))
+
+    def read(self, value):
+        """The tensor of a value that an instruction reads; None for None."""
+        return None if value is None else self.values[id(value)]
 
     def output(self, value):
         """A tensor to write to, new where there is none yet."""
@@ -255,6 +309,19 @@ class _Frame:
             new = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
             self.values[id(value)] = new
         return self.values[id(value)]
+
+
+class _Part(_Frame):
+    """The same for some samples, whose rows are gathered when they are read."""
+
+    def __init__(self, whole, index):
+        super().__init__(whole.x[: len(index)], whole.workspace, True)
+        self.whole, self.index = whole, index
+
+    def read(self, value):
+        if value is not None and id(value) not in self.values:
+            self.values[id(value)] = dispatch.gather_rows(self.whole.read(value), self.index)
+        return super().read(value)
 
 
 def _precision(dtype):
