@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from dynexec import freeze
-from dynexec.executors import forecast
-from dynexec.measure.roofline import H100, forward_seconds
+from dynexec.executors.forecast import program_seconds
+from dynexec.measure.roofline import H100
 from dynexec.report.baselines import BASELINES, DenseFrozen
 from dynexec.report.experiment import Dynexec, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import NETS, build, make_images
@@ -163,14 +163,10 @@ def predict(folder, frozen, row, settings, dtype):
         rate = json.loads(line)
         rates |= {rate["name"]: rate["value"]} if "value" in rate else {}
     setting = next(setting for setting in settings if setting.keep == row["keep"])
-    layers = [
-        layer
-        for segment in frozen.segments
-        for program in segment.programs.values()
-        for layer in forecast.layers(program, row["batch"], dtype)
-    ]
-    kept = setting.draws[0].sum(0).tolist()
-    return 1e3 * forward_seconds(H100.calibrate(rates), layers, row["batch"], kept) if layers else float("nan")
+    programs = [program for segment in frozen.segments for program in segment.programs.values()]
+    what = row["batch"], setting.draws[0].sum(0).tolist(), dtype, frozen.executor
+    seconds = [program_seconds(H100.calibrate(rates), program, *what) for program in programs]
+    return 1e3 * sum(seconds) if seconds else float("nan")
 
 
 def tiny():

@@ -1,6 +1,8 @@
 """Frozen networks as launches of the Triton kernels: on a GPU, or in the interpreter."""
 
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,26 +139,53 @@ def test_policy_and_race():
 
 
 def test_a_kernel_that_fails_is_not_used(monkeypatch):
-    from dynexec.kernels import conv, pointwise, rows
+    from dynexec.kernels import conv
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(conv, "conv", fail)
+    def fail_inside_of_blocks(*args, run=conv.conv, **kwargs):
+        return fail() if kwargs.get("index") is not None and kwargs["residual"] is None else run(*args, **kwargs)
+
+    monkeypatch.setattr(conv, "conv", fail_inside_of_blocks)
     model = toys.timm_style().to(DEVICE)
     num_blocks = dynexec.convert(model).num_blocks
     x = torch.randn(4, 3, 13, 13, device=DEVICE)
     frozen = dynexec.freeze(model, x)
     assert "fused refused: RuntimeError: out of shared memory" in frozen.explain()
+    assert "dense refused" not in frozen.explain() and "dense not tried" not in frozen.explain()
     decisions = torch.rand(len(x), num_blocks, device=DEVICE) < 0.5
     torch.testing.assert_close(frozen(x, decisions), expected(model, x, decisions), rtol=1e-3, atol=1e-4)
     with pytest.raises(RuntimeError, match="executor 'fused' cannot run this network: RuntimeError: out of"):
         dynexec.freeze(model, x, executor="fused")
-    monkeypatch.setattr(pointwise, "combine", fail)
-    monkeypatch.setattr(rows, "move_rows", fail)
+    monkeypatch.setattr(conv, "conv", fail)
     text = dynexec.freeze(model, x).explain()
-    assert "Triton kernels not used: fused: RuntimeError: out of shared memory; dense: RuntimeError: out of" in text
-    assert "; bucketed: RuntimeError: out of shared memory" in text
+    assert "Triton kernels not used: " in text
+    assert all(f"{name}: RuntimeError: out of shared memory" in text for name in ("fused", "dense", "bucketed"))
+
+
+def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
+    from dynexec.kernels import conv
+
+    def like(device, *_):
+        expected = {"fused": 1.0, "dense": 2.2, "bucketed": 1.9}  # seconds for both of the race's decisions together
+        return replace(backends.kernels(device, False), expected=lambda *what: expected[what[-1]] / 2)
+
+    module = sys.modules["dynexec.executors.freeze"]
+    monkeypatch.setattr(module, "choose_backend", like)
+    model = toys.finish(nn.Sequential(toys.BasicBlock(4, 4))).to(DEVICE)
+    dynexec.convert(model)
+    x = torch.randn(2, 4, 5, 5, device=DEVICE)
+    text = dynexec.freeze(model, x).explain()
+    assert "dense not tried: 2200.00 ms expected, fused 1000.00 ms" in text and "bucketed not tried" not in text
+    assert re.search(r"fused [\d.]+ ms \(1000.00 expected\), bucketed [\d.]+ ms \(1900.00 expected\)", text)
+    assert "-> dense" in dynexec.freeze(model, x, executor="dense").explain()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(conv, "conv", fail)
+    assert all(f"{name}: RuntimeError: no" in dynexec.freeze(model, x).explain() for name in ("fused", "dense"))
 
 
 def test_without_triton_layers_run(monkeypatch):

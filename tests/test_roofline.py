@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from dynexec.measure.roofline import H100, Layer, forward_seconds, layer_seconds
+from dynexec.measure.roofline import H100, Layer, layer_seconds
 
 DENSE = Layer(pixels=196, channels=256, reduction=2304, traffic=2 * 2 * 196 * 256, weights=2 * 256 * 2304)
-OURS = replace(DENSE, tile=(128, 128, 1), column=1)
+OURS = replace(DENSE, tile=(128, 128, 1))
 
 
 def test_a_large_product_takes_its_flops_at_the_tiles_rate():
@@ -30,11 +30,17 @@ def test_few_samples_are_split_but_never_free():
     assert alone < 8 * times[0] + 1e-5
 
 
-def test_forward_counts_the_kept_samples_of_each_column():
-    layers = [replace(OURS, column=None), OURS, replace(OURS, column=0, launched=False)]
-    expected = layer_seconds(H100, OURS, 8) + layer_seconds(H100, OURS, 3) + layer_seconds(H100, layers[2], 0)
-    assert forward_seconds(H100, layers, 8, [0, 3]) == pytest.approx(expected)
-    assert layer_seconds(H100, layers[2], 0) == 0.0
+def test_the_second_part_of_a_launch_starts_nothing():
+    second = replace(OURS, launched=False)
+    assert layer_seconds(H100, second, 0) == 0.0
+    started = H100.dependent_launch + H100.fill
+    assert layer_seconds(H100, OURS, 8) - layer_seconds(H100, second, 8) == pytest.approx(started)
+
+
+def test_half_a_gpu_takes_twice_as_long_for_what_is_large():
+    half = H100.resize("half", H100.multiprocessors // 2)
+    assert layer_seconds(half, DENSE, 4096) == pytest.approx(2 * layer_seconds(H100, DENSE, 4096), rel=0.01)
+    assert half.name == "half" and half.launch == H100.launch
 
 
 def test_measured_rates_take_the_place_of_estimates():

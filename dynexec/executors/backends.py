@@ -13,8 +13,10 @@ from dynexec import dispatch
 from dynexec import kernels as package
 from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.engine import engine_missing, instruction_set
+from dynexec.executors.forecast import program_seconds
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.program import Programs
+from dynexec.measure.roofline import H100
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Backend:
         Of what runs; part of the key of cached times.
     programs : callable
         ``programs(columns)`` makes the programs of a segment.
+    expected : callable or None
+        ``expected(program, samples, kept, executor=)``: seconds by a model, which nothing was measured for.
     """
 
     name: str
@@ -48,15 +52,15 @@ class Backend:
     strict: bool
     version: tuple
     programs: Callable
+    expected: Callable | None
 
 
 def engine(winograd):
     """The engine for CPUs."""
     executors = {"resident": {"together": False}, "fused": {"together": True}}
     missing = engine_missing() and f"no native code, {engine_missing()}"
-    return Backend(
-        "engine", instruction_set(), missing, executors, False, True, (), partial(Programs, winograd=winograd)
-    )
+    programs = partial(Programs, winograd=winograd)
+    return Backend("engine", instruction_set(), missing, executors, False, True, (), programs, None)
 
 
 def kernels(device, batch_invariant):
@@ -65,7 +69,11 @@ def kernels(device, batch_invariant):
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
     executors = {name: {"executor": name} for name in ("fused", "dense", "bucketed")}
     version = _digest_of_kernels(), batch_invariant, conditional_missing()
-    return Backend("Triton kernels", gpu, dispatch.triton_missing(), executors, True, False, version, programs)
+    model = H100
+    if device.type == "cuda":
+        model = H100.resize(gpu, torch.cuda.get_device_properties(device).multi_processor_count)
+    missing, expected = dispatch.triton_missing(), partial(program_seconds, model)
+    return Backend("Triton kernels", gpu, missing, executors, True, False, version, programs, expected)
 
 
 def _digest_of_kernels():

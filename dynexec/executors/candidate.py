@@ -10,8 +10,11 @@ from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.segment import make_segments
 
+# An executor that is expected to take so many times as long as the best one that works is not tried.
+_HOPELESS = 2.0
 
-def try_backend(backend, network, layers, proof, executor):
+
+def try_backend(backend, network, layers, proof, images, executor):
     """The network with the backend's segments, or why there is none."""
     if backend.missing is not None:
         return None, backend.missing
@@ -27,8 +30,18 @@ def try_backend(backend, network, layers, proof, executor):
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
         fast.graphs = Graphs(fast.compute, layers.device)
-    refused = {}
-    for name in backend.executors if executor is None else (executor,):
+    refused, accepted = {}, []
+    fast.expected = _expect(fast, images)
+    names = list(backend.executors) if executor is None else [executor]
+    for name in sorted(names, key=lambda name: fast.expected.get(name, 0.0)):
+        if accepted and fast.expected and fast.expected[name] > _HOPELESS * fast.expected[accepted[0]]:
+            better = accepted[0]
+            fast.notes.append(
+                f"{name} not tried: {1e3 * fast.expected[name]:.2f} ms expected, {better} "
+                f"{1e3 * fast.expected[better]:.2f} ms"
+            )
+            fast.executors.remove(name)
+            continue
         fast.use(name)
         try:
             with choosing_algorithms():
@@ -40,6 +53,8 @@ def try_backend(backend, network, layers, proof, executor):
         if reason is not None:
             refused[name] = reason
             fast.executors.remove(name)
+        else:
+            accepted.append(name)
     if refused and (backend.strict or not fast.executors or executor is not None):
         fast.graphs = None
         return None, refused[executor] if executor else "; ".join(f"{name}: {why}" for name, why in refused.items())
@@ -48,10 +63,30 @@ def try_backend(backend, network, layers, proof, executor):
     return fast, None
 
 
+def _expect(fast, images):
+    """What :func:`race` would measure, by the backend's model: {executor: seconds}, empty where it has none."""
+    if fast.backend.expected is None:
+        return {}
+    programs = [program for segment in fast.segments for program in segment.programs.values()]
+    kept = [keep.sum(0).tolist() for keep in _keeps(images, fast.num_blocks)]
+    return {
+        name: sum(
+            fast.backend.expected(program, len(images), counts, fast.dtype, name)
+            for program in programs
+            for counts in kept
+        )
+        for name in fast.backend.executors
+    }
+
+
+def _keeps(images, num_blocks):
+    half = halves(len(images), num_blocks).to(images.device)
+    return half, torch.ones_like(half)
+
+
 def race(fast, layers, images, cache):
     """Seconds of every way to run: the images once with half of the blocks and once with all."""
-    half = halves(len(images), layers.num_blocks).to(images.device)
-    keeps = half, torch.ones_like(half)
+    keeps = _keeps(images, layers.num_blocks)
     # Fewer samples than threads are shared by all of them in any case.
     several = 1 < torch.get_num_threads() <= len(images)
     options = fast.backend.executors

@@ -46,8 +46,8 @@ def freeze(
       cache. ``fused``: all threads share one layer after the other. Dropped blocks are jumped over; nothing is moved.
     * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
-      graph per input shape. ``dense`` is the same with all samples computed by cuDNN and the kept ones copied,
-      ``bucketed`` with an eighth of the batch, two eighths, ... or all, chosen on the device by a node of the graph.
+      graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
+      ``bucketed`` an eighth of them, two eighths, ... or all, chosen on the device by a node of the graph.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
@@ -134,7 +134,7 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
         layers.samples_at_once = _measure_samples_at_once(layers, images, cache)
     fast, reason = None, f"executor is {executor!r}"
     if by_layer is None:
-        fast, reason = try_backend(backend, network, layers, proof, executor)
+        fast, reason = try_backend(backend, network, layers, proof, images, executor)
     if executor in backend.executors:
         if reason is None and fast.stages:
             reason = f"it does not know {fast.stages[0].blocks[0].name}"
@@ -152,7 +152,8 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     else:
         layers.notes += fast.notes
         fast.graphs = None  # and their memory
-    compared = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
+    expected = {name: f" ({1e3 * seconds:.2f} expected)" for name, seconds in fast.expected.items()}
+    compared = ", ".join(f"{name} {1e3 * times[name]:.2f} ms{expected.get(name, '')}" for name in times)
     chosen.notes.append(f"batch {len(images)}, keep 0.5 and 1 together: {compared} (measured) -> {fastest}")
     return chosen.keep_only()
 

@@ -21,7 +21,7 @@ class FrozenNetwork(nn.Module):
         self.network, self.num_blocks, self.dtype, self.device = network, num_blocks, dtype, device
         self.stages, self.segments, self.backend = tuple(stages), tuple(segments), backend
         self.executors = list(backend.executors) if backend is not None else []  # those that were proven
-        self.executor = None
+        self.executor, self.expected = None, {}  # the one in use; seconds of each by a model
         self.policy, self.samples_at_once, self.graphs, self.notes = None, None, None, []
 
     @torch.no_grad()

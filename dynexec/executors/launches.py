@@ -24,7 +24,7 @@ _LARGEST_MIDDLE = 128
 # Up to so many samples a block is often kept by none. A conditional node costs about as much as two launches.
 _CONDITIONAL_SAMPLES = 4
 # Numbers of samples that a block is prepared for where the library computes it.
-_BUCKETS = 8
+BUCKETS = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -151,10 +151,10 @@ class LaunchProgram:
         route : Route
             A device route will do.
         executor : {"fused", "dense", "bucketed"}
-            ``dense``: compute all samples by the library's convolutions, then copy those that keep a block: as fast as
-            a dense network but for the copies, whatever the decisions. ``bucketed``: compute the samples that keep a
-            block, and others so that there are a multiple of an eighth of the batch, by the library's convolutions
-            between a gather and a scatter; a graph holds them all and chooses on the device.
+            ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
+            that keep it in place: never much slower than a dense network, whatever the decisions. ``bucketed``: the
+            library's of the samples that keep a block, and others so that there are a multiple of an eighth of the
+            batch, between a gather and a scatter; a graph holds them all and chooses on the device.
 
         Returns
         -------
@@ -195,7 +195,7 @@ class LaunchProgram:
         n = len(index)
         if n == 0:
             return
-        size = -(-n // _BUCKETS)
+        size = -(-n // BUCKETS)
         functions = [lambda offset: None]
         for rows in range(size, n, size):
             functions.append(partial(self._run_last, numbers, frame, index, n - rows))
@@ -239,13 +239,10 @@ class LaunchProgram:
         from dynexec.kernels import conv, depthwise, pointwise
 
         x, other = frame.read(step.input), frame.read(step.other)
-        into = frame.get(step.output)
-        if step.op == "conv" and _is_plain(step, x) and (frame.dense or not rows and into is None):
-            y = self._run_by_library(step, x, other)
-            if into is None or not rows:
-                frame.values[id(step.output)] = y
-            else:
-                pointwise.combine(y, into, **rows)
+        into = frame.target(step.output)
+        by_library = into is None and (frame.dense or not rows)
+        if step.op == "conv" and by_library and _is_plain(step, x):
+            frame.values[id(step.output)] = self._run_by_library(step, x, other)
             return
         out = frame.output(step.output)
         geometry = {"stride": tuple(step.stride), "padding": tuple(step.padding)}
@@ -298,6 +295,10 @@ class _Frame:
         """A tensor, or None where there is none yet."""
         return self.values.get(id(value))
 
+    def target(self, value):
+        """The tensor that an instruction must write to, or None where it may give a new one."""
+        return self.get(value)
+
     def read(self, value):
         """The tensor of a value that an instruction reads; None for None."""
         return None if value is None else self.values[id(value)]
@@ -317,6 +318,9 @@ class _Part(_Frame):
     def __init__(self, whole, index):
         super().__init__(whole.x[: len(index)], whole.workspace, True)
         self.whole, self.index = whole, index
+
+    def target(self, value):
+        return None
 
     def read(self, value):
         if value is not None and id(value) not in self.values:

@@ -4,7 +4,6 @@ A kernel takes as long as its arithmetic or its memory traffic, whichever is lon
 drain (Williams et al., "Roofline", 2009, with launches and whole tiles on top).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -44,6 +43,12 @@ class Gpu:
     fill: float
     efficiency: tuple[tuple[int, float], ...]
 
+    def resize(self, name, multiprocessors):
+        """As a GPU of the same kind with more or fewer multiprocessors: a rough guide to other ones."""
+        share = multiprocessors / self.multiprocessors
+        rates = {rate: share * getattr(self, rate) for rate in ("flops", "bandwidth", "cache_bandwidth", "cache_bytes")}
+        return replace(self, name=name, multiprocessors=multiprocessors, **rates)
+
     def calibrate(self, measured):
         """With the rates that a dict of measured ones names."""
         return replace(self, **{name: value for name, value in measured.items() if hasattr(self, name)})
@@ -76,8 +81,6 @@ class Layer:
         Bytes read and written per sample, and of weights.
     tile : (int, int, int), optional
         Rows and columns of a tile, and how many a multiprocessor works on at once; None: a library's.
-    column : int or None
-        The block's, whose kept samples it runs for; None: all samples.
     launched : bool
         Whether it is a kernel of its own, and not the second part of the one before.
     """
@@ -88,7 +91,6 @@ class Layer:
     traffic: int
     weights: int
     tile: tuple[int, int, int] | None = None
-    column: int | None = None
     launched: bool = True
 
 
@@ -100,11 +102,6 @@ def layer_seconds(gpu: Gpu, layer: Layer, samples: int) -> float:
     traffic = samples * layer.traffic + layer.weights
     memory = traffic / (gpu.cache_bandwidth if traffic <= gpu.cache_bytes else gpu.bandwidth)
     return max(_arithmetic(gpu, layer, samples), memory) + (launch + gpu.fill) * layer.launched
-
-
-def forward_seconds(gpu: Gpu, layers: Sequence[Layer], samples: int, kept: Sequence[int]) -> float:
-    """Seconds of all layers; ``kept``: how many of the samples keep the block of each column."""
-    return sum(layer_seconds(gpu, layer, samples if layer.column is None else kept[layer.column]) for layer in layers)
 
 
 def _arithmetic(gpu, layer, samples):

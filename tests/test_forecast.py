@@ -1,0 +1,64 @@
+"""What the model is asked about a network: its launches, by executor."""
+
+from functools import partial
+
+import pytest
+import torch
+import toys
+
+import dynexec
+from dynexec.executors.forecast import launches, program_seconds
+from dynexec.executors.launches import LaunchPrograms
+from dynexec.executors.partition import pack_stages
+from dynexec.executors.segment import make_segments
+from dynexec.measure.roofline import H100
+
+pytest.importorskip("triton", reason="needs Triton, whose kernels' tiles are asked about")
+BATCH = 64
+
+
+@pytest.fixture(scope="module")
+def program():
+    """Three basic blocks of two convolutions each, the second one of which writes in place."""
+    model = toys.finish(torch.nn.Sequential(*(toys.BasicBlock(16, 16) for _ in range(3))))
+    dynexec.convert(model)
+    with torch.no_grad():
+        network, stages = pack_stages(model, torch.randn(1, 16, 32, 32), None, 1)
+        _, (segment,) = make_segments(network, partial(LaunchPrograms, 3))
+    (found,) = segment.programs.values()
+    return found
+
+
+def counts(program, executor, kept):
+    """(samples, whether it computes, whether by the library) of each launch."""
+    found = launches(program, BATCH, [kept, 0, 0], torch.float16, executor)
+    return [(samples, layer.reduction > 0, layer.tile is None) for layer, samples in found]
+
+
+OURS, LIBRARY, COPY, NODE = (True, False), (True, True), (False, False), (False, True)
+
+
+@pytest.mark.parametrize(
+    "executor, kept, first",
+    [
+        ("static", 9, [(64, *LIBRARY)] * 2),
+        ("fused", 9, [(9, *OURS)] * 2),
+        ("dense", 9, [(64, *LIBRARY), (9, *OURS)]),
+        ("bucketed", 9, [(1, *NODE), (16, *COPY), (16, *LIBRARY), (16, *LIBRARY), (9, *COPY)]),
+        ("bucketed", 0, [(1, *NODE)]),
+        ("bucketed", 57, [(1, *NODE), (64, *LIBRARY), (57, *OURS)]),
+    ],
+)
+def test_launches_of_a_block(program, executor, kept, first):
+    found = counts(program, executor, kept)
+    assert found[: len(first)] == first
+    others = {"static": 4, "fused": 4, "dense": 4, "bucketed": 2}[executor]
+    assert len(found) == len(first) + others
+
+
+def test_seconds_grow_with_what_is_kept(program):
+    for executor in ("fused", "dense", "bucketed"):
+        times = [program_seconds(H100, program, 4096, [n] * 3, torch.float16, executor) for n in (0, 1024, 3072, 3584)]
+        assert times == sorted(times) and times[0] < times[-1]
+    static = program_seconds(H100, program, 4096, [4096] * 3, torch.float16, "static")
+    assert times[0] < static
