@@ -46,7 +46,7 @@ def main():
     for name, batches in BATCHES.items():
         with torch.inference_mode():
             columns, found = program(name)
-        for batch, executor in product(batches, ("fused", "bucketed", "dense")):
+        for batch, executor in product(batches, ("fused", "conditional", "bucketed", "dense")):
             static = program_seconds(H100, found, batch, [], torch.float16, "static")
             cells = []
             for keep in KEEPS:

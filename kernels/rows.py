@@ -8,7 +8,8 @@ from dynexec.kernels.device import fill
 _BLOCK = 2048  # elements: 16 bytes for each of 256 threads, of 16-bit numbers
 
 
-@triton.jit
+# One compilation for all numbers of rows, and for offsets and parts of an index of any alignment.
+@triton.jit(do_not_specialize=["M", "FIRST"], do_not_specialize_on_alignment=["index_ptr", "offset_ptr"])
 def _move(
     whole_ptr,  # [N, size], rows at whole_stride
     part_ptr,  # [M, size], rows at part_stride: row i belongs to row index[i] of whole

@@ -14,7 +14,7 @@ from dynexec.nn.context import decide
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-EXECUTORS = ["fused"] + ["bucketed"] * (conditional_missing() is None)
+EXECUTORS = ["fused"] + ["conditional", "bucketed"] * (conditional_missing() is None)
 
 
 def freeze(policy=False, dtype=torch.float16, batch=6, executor="fused"):
@@ -54,14 +54,15 @@ def test_executors_have_graphs_of_their_own():
     num_blocks = dynexec.convert(model).num_blocks
     x = torch.randn(6, 3, 13, 13, device="cuda", dtype=torch.float16)
     frozen = dynexec.freeze(model, x)
-    assert "refused" not in frozen.explain() and "no CUDA graph" not in frozen.explain()
+    assert "no CUDA graph" not in frozen.explain()
+    assert conditional_missing() is not None or "refused" not in frozen.explain()
     if frozen.graphs is not None:
         assert {variant for variant, *_ in frozen.graphs.graphs} == {frozen.executor}
-        for name in ("fused", "dense", "bucketed", "fused"):
+        for name in (*EXECUTORS, "dense", "fused"):
             frozen.use(name)
             decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
             close(frozen(x, decisions), expected(model, x, decisions))
-        assert {variant for variant, *_ in frozen.graphs.graphs} == {"fused", "dense", "bucketed"}
+        assert {variant for variant, *_ in frozen.graphs.graphs} == {*EXECUTORS, "dense"}
 
 
 def test_what_cannot_be_captured_runs_without_a_graph():
@@ -136,3 +137,28 @@ def test_more_shapes_than_graphs_are_kept():
         decisions = torch.rand(n, num_blocks, device="cuda") < 0.5
         close(frozen(x[:n], decisions), expected(model, x[:n], decisions))
     assert len(frozen.graphs.graphs) <= 8
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_inside_of_somebody_elses_graph(executor):
+    model, num_blocks, x, frozen = freeze(executor=executor)
+    decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for other in {executor, "dense", "fused"}:
+            frozen.use(other)
+            frozen.compute(x, decisions)
+    frozen.use(executor)
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    results = []
+    for graph in graphs:
+        with torch.cuda.graph(graph, stream=stream):
+            results.append(frozen(x, decisions))
+    assert frozen.executor == executor
+    for graph, result in zip(reversed(graphs), reversed(results), strict=True):
+        x.normal_()
+        decisions.copy_(torch.rand(len(x), num_blocks, device="cuda") < 0.5)
+        graph.replay()
+        close(result, expected(model, x, decisions))

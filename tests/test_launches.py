@@ -12,6 +12,7 @@ from torch import nn
 
 import dynexec
 from dynexec.executors import backends, launches
+from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.instructions import Value
 from dynexec.executors.launches import LaunchBuilder, _find_pairs
 from dynexec.executors.packing import PackedConv
@@ -36,6 +37,13 @@ def no_tf32():
 def on_kernels(monkeypatch):
     module = sys.modules["dynexec.executors.freeze"]  # the package has the function by that name
     monkeypatch.setattr(module, "choose_backend", lambda device, _, invariant: backends.kernels(device, invariant))
+
+
+# Conditional nodes need the native part on a GPU; in the interpreter there are none, and all of their bodies run.
+EXECUTORS = ["fused", "dense"]
+if DEVICE.type == "cpu" or conditional_missing() is None:
+    EXECUTORS += ["conditional", "bucketed"]
+needs_nodes = pytest.mark.skipif("bucketed" not in EXECUTORS, reason=f"no conditional nodes: {conditional_missing()}")
 
 
 class Odd(nn.Module):
@@ -75,7 +83,7 @@ def expected(model, x, decisions):
         return model(x.clone())
 
 
-@pytest.mark.parametrize("executor", ["fused", "dense", "bucketed"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_is_the_models(name, dtype, executor):
@@ -89,6 +97,7 @@ def test_output_is_the_models(name, dtype, executor):
     assert torch.equal(x, before)
 
 
+@needs_nodes
 def test_every_number_of_samples_in_buckets(monkeypatch):
     """Of eleven the library computes the last two, four, ... or all, whatever lies in the rows that are left out."""
     model, num_blocks, _, frozen = frozen_pair("timm", executor="bucketed")
@@ -105,7 +114,7 @@ def test_every_number_of_samples_in_buckets(monkeypatch):
     assert sizes == {2, 4, 6, 8, 10, 11}
 
 
-@pytest.mark.parametrize("executor", ["fused", "bucketed"])
+@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name in ("fused", "bucketed")])
 def test_other_sizes_batches_and_layouts(executor):
     model, num_blocks, _, frozen = frozen_pair("odd", size=13, executor=executor)
     for n, size in ((1, 13), (3, 17), (0, 13)):
@@ -138,6 +147,7 @@ def test_policy_and_race():
     torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
 
 
+@needs_nodes
 def test_a_kernel_that_fails_is_not_used(monkeypatch):
     from dynexec.kernels import conv
 
@@ -161,14 +171,20 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     monkeypatch.setattr(conv, "conv", fail)
     text = dynexec.freeze(model, x).explain()
     assert "Triton kernels not used: " in text
-    assert all(f"{name}: RuntimeError: out of shared memory" in text for name in ("fused", "dense", "bucketed"))
+    assert all(f"{name}: RuntimeError: out of shared memory" in text for name in EXECUTORS)
 
 
+@needs_nodes
 def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
     from dynexec.kernels import conv
 
     def like(device, *_):
-        expected = {"fused": 1.0, "dense": 2.2, "bucketed": 1.9}  # seconds for both of the race's decisions together
+        expected = {
+            "fused": 1.0,
+            "conditional": 9.0,
+            "dense": 2.2,
+            "bucketed": 1.9,
+        }  # seconds for both of the race's decisions together
         return replace(backends.kernels(device, False), expected=lambda *what: expected[what[-1]] / 2)
 
     module = sys.modules["dynexec.executors.freeze"]
@@ -176,7 +192,9 @@ def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
     model = toys.finish(nn.Sequential(toys.BasicBlock(4, 4))).to(DEVICE)
     dynexec.convert(model)
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
+    assert "conditional" not in dynexec.freeze(model, x.repeat(3, 1, 1, 1)).explain()  # more than four samples
     text = dynexec.freeze(model, x).explain()
+    assert "conditional not tried: 9000.00 ms expected" in text
     assert "dense not tried: 2200.00 ms expected, fused 1000.00 ms" in text and "bucketed not tried" not in text
     assert re.search(r"fused [\d.]+ ms \(1000.00 expected\), bucketed [\d.]+ ms \(1900.00 expected\)", text)
     assert "-> dense" in dynexec.freeze(model, x, executor="dense").explain()

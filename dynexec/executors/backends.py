@@ -40,8 +40,10 @@ class Backend:
         Of what runs; part of the key of cached times.
     programs : callable
         ``programs(columns)`` makes the programs of a segment.
+    up_to : dict
+        Executors that are not tried with more samples than that, unless they are asked for.
     expected : callable or None
-        ``expected(program, samples, kept, executor=)``: seconds by a model, which nothing was measured for.
+        ``expected(program, samples, kept, dtype, executor)``: seconds by a model, which nothing was measured for.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Backend:
     strict: bool
     version: tuple
     programs: Callable
+    up_to: dict
     expected: Callable | None
 
 
@@ -60,25 +63,29 @@ def engine(winograd):
     executors = {"resident": {"together": False}, "fused": {"together": True}}
     missing = engine_missing() and f"no native code, {engine_missing()}"
     programs = partial(Programs, winograd=winograd)
-    return Backend("engine", instruction_set(), missing, executors, False, True, (), programs, None)
+    return Backend("engine", instruction_set(), missing, executors, False, True, (), programs, {}, None)
 
 
 def kernels(device, batch_invariant):
     """The Triton kernels for GPUs, which in the interpreter run on a CPU as well."""
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-    executors = {name: {"executor": name} for name in ("fused", "dense", "bucketed")}
+    executors = {name: {"executor": name} for name in ("fused", "conditional", "dense", "bucketed")}
+    if batch_invariant:
+        del executors["bucketed"]  # the library's algorithm depends on how many samples keep the block
     version = _digest_of_kernels(), batch_invariant, conditional_missing()
     model = H100
     if device.type == "cuda":
         model = H100.resize(gpu, torch.cuda.get_device_properties(device).multi_processor_count)
     missing, expected = dispatch.triton_missing(), partial(program_seconds, model)
-    return Backend("Triton kernels", gpu, missing, executors, True, False, version, programs, expected)
+    up_to = {"conditional": 4}  # with more samples hardly a block is kept by none
+    return Backend("Triton kernels", gpu, missing, executors, True, False, version, programs, up_to, expected)
 
 
 def _digest_of_kernels():
-    """Changes with the kernels and with Triton."""
+    """Changes with the kernels, with what launches them and with Triton."""
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
+    sources += [Path(__file__).with_name(f"{name}.py") for name in ("launches", "conditional", "graphs")]
     triton = importlib.metadata.version("triton") if dispatch.triton_missing() is None else ""
     return sha256("".join([triton, *(path.read_text() for path in sources)]).encode()).hexdigest()[:16]
 

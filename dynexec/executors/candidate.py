@@ -27,12 +27,15 @@ def try_backend(backend, network, layers, proof, images, executor):
     taken = {stage for segment in segments for stage in segment.stages}
     left = [stage for stage in layers.stages if stage not in taken]
     like = layers.num_blocks, layers.dtype, layers.device
+    if executor is not None and left:
+        return None, f"it does not know {left[0].blocks[0].name}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
         fast.graphs = Graphs(fast.compute, layers.device)
     refused, accepted = {}, []
     fast.expected = _expect(fast, images)
-    names = list(backend.executors) if executor is None else [executor]
+    names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
+    fast.executors = names = names if executor is None else [executor]
     for name in sorted(names, key=lambda name: fast.expected.get(name, 0.0)):
         if accepted and fast.expected and fast.expected[name] > _HOPELESS * fast.expected[accepted[0]]:
             better = accepted[0]

@@ -1,5 +1,6 @@
 """Parts of a CUDA graph that run only if some sample keeps a block."""
 
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +33,7 @@ class Conditional:
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.memory = torch.cuda.MemPool()
+        self._memory = None
         native.cuda().prepare_conditional()
 
     @contextmanager
@@ -59,8 +60,28 @@ class Conditional:
             current.wait_stream(self.stream)
             return
         for body, function in zip(self._insert(offset, size, len(functions)), functions, strict=True):
-            with torch.cuda.use_mem_pool(self.memory, self.device), self._capture(body):
+            with self._own_memory(), self._capture(body):
                 function(offset)
+
+    @contextmanager
+    def _own_memory(self):
+        """What this thread allocates comes from a pool that is given back when this object is gone.
+
+        As ``torch.cuda.use_mem_pool``, but a ``torch.cuda.MemPool`` ends the process if it happens to be collected
+        while a graph is captured; to give up a pool's memory is allowed at any time.
+        """
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+            torch._C._cuda_beginAllocateCurrentThreadToPool(index, self._memory)  # this one use of it stays
+            torch._C._cuda_endAllocateToPool(index, self._memory)
+            weakref.finalize(self, torch._C._cuda_releasePool, index, self._memory).atexit = False
+        torch._C._cuda_beginAllocateCurrentThreadToPool(index, self._memory)
+        try:
+            yield
+        finally:
+            torch._C._cuda_endAllocateToPool(index, self._memory)
+            torch._C._cuda_releasePool(index, self._memory)
 
     def _insert(self, offset, size, bodies):
         current = torch.cuda.current_stream(offset.device).cuda_stream

@@ -1,5 +1,6 @@
 """What a :class:`LaunchProgram` launches, for the model in :mod:`dynexec.measure.roofline`."""
 
+from dataclasses import replace
 from math import ceil
 
 from dynexec.executors.launches import BUCKETS
@@ -50,6 +51,9 @@ def _gated(numbers, count, executor, program, samples, dtype, architecture):
     what = program, samples, dtype, architecture
     if executor == "fused":
         return [(_layer(number, program.pairs, False, *what), count) for number in numbers]
+    if executor == "conditional":
+        found = [replace(_layer(number, program.pairs, False, *what), dependent=False) for number in numbers]
+        return [(_NODE, 1), *((layer, count) for layer in found if count)]
     before = {id(value) for step in program.instructions[: numbers[0]] for value in step.values}
     found, gathered, together = [], set(), samples
     if executor == "bucketed":

@@ -47,7 +47,8 @@ def freeze(
     * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
       graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
-      ``bucketed`` an eighth of them, two eighths, ... or all, chosen on the device by a node of the graph.
+      ``bucketed`` an eighth of them, two eighths, ... or all, chosen on the device by a node of the graph;
+      ``conditional`` is ``fused`` with a node around every block, for very few samples.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
@@ -63,7 +64,7 @@ def freeze(
     dtype : torch.dtype, optional
         Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``. On a GPU float16
         and bfloat16 are, and float32 uses TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
-    executor : {"fused", "resident", "dense", "bucketed", "masked", "compact", "grouped"}, optional
+    executor : {"fused", "resident", "conditional", "dense", "bucketed", "masked", "compact", "grouped"}, optional
         Use this one everywhere instead of choosing.
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
@@ -136,8 +137,6 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     if by_layer is None:
         fast, reason = try_backend(backend, network, layers, proof, images, executor)
     if executor in backend.executors:
-        if reason is None and fast.stages:
-            reason = f"it does not know {fast.stages[0].blocks[0].name}"
         if reason is not None:
             raise RuntimeError(f"executor {executor!r} cannot run this network: {reason}")
         return fast.keep_only()

@@ -54,9 +54,21 @@ class FrozenNetwork(nn.Module):
 
     def call(self, x, decisions):
         """Output and decisions, in the fastest way that there is; arguments as for :meth:`compute`."""
-        if self.graphs is None or len(x) == 0 or torch.cuda.is_current_stream_capturing():  # into somebody else's graph
+        if self.graphs is None or len(x) == 0:
             return self.compute(x, decisions)
+        if torch.cuda.is_current_stream_capturing():
+            return self._compute_in_other_graph(x, decisions)
         return self.graphs(x, decisions, self.executor)
+
+    def _compute_in_other_graph(self, x, decisions):
+        """While somebody else captures one: without conditional nodes, whose memory is for this network's own."""
+        with self.graphs.lock:
+            before = self.executor
+            self.use({"conditional": "fused", "bucketed": "dense"}.get(before, before))
+            try:
+                return self.compute(x, decisions)
+            finally:
+                self.use(before)
 
     def in_graphs(self, x, decisions):
         """The output alone."""

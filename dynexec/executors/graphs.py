@@ -22,7 +22,6 @@ class Graphs:
 
     def __init__(self, function, device):
         self.function = function
-        self.stream = torch.cuda.Stream(device)
         self.done = torch.cuda.Event()
         self.lock = RLock()
         self.graphs, self.failed = {}, {}
@@ -53,7 +52,7 @@ class Graphs:
                 del self.graphs[next(iter(self.graphs))]
             try:
                 with _capturing:
-                    graph = _Graph(self.function, x, decisions, self.stream)
+                    graph = _Graph(self.function, x, decisions)
             except Exception as error:  # of anybody's code
                 self.failed[key] = f"{type(error).__name__}: {error}"
                 return None
@@ -62,7 +61,9 @@ class Graphs:
 
 
 class _Graph:
-    def __init__(self, function, x, decisions, stream):
+    def __init__(self, function, x, decisions):
+        # One of its own: with a graph, torch gives up what cuBLAS keeps for the stream that it was captured on.
+        self.stream = stream = torch.cuda.Stream(x.device)
         # Tensors of inference mode could not be written to by a later call outside of it.
         with torch.inference_mode(False), torch.no_grad(), choosing_algorithms():
             self.inputs = [value if value is None else value.clone() for value in (x, decisions)]
@@ -96,11 +97,11 @@ class _Graph:
 
 
 @contextmanager
-def choosing_algorithms(measure=True):
-    """Let cuDNN measure, for a shape that it sees for the first time, which of its algorithms is fastest, or guess."""
+def choosing_algorithms():
+    """Let cuDNN measure, for a shape that it sees for the first time, which of its algorithms is the fastest."""
     with _capturing:
         before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = measure
+        torch.backends.cudnn.benchmark = True
         try:
             yield
         finally:

@@ -14,15 +14,12 @@ import torch.nn.functional as F
 
 from dynexec import dispatch
 from dynexec.executors.conditional import Conditional, conditional_missing, switch
-from dynexec.executors.graphs import choosing_algorithms
 from dynexec.executors.instructions import Builder
 from dynexec.executors.proof import allows_tf32
 from dynexec.reference import ACTIVATIONS, flat_rows
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
 _LARGEST_MIDDLE = 128
-# Up to so many samples a block is often kept by none. A conditional node costs about as much as two launches.
-_CONDITIONAL_SAMPLES = 4
 # Numbers of samples that a block is prepared for where the library computes it.
 BUCKETS = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,19 +58,18 @@ class LaunchPrograms:
     def finish(self, builder):
         return LaunchProgram(builder.instructions, self)
 
-    def renew(self, program):
-        """The program itself: it keeps nothing between calls."""
+    def renew(self, program, executor):
+        """The program itself; what other executors keep between calls is given up."""
+        if executor != "bucketed":
+            self._conditional = None
         return program
 
     def take_conditional(self, x, executor):
         """What inserts conditional nodes, or None where there are none for this batch and executor."""
-        wanted = executor == "bucketed" or executor == "fused" and len(x) <= _CONDITIONAL_SAMPLES
-        if not wanted or x.device.type != "cuda":
+        if executor not in ("conditional", "bucketed") or x.device.type != "cuda":
             return None
         if (reason := conditional_missing()) is not None:
-            if executor == "bucketed":
-                raise RuntimeError(f"no conditional nodes: {reason}")
-            return None
+            raise RuntimeError(f"no conditional nodes: {reason}")
         if self._conditional is None:
             self._conditional = Conditional(x.device)
         return self._conditional
@@ -87,7 +83,10 @@ class LaunchPrograms:
         # Kernels of one stream run one after the other; those of another one must not use the same memory.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         if stream not in self._workspaces:
-            self._workspaces[stream] = Workspace(device)
+            workspace = Workspace(device)
+            if stream is not None and torch.cuda.is_current_stream_capturing():
+                return workspace  # what makes it ready is in this graph alone
+            self._workspaces[stream] = workspace
         return self._workspaces[stream]
 
 
@@ -150,9 +149,10 @@ class LaunchProgram:
         x : tensor ``[N, C, H, W]``
         route : Route
             A device route will do.
-        executor : {"fused", "dense", "bucketed"}
+        executor : {"fused", "conditional", "dense", "bucketed"}
+            ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
             ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
-            that keep it in place: never much slower than a dense network, whatever the decisions. ``bucketed``: the
+            that keep it in place: about as fast as a dense network, whatever the decisions. ``bucketed``: the
             library's of the samples that keep a block, and others so that there are a multiple of an eighth of the
             batch, between a gather and a scatter; a graph holds them all and chooses on the device.
 
@@ -165,7 +165,8 @@ class LaunchProgram:
         conditional = self.programs.take_conditional(x, executor)
         # Dependent launches are edges of a kind that conditional nodes do not have.
         with nullcontext() if conditional is None else plain_launches():
-            frame = _Frame(x, self.programs.take_workspace(x.device), executor != "fused")
+            dense = executor in ("dense", "bucketed")
+            frame = _Frame(x, self.programs.take_workspace(x.device), dense)
             number = 0
             while (step := self.instructions[number]).op != "store":
                 if step.op == "gate":
@@ -212,8 +213,7 @@ class LaunchProgram:
         part = _Part(frame, index)
         for number in numbers:
             step = self.instructions[number]
-            with choosing_algorithms(measure=False):  # of eight batch sizes each: it would take longer than all else
-                self._run_alone(step, part, {})
+            self._run_alone(step, part, {})
             if (whole := frame.get(step.output)) is not None:
                 rows = flat_rows(part.get(step.output))
                 move_rows(flat_rows(whole), rows, index, scatter=True, offset=offset, first=first)

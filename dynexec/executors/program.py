@@ -61,7 +61,7 @@ class Programs:
     def finish(self, builder):
         return Program(builder.finish(), self.weights.tensor())
 
-    def renew(self, program):
+    def renew(self, program, executor):
         """The same program without the workspace that it keeps, made for the largest batch so far."""
         return Program(program.code, self.weights.tensor())
 

@@ -62,7 +62,7 @@ class Segment:
 
     def release(self):
         """Give up the weights that are packed in the programs' now, and what these allocated while they were tried."""
-        self.programs = {shape: self.maker.renew(program) for shape, program in self.programs.items()}
+        self.programs = {shape: self.maker.renew(program, self.executor) for shape, program in self.programs.items()}
         targets = [*self.modules.values(), *(node.target for node in self.nodes)]
         for stage in self.stages:
             for block in stage.blocks:

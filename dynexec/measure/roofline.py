@@ -83,6 +83,8 @@ class Layer:
         Rows and columns of a tile, and how many a multiprocessor works on at once; None: a library's.
     launched : bool
         Whether it is a kernel of its own, and not the second part of the one before.
+    dependent : bool
+        Whether a kernel of ours is launched with programmatic dependent launch.
     """
 
     pixels: int
@@ -92,11 +94,12 @@ class Layer:
     weights: int
     tile: tuple[int, int, int] | None = None
     launched: bool = True
+    dependent: bool = True
 
 
 def layer_seconds(gpu: Gpu, layer: Layer, samples: int) -> float:
     """Seconds that a layer takes for so many samples, launch included."""
-    launch = gpu.launch if layer.tile is None else gpu.dependent_launch
+    launch = gpu.dependent_launch if layer.dependent and layer.tile is not None else gpu.launch
     if samples == 0:
         return (launch + _EMPTY) * layer.launched
     traffic = samples * layer.traffic + layer.weights
