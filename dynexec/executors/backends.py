@@ -70,7 +70,7 @@ def kernels(device, batch_invariant):
     """The Triton kernels for GPUs, which in the interpreter run on a CPU as well."""
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-    executors = {name: {"executor": name} for name in ("fused", "conditional", "dense", "bucketed")}
+    executors = {name: {"executor": name} for name in ("fused", "resident", "conditional", "dense", "bucketed")}
     if batch_invariant:
         del executors["bucketed"]  # the library's algorithm depends on how many samples keep the block
     version = _digest_of_kernels(), batch_invariant, conditional_missing()
@@ -85,7 +85,7 @@ def kernels(device, batch_invariant):
 def _digest_of_kernels():
     """Changes with the kernels, with what launches them and with Triton."""
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
-    sources += [Path(__file__).with_name(f"{name}.py") for name in ("launches", "conditional", "graphs")]
+    sources += [Path(__file__).with_name(f"{name}.py") for name in ("launches", "conditional", "graphs", "resident")]
     triton = importlib.metadata.version("triton") if dispatch.triton_missing() is None else ""
     return sha256("".join([triton, *(path.read_text() for path in sources)]).encode()).hexdigest()[:16]
 

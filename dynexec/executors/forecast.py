@@ -1,18 +1,26 @@
 """What a :class:`LaunchProgram` launches, for the model in :mod:`dynexec.measure.roofline`."""
 
 from dataclasses import replace
-from math import ceil
+from math import ceil, log, sqrt
 
 from dynexec.executors.launches import BUCKETS
+from dynexec.executors.resident import cluster_size, read_network
 from dynexec.measure.roofline import Layer, layer_seconds
 
 _OURS = (0, 0, 0)  # the tile of a kernel of ours that has none
 # What a conditional node takes, as a kernel that moves nothing: setting its value, and starting the body.
 _NODE = Layer(0, 0, 0, 0, 0)
+# Of the resident kernel, all estimates: the share of the GPU's rate that mma.sync reaches; the time of a convolution,
+# with loads and barriers, over that of its products, by stage; what each further block of a cluster adds.
+_WARP_PRODUCTS = 0.62
+_RESIDENT_FACTORS = (1.25, 1.6, 1.7)
+_CLUSTER_GAIN = 0.8
 
 
 def program_seconds(gpu, program, samples, kept, dtype, executor):
-    """What a program takes by the model; arguments as for :func:`launches`."""
+    """What a program takes by the model; arguments as for :func:`launches`, or the executor ``resident``."""
+    if executor == "resident":
+        return _resident_seconds(gpu, program, samples, kept)
     return sum(layer_seconds(gpu, *launch) for launch in launches(program, samples, kept, dtype, executor))
 
 
@@ -76,6 +84,27 @@ def _gated(numbers, count, executor, program, samples, dtype, architecture):
         found.append((_layer(number, (), step.op == "conv", *what), together))
         found += [(_copy(step.output, dtype), count)] * last
     return found
+
+
+def _resident_seconds(gpu, program, samples, kept):
+    """Of the kernel that runs whole networks; 0 for networks that it refuses, which nobody needs to know before."""
+    try:
+        convs, _, blocks = read_network(program.instructions, program.programs.columns)
+    except ValueError:
+        return 0.0
+    stages = [stage for stage, depth in enumerate(blocks) for _ in range(depth)]
+    flops = 2 * 9 * convs[1].shape[0] * convs[1].shape[1] * program.instructions[0].output.pixels  # of each convolution
+    conv = flops / (_WARP_PRODUCTS * gpu.flops / gpu.multiprocessors)
+    work = samples * _RESIDENT_FACTORS[0] * conv
+    work += sum(2 * count * _RESIDENT_FACTORS[stage] * conv for stage, count in zip(stages, kept, strict=True))
+    together = cluster_size(samples, gpu.multiprocessors)
+    places = gpu.multiprocessors // together
+    seconds = work / min(samples, places) / (1 + _CLUSTER_GAIN * (together - 1))
+    if samples <= places:  # the sample that keeps the most ends last; of more samples it begins first
+        share = max(sum(kept) / (samples * len(kept)), 1 / len(kept))
+        spread = sqrt((1 - share) / (share * len(kept)))  # of the number of blocks that samples keep, over its mean
+        seconds *= 1 + spread * sqrt(1.5 * log(samples))  # about the largest of so many draws
+    return gpu.launch + seconds
 
 
 def _copy(value, dtype):

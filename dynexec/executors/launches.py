@@ -16,6 +16,7 @@ from dynexec import dispatch
 from dynexec.executors.conditional import Conditional, conditional_missing, switch
 from dynexec.executors.instructions import Builder
 from dynexec.executors.proof import allows_tf32
+from dynexec.executors.resident import Resident
 from dynexec.reference import ACTIVATIONS, flat_rows
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
@@ -119,7 +120,7 @@ class LaunchProgram:
 
     def __init__(self, instructions, programs):
         self.instructions, self.programs = instructions, programs
-        self.pairs, self._unfused = _find_pairs(instructions), []
+        self.pairs, self._unfused, self._resident = _find_pairs(instructions), [], None
         last = {}
         for number, step in enumerate(instructions):
             last |= {id(value): number for value in step.values}
@@ -149,7 +150,8 @@ class LaunchProgram:
         x : tensor ``[N, C, H, W]``
         route : Route
             A device route will do.
-        executor : {"fused", "conditional", "dense", "bucketed"}
+        executor : {"fused", "resident", "conditional", "dense", "bucketed"}
+            ``resident``: the whole network in one launch, if it is one that :class:`Resident` knows.
             ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
             ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
             that keep it in place: about as fast as a dense network, whatever the decisions. ``bucketed``: the
@@ -162,6 +164,8 @@ class LaunchProgram:
         """
         from dynexec.kernels.device import plain_launches
 
+        if executor == "resident":
+            return self.resident()(x, route.decisions)
         conditional = self.programs.take_conditional(x, executor)
         # Dependent launches are edges of a kind that conditional nodes do not have.
         with nullcontext() if conditional is None else plain_launches():
@@ -178,6 +182,12 @@ class LaunchProgram:
                     self._run(number, step, frame, {})
                 number += 1 + step.gated
             return frame.values[id(step.input)]
+
+    def resident(self):
+        """The network for the kernel that runs it whole; ValueError where it is not such a network."""
+        if self._resident is None:
+            self._resident = Resident(self.instructions, self.programs.columns, self.programs.weights)
+        return self._resident
 
     def _run_gated(self, numbers, frame, index, offset, conditional):
         """The instructions ``numbers`` behind a gate, on the rows ``index[offset[0] : offset[1]]`` that pass it."""

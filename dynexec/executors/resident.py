@@ -1,0 +1,225 @@
+"""Networks that one launch of the kernel in ``csrc/cuda/resident.h`` runs whole: residual networks for small images.
+
+A block of threads takes one sample through all layers: its activations stay in shared memory, and of a residual block
+that the sample drops not even the weights are read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dynexec import native
+
+STAGES = 3
+_WIDTHS = (16, 32, 64)
+_LARGEST_IMAGE, _MOST_BLOCKS = 32, 512
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ResidentNetwork:
+    """Everything on one device.
+
+    Attributes
+    ----------
+    weights : uint8 tensor
+        The convolutions' fragments, one convolution after the other.
+    biases : float32 tensor
+    convs : int32 tensor ``[1 + 2 L, 3]``
+        Of the stem and of each block's two: where their weights begin, how many bytes they are, where biases begin.
+    head, head_biases : float32 tensors ``[outputs, 64]``, ``[outputs]``
+    ends : tuple of three ints
+        Number of the block behind the last one of each stage.
+    """
+
+    weights: torch.Tensor
+    biases: torch.Tensor
+    convs: torch.Tensor
+    head: torch.Tensor
+    head_biases: torch.Tensor
+    ends: tuple[int, int, int]
+
+    def numbers(self):
+        """As the launch takes it."""
+        tensors = self.weights, self.biases, self.convs, self.head, self.head_biases
+        return [*(tensor.data_ptr() for tensor in tensors), *self.ends, len(self.head)]
+
+
+def pack_network(convs, head, blocks, dtype):
+    """A network for the kernel.
+
+    Parameters
+    ----------
+    convs : list of (float tensor ``[K, C, 3, 3]``, float tensor ``[K]``)
+        Weights and biases of the stem and of two convolutions per block, BatchNorm folded.
+    head : (float tensor ``[outputs, 64]``, float tensor ``[outputs]``)
+        Weights and biases of the linear layer.
+    blocks : three ints
+        Blocks of each stage.
+    dtype : torch.float16 or torch.bfloat16
+    """
+    found, table, at, biases_at = [], [], 0, 0
+    for weight, bias in convs:
+        fragments = pack_fragments(F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % 16)).to(dtype))
+        table.append((at, fragments.numel(), biases_at))
+        found.append(fragments)
+        at, biases_at = at + fragments.numel(), biases_at + len(bias)
+    ends = tuple(sum(blocks[: stage + 1]) for stage in range(STAGES))
+    return ResidentNetwork(
+        torch.cat(found),
+        torch.cat([bias.float() for _, bias in convs]),
+        torch.tensor(table, dtype=torch.int32, device=convs[0][0].device),
+        *(tensor.float().contiguous() for tensor in head),
+        ends,
+    )
+
+
+def pack_fragments(weight):
+    """Weights ``[K, C, 3, 3]`` of 16 bits as the right-hand sides of 16x16 by 16x8 products: uint8.
+
+    In order ``[K / 8][kernel h][kernel w][C / 16][lane][4]``: lane i has, of output channel i / 4, the input channels
+    2 (i % 4), the next one, and those 8 further.
+    """
+    k, c = weight.shape[:2]
+    split = weight.permute(2, 3, 1, 0).reshape(9, c // 16, 2, 4, 2, k // 8, 8)
+    return split.permute(5, 0, 1, 6, 3, 2, 4).contiguous().flatten().view(torch.uint8)
+
+
+class Resident:
+    """A program's network in one launch: ``resident(x, decisions)``.
+
+    Parameters
+    ----------
+    instructions : list of Instruction
+    columns : int
+        Of the decisions.
+    weights : callable
+        Gives a convolution's, as (weights, biases, ...).
+
+    Raises
+    ------
+    ValueError
+        If the kernel does not fit this network; says why.
+    """
+
+    def __init__(self, instructions, columns, weights):
+        convs, head, self.blocks = read_network(instructions, columns)
+        weight, bias, *_ = weights(head)
+        found = [weights(conv)[:2] for conv in convs]
+        self.network = pack_network(found, (weight.flatten(1), bias), self.blocks, convs[0].dtype)
+
+    def __call__(self, x, decisions):
+        """Logits ``[N, outputs, 1, 1]`` in the dtype of ``x``, for bool decisions ``[N, L]``."""
+        if x.device.type != "cuda" or (reason := native.cuda_missing()) is not None:
+            raise RuntimeError(
+                f"the resident kernel needs a GPU and the native part: {reason if x.is_cuda else x.device}"
+            )
+        results = torch.empty(len(x), len(self.network.head), dtype=torch.float32, device=x.device)
+        decisions = decisions.contiguous()
+        properties = torch.cuda.get_device_properties(x.device)
+        count = properties.multi_processor_count
+        order = None
+        if len(x) > count:  # those with the most work first
+            order = decisions.sum(1).argsort(descending=True).int()
+        native.cuda().launch_resident(
+            torch.cuda.current_stream(x.device).cuda_stream,
+            images=x.data_ptr(), strides=x.stride(), samples=len(x), size=x.shape[2], given=decisions.data_ptr(),
+            decided=0, results=results.data_ptr(), order=0 if order is None else order.data_ptr(),
+            bfloat16=x.dtype == torch.bfloat16, blocks=cluster_size(len(x), count) if properties.major >= 9 else 1,
+            network=self.network.numbers(),
+            policy=None,
+        )  # fmt: skip
+        return results.to(x.dtype)[:, :, None, None]
+
+
+def cluster_size(samples, multiprocessors):
+    """Blocks that share a sample, which they can from sm_90 on: several where multiprocessors would be left over."""
+    return max(size for size in (1, 2, 4) if size == 1 or size * samples <= multiprocessors)
+
+
+def read_network(instructions, columns):
+    """The convolutions, the linear layer and the numbers of blocks that a program's instructions are.
+
+    ValueError, with the reason, where they are not such a network.
+    """
+    steps = [step for step in instructions if step.op not in ("load", "store")]
+    convs = [step for step in steps if step.op == "conv"]
+    if len(convs) < 2 or len(convs) % 2:
+        raise ValueError("it does not have a stem, two convolutions in each block and a linear layer")
+    stem, *body, last = convs
+    _check_image(stem)
+    blocks, x, gates = [0] * STAGES, stem.output, []
+    shortcuts = _read_shortcuts(steps)
+    for number, (first, second) in enumerate(zip(body[::2], body[1::2], strict=True)):
+        stage = _WIDTHS.index(first.output.channels) if first.output.channels in _WIDTHS else -1
+        enters = first.output.channels != x.channels
+        if (
+            not enters
+            and any(blocks[stage + 1 :])
+            or enters
+            and (stage < 1 or any(blocks[stage:]) or not blocks[stage - 1])
+        ):
+            raise ValueError(f"block {number} is not in one of three stages of {_WIDTHS} channels")
+        _check_conv(first, f"the first convolution of block {number}", 2 if enters else 1)
+        _check_conv(second, f"the second convolution of block {number}", 1)
+        shortcut = shortcuts.get(id(second.other)) if enters else second.other
+        if first.input is not x or first.other is not None or second.input is not first.output or shortcut is not x:
+            raise ValueError(f"block {number} is not two convolutions and a shortcut, average pooling where it halves")
+        blocks[stage] += 1
+        x = second.output
+    if not all(blocks):
+        raise ValueError(f"it has {blocks} blocks of {_WIDTHS} channels, and none may be missing")
+    _check_head(steps, last, x)
+    gates = [(step.column, step.gated) for step in steps if step.op == "gate"]
+    if gates != [(column, 2) for column in range(columns)] or columns != sum(blocks) or columns > _MOST_BLOCKS:
+        raise ValueError(f"it has {len(gates)} gates for {sum(blocks)} blocks and {columns} columns of decisions")
+    if len(steps) != len(convs) + len(gates) + 1 + 2 * (STAGES - 1):
+        raise ValueError("it does more than stem, blocks, pooling and a linear layer")
+    return [step.conv for step in (stem, *body)], last.conv, blocks
+
+
+def _read_shortcuts(steps):
+    """From the identity of a value to that of which it is the average of 2x2 pixels and channels of zeros."""
+    pooled = {
+        id(step.output): step.input
+        for step in steps
+        if step.op == "sum"
+        and (*step.kernel, *step.stride, *step.padding) == (2, 2, 2, 2, 0, 0)
+        and step.divisor in (0, 4)
+    }
+    return {
+        id(step.output): pooled[id(step.input)]
+        for step in steps
+        if step.op == "add" and step.other is None and step.activation is None and id(step.input) in pooled
+    }
+
+
+def _check_image(stem):
+    channels, height, width = stem.input.shape
+    if height != width or height > _LARGEST_IMAGE or height % 4 or channels > 3 or stem.output.channels != _WIDTHS[0]:
+        raise ValueError(
+            f"images must be [3, S, S] with S a multiple of 4 up to {_LARGEST_IMAGE}, and its stem must have "
+            f"{_WIDTHS[0]} channels, got {tuple(stem.input.shape)} and {stem.output.channels}"
+        )
+    if stem.conv.dtype not in _DTYPES:
+        raise ValueError(f"the kernel computes in float16 and bfloat16, not in {stem.conv.dtype}")
+    _check_conv(stem, "the stem", 1)
+
+
+def _check_conv(step, name, stride):
+    geometry = (*step.kernel, *step.stride, *step.dilation, *step.padding)
+    if geometry != (3, 3, stride, stride, 1, 1, 1, 1) or step.activation != "relu":
+        raise ValueError(
+            f"{name} must be 3x3 with stride {stride}, padding 1 and ReLU, got kernel {tuple(step.kernel)}, stride "
+            f"{tuple(step.stride)}, dilation {tuple(step.dilation)}, padding {tuple(step.padding)}, {step.activation}"
+        )
+
+
+def _check_head(steps, last, x):
+    means = [step for step in steps if step.op == "sum" and step.output is last.input]
+    whole = (x.height, x.width)
+    good = len(means) == 1 and means[0].input is x and tuple(means[0].kernel) == whole
+    good = good and means[0].divisor in (0, x.pixels) and not any(means[0].padding)
+    if not good or last.output.pixels != 1 or last.activation is not None or last.other is not None:
+        raise ValueError("its last layers must be the mean of all pixels and a linear layer")
