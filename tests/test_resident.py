@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -14,11 +15,14 @@ from cuda_on_cpu import SOURCES, build
 
 import dynexec
 from dynexec import native
+from dynexec.executors import backends
+from dynexec.executors.block import pack_module
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.partition import pack_stages
 from dynexec.executors.proof import relative_error
+from dynexec.executors.resident import Resident
 from dynexec.executors.segment import make_segments
-from dynexec.models.blockdrop import BasicBlock, SegmentedResNet
+from dynexec.models.blockdrop import BasicBlock, BlockDropPolicy, SegmentedResNet
 from dynexec.nn.context import decide
 
 needs_bench = pytest.mark.skipif(
@@ -51,6 +55,19 @@ def program(model, x, columns=None):
         _, (segment,) = make_segments(graph, partial(LaunchPrograms, columns))
     (found,) = segment.programs.values()
     return found
+
+
+def make_policy():
+    """One for BLOCKS, with decisions of both kinds, and as the kernel takes it."""
+    features = SegmentedResNet(BasicBlock, (1, 1, 1), (16, 32, 64))
+    policy = toys.finish(BlockDropPolicy(features, sum(BLOCKS))).half()
+    with torch.no_grad():
+        x = torch.randn(8, 3, 32, 32, dtype=torch.float16)
+        policy.logit.weight *= 50  # clear ones
+        policy.logit.bias -= policy.logit(policy.features(x)).mean(0)
+        _, (segment,) = make_segments(pack_module(policy, x[:1]).__self__, partial(LaunchPrograms, 0))
+    (found,) = segment.programs.values()
+    return policy, found.resident()
 
 
 def run(bench, tmp_path, x, resident, decisions=None, policy=None, order=None, blocks=1, seeds=(1,)):
@@ -152,15 +169,12 @@ def test_the_convolutions_have_no_bank_conflicts(bench, tmp_path):
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_policy_decides_in_the_same_launch(bench, tmp_path, blocks):
     model, found = network()
-    policy = toys.finish(SegmentedResNet(BasicBlock, (1, 1, 1), (16, 32, 64), num_classes=6)).half()
-    policy.fc.bias.data -= policy(torch.randn(8, 3, 32, 32).half()).mean(0)  # decisions of both kinds
-    dynexec.convert(policy)
-    decides = program(policy, torch.randn(1, 3, 32, 32).half()).resident()
+    policy, decides = make_policy()
     x = torch.randn(4, 3, 32, 32, dtype=torch.float16)
-    everything = torch.ones(4, 3, dtype=torch.bool)
-    with torch.no_grad(), decide(everything):
-        decisions = policy(x) >= 0
-    assert 0 < decisions.sum() < decisions.numel()
+    with torch.no_grad():
+        probabilities = policy(x)
+    decisions = probabilities >= 0.5
+    assert 0 < decisions.sum() < decisions.numel() and (probabilities - 0.5).abs().min() > 1e-3
     results, decided, _ = run(bench, tmp_path, x, found.resident(), policy=decides, blocks=blocks, seeds=(1, 2))
     assert torch.equal(decided.bool(), decisions)
     assert relative_error(results, expected(model, x, decisions)) < TOLERANCE[torch.float16]
@@ -226,6 +240,39 @@ def test_other_networks_are_refused_with_a_reason(message, size, dtype, depths, 
     dynexec.convert(model)
     with pytest.raises(ValueError, match=message):
         program(model, torch.randn(1, 3, size, size, dtype=dtype)).resident()
+
+
+def test_freeze_puts_the_policy_into_the_launch(monkeypatch):
+    """With the launch replaced by what it should compute, by layers."""
+    model, _ = network((2, 2, 2))
+    policy, _ = make_policy()
+    calls = []
+
+    def launch(self, x, decisions, policy):
+        calls.append("policy" if policy is not None else "network")
+        if policy is not None:
+            with torch.no_grad():
+                decisions.copy_(decide_by(x) >= 0.5)
+        return expected(model, x, decisions).to(x.dtype)[:, :, None, None]
+
+    decide_by = copy.deepcopy(policy)
+    monkeypatch.setattr(Resident, "_launch", launch)
+    module = sys.modules["dynexec.executors.freeze"]
+    monkeypatch.setattr(module, "choose_backend", lambda device, _, invariant: backends.kernels(device, invariant))
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float16)
+    frozen = dynexec.freeze(model, x, policy=policy, executor="resident")
+    calls.clear()
+    y, decisions = frozen(x, return_decisions=True)
+    assert calls == ["policy"] and torch.equal(decisions, decide_by(x) >= 0.5)
+    frozen(x, decisions)
+    assert calls == ["policy", "network"]
+    assert relative_error(y, expected(model, x, decisions)) < 1e-2
+    decide_by.logit.bias.data += 100  # a launch that decides otherwise
+    frozen = dynexec.freeze(model, x, policy=policy, executor="resident")
+    assert "policy not in the resident kernel" in frozen.explain()
+    calls.clear()
+    frozen(x)
+    assert calls == ["network"]
 
 
 @pytest.mark.skipif(native.cuda_missing() is not None, reason=str(native.cuda_missing()))

@@ -114,9 +114,11 @@ def freeze(
             policy = _freeze_policy(policy, images, executor, backend, cache)
         frozen = _freeze_backbone(backbone, images, executor, backend, cache)
     frozen.policy = policy
-    if policy is not None and frozen.graphs is not None:
+    if policy is not None:
         with torch.no_grad(), dispatch.on_device(device):
-            frozen.call(images, None)
+            frozen.prove_one_launch(images)
+            if frozen.graphs is not None:
+                frozen.call(images, None)
         frozen.note_failed_graphs()
     cache.save()
     return frozen

@@ -5,6 +5,8 @@ from torch import fx, nn
 
 from dynexec import dispatch
 from dynexec.executors.choose import CAUSES
+from dynexec.executors.proof import relative_error, tolerance
+from dynexec.executors.segment import only_segment
 from dynexec.nn.context import check_decisions
 from dynexec.policy import threshold
 from dynexec.route import Route
@@ -22,6 +24,7 @@ class FrozenNetwork(nn.Module):
         self.stages, self.segments, self.backend = tuple(stages), tuple(segments), backend
         self.executors = list(backend.executors) if backend is not None else []  # those that were proven
         self.executor, self.expected = None, {}  # the one in use; seconds of each by a model
+        self.one_launch = backend is not None and backend.plans  # whether a policy may run in the resident kernel
         self.policy, self.samples_at_once, self.graphs, self.notes = None, None, None, []
 
     @torch.no_grad()
@@ -84,9 +87,40 @@ class FrozenNetwork(nn.Module):
 
     def compute(self, x, decisions):
         """Output and decisions for ``x`` in the network's dtype and decisions bool ``[N, L]``; None: the policy's."""
+        if decisions is None and (found := self._decide_in_one_launch(x)) is not None:
+            return found
         if decisions is None:
             decisions = self._check_decisions(threshold(self.policy(x)), x)
         return self.run_in_parts(x, decisions), decisions
+
+    def _decide_in_one_launch(self, x):
+        """Output and decisions where one kernel runs the policy and the network; None where it does not."""
+        segments = [only_segment(function) for function in (self.policy, self.network)]
+        if self.executor != "resident" or not self.one_launch or None in segments or len(x) == 0:
+            return None
+        policy, network = (segment.find_program(x) for segment in segments)
+        try:
+            policy, network = policy.resident(), network.resident()
+        except ValueError:
+            return None
+        y, decisions = network.decide(x, policy)
+        return (y.flatten(1) if segments[1].flat else y), decisions
+
+    def prove_one_launch(self, x):
+        """Compare policy and network in one launch with one after the other, and do without where they differ."""
+        if (found := self._decide_in_one_launch(x)) is None:
+            return
+        y, decisions = found
+        probabilities = self.policy(x).float()
+        sure = (probabilities - 0.5).abs() > 0.01  # of the others rounding may decide
+        error = relative_error(y, self.run_in_parts(x, decisions))
+        self.one_launch = torch.equal(decisions[sure], probabilities[sure] >= 0.5) and error <= tolerance(
+            y.dtype, y.device
+        )
+        if not self.one_launch:
+            self.notes.append(
+                f"policy not in the resident kernel: other decisions, or an output that differs by {error:.1e}"
+            )
 
     def run_in_parts(self, x, decisions):
         """``x`` in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""

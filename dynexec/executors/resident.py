@@ -111,6 +111,14 @@ class Resident:
 
     def __call__(self, x, decisions):
         """Logits ``[N, outputs, 1, 1]`` in the dtype of ``x``, for bool decisions ``[N, L]``."""
+        return self._launch(x, decisions, None)
+
+    def decide(self, x, policy):
+        """The same for the decisions of a policy, another Resident, in one launch; logits and decisions."""
+        decisions = torch.empty(len(x), sum(self.blocks), dtype=torch.bool, device=x.device)
+        return self._launch(x, decisions, policy), decisions
+
+    def _launch(self, x, decisions, policy):
         if x.device.type != "cuda" or (reason := native.cuda_missing()) is not None:
             raise RuntimeError(
                 f"the resident kernel needs a GPU and the native part: {reason if x.is_cuda else x.device}"
@@ -120,15 +128,15 @@ class Resident:
         properties = torch.cuda.get_device_properties(x.device)
         count = properties.multi_processor_count
         order = None
-        if len(x) > count:  # those with the most work first
+        if policy is None and len(x) > count:  # those with the most work first
             order = decisions.sum(1).argsort(descending=True).int()
         native.cuda().launch_resident(
             torch.cuda.current_stream(x.device).cuda_stream,
             images=x.data_ptr(), strides=x.stride(), samples=len(x), size=x.shape[2], given=decisions.data_ptr(),
-            decided=0, results=results.data_ptr(), order=0 if order is None else order.data_ptr(),
+            decided=decisions.data_ptr(), results=results.data_ptr(), order=0 if order is None else order.data_ptr(),
             bfloat16=x.dtype == torch.bfloat16, blocks=cluster_size(len(x), count) if properties.major >= 9 else 1,
             network=self.network.numbers(),
-            policy=None,
+            policy=None if policy is None else policy.network.numbers(),
         )  # fmt: skip
         return results.to(x.dtype)[:, :, None, None]
 
@@ -141,7 +149,8 @@ def cluster_size(samples, multiprocessors):
 def read_network(instructions, columns):
     """The convolutions, the linear layer and the numbers of blocks that a program's instructions are.
 
-    ValueError, with the reason, where they are not such a network.
+    Without ``columns`` those of a policy: all blocks always run, and behind the linear layer is a sigmoid. ValueError,
+    with the reason, where they are not such a network.
     """
     steps = [step for step in instructions if step.op not in ("load", "store")]
     convs = [step for step in steps if step.op == "conv"]
@@ -149,17 +158,15 @@ def read_network(instructions, columns):
         raise ValueError("it does not have a stem, two convolutions in each block and a linear layer")
     stem, *body, last = convs
     _check_image(stem)
-    blocks, x, gates = [0] * STAGES, stem.output, []
+    blocks, x = [0] * STAGES, stem.output
     shortcuts = _read_shortcuts(steps)
     for number, (first, second) in enumerate(zip(body[::2], body[1::2], strict=True)):
         stage = _WIDTHS.index(first.output.channels) if first.output.channels in _WIDTHS else -1
         enters = first.output.channels != x.channels
-        if (
-            not enters
-            and any(blocks[stage + 1 :])
-            or enters
-            and (stage < 1 or any(blocks[stage:]) or not blocks[stage - 1])
-        ):
+        follows = (
+            stage > 0 and blocks[stage - 1] and not any(blocks[stage:]) if enters else not any(blocks[stage + 1 :])
+        )
+        if stage < 0 or not follows:
             raise ValueError(f"block {number} is not in one of three stages of {_WIDTHS} channels")
         _check_conv(first, f"the first convolution of block {number}", 2 if enters else 1)
         _check_conv(second, f"the second convolution of block {number}", 1)
@@ -168,15 +175,31 @@ def read_network(instructions, columns):
             raise ValueError(f"block {number} is not two convolutions and a shortcut, average pooling where it halves")
         blocks[stage] += 1
         x = second.output
-    if not all(blocks):
-        raise ValueError(f"it has {blocks} blocks of {_WIDTHS} channels, and none may be missing")
+    if not all(blocks) or sum(blocks) > _MOST_BLOCKS:
+        raise ValueError(
+            f"it has {blocks} blocks of {_WIDTHS} channels: none may be missing, nor be over {_MOST_BLOCKS}"
+        )
     _check_head(steps, last, x)
-    gates = [(step.column, step.gated) for step in steps if step.op == "gate"]
-    if gates != [(column, 2) for column in range(columns)] or columns != sum(blocks) or columns > _MOST_BLOCKS:
-        raise ValueError(f"it has {len(gates)} gates for {sum(blocks)} blocks and {columns} columns of decisions")
-    if len(steps) != len(convs) + len(gates) + 1 + 2 * (STAGES - 1):
+    gates = _read_gates(instructions, columns, body)
+    sigmoid = [step for step in steps if step.input is last.output]
+    if [(step.op, step.other, step.activation) for step in sigmoid] != [("add", None, "sigmoid")] * (columns == 0):
+        raise ValueError("behind the linear layer must be nothing, or for a policy a sigmoid")
+    if len(steps) != len(convs) + gates + len(sigmoid) + 1 + 2 * (STAGES - 1):
         raise ValueError("it does more than stem, blocks, pooling and a linear layer")
     return [step.conv for step in (stem, *body)], last.conv, blocks
+
+
+def _read_gates(instructions, columns, body):
+    """How many there are, each around the two convolutions of one block, in the order of the columns."""
+    found = []
+    for number, step in enumerate(instructions):
+        if step.op == "gate":
+            found.append((step.column, [id(inner) for inner in instructions[number + 1 : number + 1 + step.gated]]))
+    pairs = zip(body[::2], body[1::2], strict=True)
+    expected = [(column, [id(first), id(second)]) for column, (first, second) in enumerate(pairs)] if columns else []
+    if found != expected or len(found) != columns:
+        raise ValueError(f"its {len(found)} gates are not each around one of {len(body) // 2} blocks, in their order")
+    return len(found)
 
 
 def _read_shortcuts(steps):

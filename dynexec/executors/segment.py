@@ -75,12 +75,15 @@ class Segment:
 
     def __call__(self, x, route):
         """Run on ``x`` with what the network's ``plan`` gave; None where nothing is decided."""
-        shape = tuple(x.shape[1:])
-        program = self.programs.get(shape)
-        if program is None:
-            program = self.programs[shape] = self._program(shape)
-        y = program(x, route, **self.options)
+        y = self.find_program(x)(x, route, **self.options)
         return y.flatten(1) if self.flat else y
+
+    def find_program(self, x):
+        """The program for images like ``x``, made when they are first seen."""
+        shape = tuple(x.shape[1:])
+        if shape not in self.programs:
+            self.programs[shape] = self._program(shape)
+        return self.programs[shape]
 
     def _program(self, shape):
         builder = self.maker.builder()
@@ -95,6 +98,15 @@ class Segment:
         builder.store(result.value if self.flat else result)
         self.operations = [instruction.op for instruction in builder.instructions]
         return self.maker.finish(builder)
+
+
+def only_segment(function):
+    """The segment that is all of a packed function, or None."""
+    module = getattr(function, "__self__", None)
+    nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
+    calls = [node for node in nodes if node.op not in ("placeholder", "output")]
+    whole = len(calls) == 1 and isinstance(calls[0].target, Segment) and nodes[-1].args == (calls[0],)
+    return calls[0].target if whole else None
 
 
 def make_segments(module, make_programs):
