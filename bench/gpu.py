@@ -29,7 +29,7 @@ from dynexec.report.rows import append_row, read_rows
 from dynexec.report.tables import markdown
 
 ROOT = Path(__file__).parents[1]
-TESTS = [f"tests/test_{name}.py" for name in ("graphs", "conditional", "launches", "kernels")]
+TESTS = [f"tests/test_{name}.py" for name in ("graphs", "conditional", "resident", "launches", "kernels")]
 KEEPS = (0.5, 0.25, 0.75, 0.9, 1.0)
 # Network and batch size, the most important first.
 HEADLINE = [

@@ -10,13 +10,16 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from predict import program
 
 from dynexec import reference
+from dynexec.executors.forecast import program_seconds
 from dynexec.kernels.bottleneck import conv_pair
 from dynexec.kernels.conv import Workspace, conv
 from dynexec.kernels.pointwise import combine
@@ -182,6 +185,24 @@ class Rates:
             times = {"two_us": 1e6 * self.seconds(two), "one_us": 1e6 * self.seconds(one)} if error < TOLERANCE else {}
             self.row(name, error=error, **times)
 
+    def resident(self):
+        """ResNet-110 in the kernel that runs it whole: a sample in one block of threads, and in clusters of them."""
+        columns, found = program("resnet110", self.device)
+        for batch in () if self.dry else (1, 8, 32, 64, 128, 1024):  # the kernel has no interpreter
+            x = self._images(batch, 3, 32)
+            for keep in KEEPS:
+                decisions = torch.rand(batch, columns, device=self.device) < keep
+                alone = found.resident().launch(x, decisions, blocks=1)
+                for blocks in (1, 2, 4):
+                    name = f"resident, ResNet-110, batch {batch}, keep {keep}, {blocks} blocks a sample"
+                    if name in self.known or batch * blocks > 2048:
+                        continue
+                    run = partial(found.resident().launch, x, decisions, blocks=blocks)
+                    error = float((run() - alone).abs().max() / alone.abs().max())
+                    kept = decisions.sum(0).tolist()
+                    expected = program_seconds(H100, found, batch, kept, torch.float16, "resident")
+                    self.row(name, error=error, us=1e6 * self.seconds(run), expected_us=1e6 * expected)
+
     def _images(self, *shape):
         n, c, size = shape
         return torch.randn(n, c, size, size, device=self.device).half().to(memory_format=torch.channels_last)
@@ -202,7 +223,7 @@ def main():
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     rates = Rates(args.folder, args.dry)
-    for section in (rates.ceilings, rates.launches, rates.layers, rates.pairs):
+    for section in (rates.ceilings, rates.launches, rates.layers, rates.pairs, rates.resident):
         try:
             with torch.inference_mode():
                 section()

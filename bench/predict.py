@@ -24,11 +24,11 @@ BATCHES = {"resnet101": (1, 32, 128, 256), "resnet110": (1, 32, 128, 1024)}
 KEEPS = (0.25, 0.5, 0.75, 1.0)
 
 
-def program(name):
+def program(name, device="cpu"):
     """Number of blocks of a network, and the program that runs it on a GPU."""
-    model = build(NETS[name]).half()
+    model = build(NETS[name]).to(device).half()
     backbone = getattr(model, "backbone", model)
-    network, stages = pack_stages(backbone, make_images(1, NETS[name].size).half(), None, 1)
+    network, stages = pack_stages(backbone, make_images(1, NETS[name].size).to(device).half(), None, 1)
     columns = sum(len(stage.blocks) for stage, _, _ in stages)
     _, (segment,) = make_segments(network, partial(LaunchPrograms, columns))
     (found,) = segment.programs.values()

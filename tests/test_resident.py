@@ -187,20 +187,29 @@ def test_any_order_of_the_samples(bench, tmp_path):
     plain, _, _ = run(bench, tmp_path, x, found.resident(), DECISIONS[:3, :3])
     order = torch.tensor([2, 0, 1], dtype=torch.int32)
     assert torch.equal(run(bench, tmp_path, x, found.resident(), DECISIONS[:3, :3], order=order)[0], plain)
+    with pytest.raises(RuntimeError, match=r"used by two threads: 4 bytes at \d+ .* of results"):
+        run(bench, tmp_path, x, found.resident(), DECISIONS[:3, :3], order=order * 0)
 
 
 @needs_bench
 @pytest.mark.parametrize(
-    "what, instead, error",
+    "what, instead, error, blocks",
     [
-        ("    wait<0>();\n    all_barrier();\n    if", "    all_barrier();\n    if", "still being copied"),
-        ("    wait<0>();\n    all_barrier();\n    if", "    wait<0>();\n    if", "another thread|nothing wrote|copied"),
-        ("if (me == 0) clear_pixel", "if (me == 1) clear_pixel", "nothing wrote"),
-        ("stage < 2 ? second *", "stage < 2 ? 0 * second *", "another thread|copied"),
+        ("    wait<0>();\n    all_barrier();\n    if", "    all_barrier();\n    if", "still being copied", 1),
+        (
+            "    wait<0>();\n    all_barrier();\n    if",
+            "    wait<0>();\n    if",
+            "another thread|nothing wrote|copied",
+            1,
+        ),
+        ("if (me == 0) clear_pixel", "if (me == 1) clear_pixel", "nothing wrote", 1),
+        ("stage < 2 ? second *", "stage < 2 ? 0 * second *", "another thread|copied", 1),
+        ("if (row == 0 && me > 0)", "if (row == 0 && me > 9)", "nothing wrote", 2),
+        ("      cluster_barrier();", "      barrier();", "no barrier of the cluster", 2),
     ],
-    ids=["no wait", "no barrier", "no border", "one slot for all weights"],
+    ids=["no wait", "no barrier", "no border", "one slot for all weights", "no remote rows", "barrier of the block"],
 )
-def test_a_planted_mistake_is_found(tmp_path, what, instead, error):
+def test_a_planted_mistake_is_found(tmp_path, what, instead, error, blocks):
     source = (SOURCES.parent / "cuda" / "resident.h").read_text()
     assert source.count(what) == 1
     copy = tmp_path / "csrc"
@@ -210,7 +219,7 @@ def test_a_planted_mistake_is_found(tmp_path, what, instead, error):
     _, found = network((1, 1, 1))
     x = torch.randn(1, 3, 32, 32, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=error):
-        run(bench, tmp_path, x, found.resident(), DECISIONS[:1, :3], seeds=range(5))
+        run(bench, tmp_path, x, found.resident(), DECISIONS[:1, :3], blocks=blocks, seeds=range(5))
 
 
 class Odd(SegmentedResNet):
@@ -223,23 +232,25 @@ class Odd(SegmentedResNet):
     [
         ("not in torch.float32", 32, torch.float32, (1, 1, 1), (16, 32, 64), {}),
         ("multiple of 4 up to 32", 40, torch.float16, (1, 1, 1), (16, 32, 64), {}),
-        ("must have 16 channels", 32, torch.float16, (1, 1, 1), (8, 16, 32), {}),
+        ("must give 16 channels", 32, torch.float16, (1, 1, 1), (8, 16, 32), {}),
         ("three stages", 32, torch.float16, (1, 1, 1), (16, 32, 48), {}),
         ("none may be missing", 32, torch.float16, (1, 1), (16, 32), {}),
         ("a linear layer", 32, torch.float16, (1, 1, 1), (16, 32, 64), {"num_classes": None}),
+        (r"must be \[3, S, S\]", 28, torch.float16, (1, 1, 1), (16, 32, 64), {"in_channels": 1}),
         ("more than stem", 32, torch.float16, (1, 1, 1), (16, 32, 64), {"kind": Odd}),
         ("with stride 1, padding 1 and ReLU, got kernel", 32, torch.float16, (1, 1, 1), (16, 32, 64), {"kernel": 1}),
     ],
 )
 def test_other_networks_are_refused_with_a_reason(message, size, dtype, depths, widths, more):
     kind, classes = more.get("kind", SegmentedResNet), more.get("num_classes", 3)
-    model = kind(BasicBlock, depths, widths, num_classes=classes)
+    channels = more.get("in_channels", 3)
+    model = kind(BasicBlock, depths, widths, num_classes=classes, in_channels=channels)
     if "kernel" in more:
         model.blocks[0][0].conv1 = torch.nn.Conv2d(16, 16, 1, bias=False)
     model = toys.finish(model).to(dtype)
     dynexec.convert(model)
     with pytest.raises(ValueError, match=message):
-        program(model, torch.randn(1, 3, size, size, dtype=dtype)).resident()
+        program(model, torch.randn(1, channels, size, size, dtype=dtype)).resident()
 
 
 def test_freeze_puts_the_policy_into_the_launch(monkeypatch):
@@ -248,7 +259,7 @@ def test_freeze_puts_the_policy_into_the_launch(monkeypatch):
     policy, _ = make_policy()
     calls = []
 
-    def launch(self, x, decisions, policy):
+    def launch(self, x, decisions, policy=None):
         calls.append("policy" if policy is not None else "network")
         if policy is not None:
             with torch.no_grad():
@@ -256,7 +267,7 @@ def test_freeze_puts_the_policy_into_the_launch(monkeypatch):
         return expected(model, x, decisions).to(x.dtype)[:, :, None, None]
 
     decide_by = copy.deepcopy(policy)
-    monkeypatch.setattr(Resident, "_launch", launch)
+    monkeypatch.setattr(Resident, "launch", launch)
     module = sys.modules["dynexec.executors.freeze"]
     monkeypatch.setattr(module, "choose_backend", lambda device, _, invariant: backends.kernels(device, invariant))
     x = torch.randn(3, 3, 32, 32, dtype=torch.float16)

@@ -38,7 +38,7 @@ def test_the_second_part_of_a_launch_starts_nothing():
 
 
 def test_half_a_gpu_takes_twice_as_long_for_what_is_large():
-    half = H100.resize("half", H100.multiprocessors // 2)
+    half = H100.resize("half", H100.multiprocessors // 2, False)
     assert layer_seconds(half, DENSE, 4096) == pytest.approx(2 * layer_seconds(H100, DENSE, 4096), rel=0.01)
     assert half.name == "half" and half.launch == H100.launch
 

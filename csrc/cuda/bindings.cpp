@@ -26,6 +26,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("insert_conditional", &dynexec::insert_conditional, "stream"_a, "offset"_a, "size"_a, "bodies"_a);
   module.def("begin_body", &dynexec::begin_body, "stream"_a, "body"_a);
   module.def("end_body", &dynexec::end_body, "stream"_a);
+  module.def("count_resident_clusters", &dynexec::count_resident_clusters, "blocks"_a);
   module.def(
       "launch_resident",
       [](uint64_t stream, uint64_t images, std::array<int64_t, 4> strides, int samples, int size, uint64_t given,

@@ -15,7 +15,11 @@ __global__ void __launch_bounds__(resident::kThreads, 1) run_resident(const __gr
 #if __CUDA_ARCH__ >= 900
   resident::Kernel<Half, BLOCKS, DECIDES>(batch).run();
 #else
-  if constexpr (BLOCKS == 1) resident::Kernel<Half, BLOCKS, DECIDES>(batch).run();
+  if constexpr (BLOCKS == 1) {
+    resident::Kernel<Half, BLOCKS, DECIDES>(batch).run();
+  } else {
+    __trap();  // compiled for a GPU without clusters
+  }
 #endif
 }
 
@@ -35,23 +39,32 @@ resident::Network network(const ResidentPart& part) {
           part.outputs};
 }
 
+// How a kernel is launched; valid as long as it is.
+struct Config {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = {};
+
+  template <class Kernel>
+  Config(Kernel kernel, cudaStream_t stream, int samples, int blocks) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, resident::kSharedBytes),
+          "161 KB of shared memory, which sm_86 and sm_89 do not have: cudaFuncSetAttribute");
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(samples * blocks);
+    config.blockDim = dim3(resident::kThreads);
+    config.dynamicSmemBytes = resident::kSharedBytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = blocks > 1;
+  }
+};
+
 template <class Half, int BLOCKS, bool DECIDES>
 void launch(cudaStream_t stream, int samples, const resident::Batch& batch) {
   const auto kernel = run_resident<Half, BLOCKS, DECIDES>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, resident::kSharedBytes),
-        "cudaFuncSetAttribute");
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = BLOCKS;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(samples * BLOCKS);
-  config.blockDim = dim3(resident::kThreads);
-  config.dynamicSmemBytes = resident::kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = BLOCKS > 1;
-  check(cudaLaunchKernelEx(&config, kernel, batch), "cudaLaunchKernelEx");
+  const Config how(kernel, stream, samples, BLOCKS);
+  check(cudaLaunchKernelEx(&how.config, kernel, batch), "cudaLaunchKernelEx");
 }
 
 template <class Half, bool DECIDES>
@@ -69,11 +82,21 @@ void launch(cudaStream_t stream, const ResidentLaunch& how, const resident::Batc
 
 }  // namespace
 
+int count_resident_clusters(int blocks) {
+  using hardware::Float16;
+  const auto kernel = blocks == 2 ? run_resident<Float16, 2, false> : run_resident<Float16, 4, false>;
+  const Config how(kernel, nullptr, 1, blocks);
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &how.config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
 void launch_resident(uint64_t stream_handle, const ResidentLaunch& how, const ResidentPart& part,
                      const ResidentPart* policy) {
   if (how.size < 4 || how.size > 32 || how.size % 4 || part.ends[2] > resident::kMaxColumns ||
-      (policy && policy->ends[2] > resident::kMaxColumns)) {
-    throw std::runtime_error("launch_resident: images of 4, 8, ... or 32 pixels, and at most 512 blocks");
+      (policy && (policy->ends[2] > resident::kMaxColumns || policy->outputs != part.ends[2]))) {
+    throw std::runtime_error(
+        "launch_resident: images of 4, 8, ... or 32 pixels, at most 512 blocks, and a policy for each of them");
   }
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
   const resident::Batch batch{reinterpret_cast<const uint16_t*>(how.images),

@@ -105,7 +105,7 @@ constexpr uint32_t kWeightsAt = kMiddleAt + kPlaneBytes;
 constexpr uint32_t kWeightBytes = 9 * 64 * 64 * 2;
 constexpr uint32_t kSlotBytes = kWeightBytes / 2;  // of the weights of a convolution before the third stage
 constexpr uint32_t kSharedBytes = kWeightsAt + kWeightBytes;
-static_assert(kSharedBytes <= 163 * 1024, "what a block may have from sm_80 on");
+static_assert(kSharedBytes <= 163 * 1024, "what a block may have on sm_80; on sm_86 and sm_89 it is less");
 
 // DECIDES: a policy runs first, and its decisions are used.
 template <class Half, int BLOCKS, bool DECIDES>

@@ -20,6 +20,9 @@ struct ResidentLaunch {
   int blocks;  // of a cluster: 1, and from sm_90 on 2 or 4
 };
 
+// How many clusters of 2 or 4 blocks run at once on the current device, from sm_90 on.
+int count_resident_clusters(int blocks);
+
 // Throws std::runtime_error with the name of the call and CUDA's message.
 void launch_resident(uint64_t stream, const ResidentLaunch& launch, const ResidentPart& network,
                      const ResidentPart* policy);

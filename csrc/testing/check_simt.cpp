@@ -64,6 +64,7 @@ void copy_in_groups(int used) {
   commit();
   wait<1>();
   if (thread() == 0) write(result, load32(at + 16 * used));
+  wait<0>();
 }
 
 // a b for a[i][k] = i - k and b[k][j] = k + 3 j, 16x16 by 16x8; `swapped`: with two lanes' parts of b exchanged.
@@ -106,7 +107,8 @@ void exchange(bool both_write) {
   store32(mine, 3);
 }
 
-void tell_neighbour(bool barriers) {
+void tell_neighbour(bool begins, bool barriers) {
+  if (begins) cluster_barrier();
   if (thread() == 0) store32_remote(1 - rank(), shared(), 10 + rank());
   if (barriers) cluster_barrier();
   if (thread() == 0) write(result + rank(), load32(shared()));
@@ -148,11 +150,22 @@ const std::map<std::string, Setting> kernels = {
          shuffle_xor(2.0f, 1);
        }
      }}},
-    {"cluster", {[] { tell_neighbour(true); }, 32, 2, 2}},
-    {"cluster without a barrier", {[] { tell_neighbour(false); }, 32, 2, 2}},
+    {"cluster", {[] { tell_neighbour(true, true); }, 32, 2, 2}},
+    {"cluster without a barrier", {[] { tell_neighbour(true, false); }, 32, 2, 2}},
+    {"cluster that may not have begun", {[] { tell_neighbour(false, true); }, 32, 2, 2}},
+    {"copy at the end", {[] { copy(false, true, 64); }}},
+    {"two barriers",
+     {[] {
+       if (thread() % 2) {
+         barrier();
+       } else {
+         barrier();
+       }
+     }}},
     {"address of another block", {[] { load32(1 << 24); }, 32, 2, 2}},
     {"block that is done",
      {[] {
+       cluster_barrier();
        if (rank() == 1) return;
        for (int i = 0; i < 4000; ++i) store32(shared() + 4 * thread(), i);
        store32_remote(1, shared() + 4 * thread(), 0);

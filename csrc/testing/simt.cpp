@@ -1,3 +1,4 @@
+#undef _FORTIFY_SOURCE  // its longjmp takes another thread's stack for a mistake
 #include "simt.h"
 
 #include <setjmp.h>
@@ -137,6 +138,7 @@ class Machine {
   // Wait for the other lanes; the last one to come executes for all. Whether this one is.
   bool meet(Together what, void* arguments, Here here);
   void leave_meeting();
+  void meet_at_barrier(State kind, Here here);
   void barrier(Here here);
   void cluster_barrier(Here here);
   void log(uint32_t address, int bytes, bool writes, Here here) {
@@ -235,6 +237,11 @@ void Machine::start_cluster() {
 }
 
 void Machine::finish(Thread* thread) {
+  const auto copies = [](const std::vector<Copy>& group) { return !group.empty(); };
+  if (!thread->open.empty() || std::any_of(thread->groups.begin(), thread->groups.end(), copies)) {
+    fail("ends while a copy is under way", thread->open.empty() ? thread->groups.back().back().here
+                                                                : thread->open.back().here);
+  }
   thread->state = State::kDone;
   free_stacks_.push_back(thread->stack);
   --thread->block->running;
@@ -402,8 +409,18 @@ void Machine::leave_meeting() {
   }
 }
 
+// A warp comes to a barrier together: to the same one.
+void Machine::meet_at_barrier(State kind, Here here) {
+  for (const Thread* lane : current->warp->lanes) {
+    if (lane->state == kind && lane->here.line() != here.line()) {
+      fail("its warp waits at another barrier, line " + std::to_string(lane->here.line()), here);
+    }
+  }
+}
+
 void Machine::barrier(Here here) {
   Block& block = *current->block;
+  meet_at_barrier(State::kBlock, here);
   if (++block.arrived < launch_.threads) return yield(State::kBlock, here);
   block.arrived = 0;
   ++block.barriers;
@@ -418,6 +435,7 @@ void Machine::barrier(Here here) {
 
 void Machine::cluster_barrier(Here here) {
   Cluster& cluster = *current->block->cluster;
+  meet_at_barrier(State::kCluster, here);
   if (++cluster.arrived < cluster.threads) return yield(State::kCluster, here);
   cluster.arrived = 0;
   ++cluster.barriers;
@@ -555,6 +573,9 @@ void store128(uint32_t address, uint4 value, Here here) {
 
 void store32_remote(int to, uint32_t address, uint32_t value, Here here) {
   machine->maybe_yield();
+  if (machine->current->block->cluster->barriers == 0) {
+    machine->fail("writes to another block, which may not have begun: no barrier of the cluster was before", here);
+  }
   const uint32_t offset = address & ((1u << simt::kRankShift) - 1);
   const uint32_t remote = static_cast<uint32_t>(to) << simt::kRankShift | offset;
   std::memcpy(machine->access(remote, 4, true, here, machine->current, true), &value, 4);

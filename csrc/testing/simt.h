@@ -1,9 +1,11 @@
 // Runs a kernel written against cuda/hardware.h on a CPU: every thread a coroutine, in an order that a seed decides.
 //
 // What a GPU does together is done together: ldmatrix, mma and shuffles wait for the whole warp, barriers for the block
-// or the cluster. Everything else interleaves. Shared memory is poisoned; an access is an error, with the thread, the
-// address and the line, if it is outside of shared memory or of every global buffer, misaligned, reads what nothing
-// wrote or what is still being copied, or if two threads use a word and one writes it with no barrier between them.
+// or the cluster. Everything else interleaves. An error, with the thread, the address and the line, is every access that
+// is misaligned or outside of shared memory and of all global buffers; in shared memory, which is poisoned, one that
+// reads what nothing wrote or what is still being copied, and two of different threads with no barrier between them of
+// which one writes; in global memory what a thread writes and another one uses. So are lanes of a warp that wait for
+// different things, and threads that wait for others that never come.
 #pragma once
 
 #include <bit>

@@ -1,6 +1,7 @@
 """Which programs run whole segments of a network on a device, and in which ways."""
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +77,8 @@ def kernels(device, batch_invariant):
     version = _digest_of_kernels(), batch_invariant, conditional_missing()
     model = H100
     if device.type == "cuda":
-        model = H100.resize(gpu, torch.cuda.get_device_properties(device).multi_processor_count)
+        properties = torch.cuda.get_device_properties(device)
+        model = H100.resize(gpu, properties.multi_processor_count, properties.major >= 9)
     missing, expected = dispatch.triton_missing(), partial(program_seconds, model)
     up_to = {"conditional": 4}  # with more samples hardly a block is kept by none
     return Backend("Triton kernels", gpu, missing, executors, True, False, version, programs, up_to, expected)
@@ -86,8 +88,10 @@ def _digest_of_kernels():
     """Changes with the kernels, with what launches them and with Triton."""
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
     sources += [Path(__file__).with_name(f"{name}.py") for name in ("launches", "conditional", "graphs", "resident")]
+    if (module := importlib.util.find_spec("dynexec._cuda")) is not None:
+        sources.append(Path(module.origin))
     triton = importlib.metadata.version("triton") if dispatch.triton_missing() is None else ""
-    return sha256("".join([triton, *(path.read_text() for path in sources)]).encode()).hexdigest()[:16]
+    return sha256(triton.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def choose_backend(device, winograd, batch_invariant):

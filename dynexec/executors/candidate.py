@@ -37,8 +37,8 @@ def try_backend(backend, network, layers, proof, images, executor):
     names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
     fast.executors = names = names if executor is None else [executor]
     for name in sorted(names, key=lambda name: fast.expected.get(name, 0.0)):
-        if accepted and fast.expected and fast.expected[name] > _HOPELESS * fast.expected[accepted[0]]:
-            better = accepted[0]
+        better = next((other for other in accepted if other != "resident"), None)  # of that one all is guessed
+        if better and fast.expected and fast.expected[name] > _HOPELESS * fast.expected[better]:
             fast.notes.append(
                 f"{name} not tried: {1e3 * fast.expected[name]:.2f} ms expected, {better} "
                 f"{1e3 * fast.expected[better]:.2f} ms"

@@ -97,7 +97,10 @@ def _resident_seconds(gpu, program, samples, kept):
     conv = flops / (_WARP_PRODUCTS * gpu.flops / gpu.multiprocessors)
     work = samples * _RESIDENT_FACTORS[0] * conv
     work += sum(2 * count * _RESIDENT_FACTORS[stage] * conv for stage, count in zip(stages, kept, strict=True))
-    together = cluster_size(samples, gpu.multiprocessors)
+    # A few multiprocessors are left over in the groups that clusters must lie in.
+    together = cluster_size(
+        samples, {size: (gpu.multiprocessors - 4) // size for size in (2, 4)} if gpu.clusters else {}
+    )
     places = gpu.multiprocessors // together
     seconds = work / min(samples, places) / (1 + _CLUSTER_GAIN * (together - 1))
     if samples <= places:  # the sample that keeps the most ends last; of more samples it begins first

@@ -52,12 +52,15 @@ class LaunchPrograms:
     def __init__(self, columns, batch_invariant=False):
         self.columns, self.batch_invariant = columns, batch_invariant
         self.weights, self._workspaces, self._conditional = _Weights(), {}, None
+        self.first = None  # of the programs
 
     def builder(self):
         return LaunchBuilder(self.columns)
 
     def finish(self, builder):
-        return LaunchProgram(builder.instructions, self)
+        program = LaunchProgram(builder.instructions, self)
+        self.first = self.first or program
+        return program
 
     def renew(self, program, executor):
         """The program itself; what other executors keep between calls is given up."""
@@ -165,7 +168,12 @@ class LaunchProgram:
         from dynexec.kernels.device import plain_launches
 
         if executor == "resident":
-            return self.resident()(x, route.decisions)
+            try:
+                return self.resident()(x, route.decisions)
+            except ValueError:
+                if self is self.programs.first:
+                    raise
+                executor = "fused"  # for another size of images than that which it was chosen for
         conditional = self.programs.take_conditional(x, executor)
         # Dependent launches are edges of a kind that conditional nodes do not have.
         with nullcontext() if conditional is None else plain_launches():

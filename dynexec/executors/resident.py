@@ -5,6 +5,7 @@ that the sample drops not even the weights are read.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -105,28 +106,38 @@ class Resident:
 
     def __init__(self, instructions, columns, weights):
         convs, head, self.blocks = read_network(instructions, columns)
+        self.dtype = convs[0].dtype
         weight, bias, *_ = weights(head)
         found = [weights(conv)[:2] for conv in convs]
-        self.network = pack_network(found, (weight.flatten(1), bias), self.blocks, convs[0].dtype)
+        self.network = pack_network(found, (weight.flatten(1), bias), self.blocks, self.dtype)
 
     def __call__(self, x, decisions):
         """Logits ``[N, outputs, 1, 1]`` in the dtype of ``x``, for bool decisions ``[N, L]``."""
-        return self._launch(x, decisions, None)
+        return self.launch(x, decisions)
 
     def decide(self, x, policy):
         """The same for the decisions of a policy, another Resident, in one launch; logits and decisions."""
+        if len(policy.network.head) != sum(self.blocks):
+            raise ValueError(
+                f"the policy decides on {len(policy.network.head)} blocks, the network has {sum(self.blocks)}"
+            )
         decisions = torch.empty(len(x), sum(self.blocks), dtype=torch.bool, device=x.device)
-        return self._launch(x, decisions, policy), decisions
+        return self.launch(x, decisions, policy), decisions
 
-    def _launch(self, x, decisions, policy):
+    def launch(self, x, decisions, policy=None, blocks=None):
+        """Logits; ``decisions`` are those of the policy then. ``blocks``: how many share a sample, None: what fits."""
         if x.device.type != "cuda" or (reason := native.cuda_missing()) is not None:
             raise RuntimeError(
                 f"the resident kernel needs a GPU and the native part: {reason if x.is_cuda else x.device}"
             )
+        if x.dtype != self.dtype:
+            raise ValueError(f"x must be {self.dtype}, got {x.dtype}")
         results = torch.empty(len(x), len(self.network.head), dtype=torch.float32, device=x.device)
-        decisions = decisions.contiguous()
+        decisions = decisions.bool().contiguous()
         properties = torch.cuda.get_device_properties(x.device)
         count = properties.multi_processor_count
+        if blocks is None:
+            blocks = cluster_size(len(x), _clusters(x.device.index) if properties.major >= 9 else {})
         order = None
         if policy is None and len(x) > count:  # those with the most work first
             order = decisions.sum(1).argsort(descending=True).int()
@@ -134,16 +145,22 @@ class Resident:
             torch.cuda.current_stream(x.device).cuda_stream,
             images=x.data_ptr(), strides=x.stride(), samples=len(x), size=x.shape[2], given=decisions.data_ptr(),
             decided=decisions.data_ptr(), results=results.data_ptr(), order=0 if order is None else order.data_ptr(),
-            bfloat16=x.dtype == torch.bfloat16, blocks=cluster_size(len(x), count) if properties.major >= 9 else 1,
+            bfloat16=x.dtype == torch.bfloat16, blocks=blocks,
             network=self.network.numbers(),
             policy=None if policy is None else policy.network.numbers(),
         )  # fmt: skip
         return results.to(x.dtype)[:, :, None, None]
 
 
-def cluster_size(samples, multiprocessors):
-    """Blocks that share a sample, which they can from sm_90 on: several where multiprocessors would be left over."""
-    return max(size for size in (1, 2, 4) if size == 1 or size * samples <= multiprocessors)
+def cluster_size(samples, places):
+    """Blocks that share a sample; ``places``: how many clusters of a size run at once, nothing where there are none."""
+    return max([1, *(size for size, count in places.items() if samples <= count)])
+
+
+@cache
+def _clusters(device):
+    with torch.cuda.device(device):
+        return {size: native.cuda().count_resident_clusters(size) for size in (2, 4)}
 
 
 def read_network(instructions, columns):
@@ -171,6 +188,12 @@ def read_network(instructions, columns):
         _check_conv(first, f"the first convolution of block {number}", 2 if enters else 1)
         _check_conv(second, f"the second convolution of block {number}", 1)
         shortcut = shortcuts.get(id(second.other)) if enters else second.other
+        size = stem.output.height >> stage
+        if any(
+            step.output.shape != (_WIDTHS[stage], size, size) or step.conv.dtype != stem.conv.dtype
+            for step in (first, second)
+        ):
+            raise ValueError(f"block {number} does not give {size}x{size} pixels in {stem.conv.dtype}")
         if first.input is not x or first.other is not None or second.input is not first.output or shortcut is not x:
             raise ValueError(f"block {number} is not two convolutions and a shortcut, average pooling where it halves")
         blocks[stage] += 1
@@ -220,10 +243,11 @@ def _read_shortcuts(steps):
 
 def _check_image(stem):
     channels, height, width = stem.input.shape
-    if height != width or height > _LARGEST_IMAGE or height % 4 or channels > 3 or stem.output.channels != _WIDTHS[0]:
+    wanted = _WIDTHS[0], height, width
+    if height != width or height > _LARGEST_IMAGE or height % 4 or channels != 3 or stem.output.shape != wanted:
         raise ValueError(
-            f"images must be [3, S, S] with S a multiple of 4 up to {_LARGEST_IMAGE}, and its stem must have "
-            f"{_WIDTHS[0]} channels, got {tuple(stem.input.shape)} and {stem.output.channels}"
+            f"images must be [3, S, S] with S a multiple of 4 up to {_LARGEST_IMAGE}, and its stem must give "
+            f"{_WIDTHS[0]} channels of that size, got {tuple(stem.input.shape)} and {tuple(stem.output.shape)}"
         )
     if stem.conv.dtype not in _DTYPES:
         raise ValueError(f"the kernel computes in float16 and bfloat16, not in {stem.conv.dtype}")
@@ -244,5 +268,6 @@ def _check_head(steps, last, x):
     whole = (x.height, x.width)
     good = len(means) == 1 and means[0].input is x and tuple(means[0].kernel) == whole
     good = good and means[0].divisor in (0, x.pixels) and not any(means[0].padding)
+    good = good and tuple(last.conv.shape[1:]) == (_WIDTHS[-1], 1, 1)
     if not good or last.output.pixels != 1 or last.activation is not None or last.other is not None:
         raise ValueError("its last layers must be the mean of all pixels and a linear layer")

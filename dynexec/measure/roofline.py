@@ -28,6 +28,8 @@ class Gpu:
         Seconds between two kernels of a CUDA graph that need each other, plain and with programmatic dependent launch.
     fill : float
         Seconds that a kernel takes to fill its pipelines and to drain them.
+    clusters : bool
+        Whether blocks of threads can share a sample.
     efficiency : tuple of (int, float)
         Share of ``flops`` that tiles of at least so many outputs reach, largest first.
     """
@@ -41,13 +43,14 @@ class Gpu:
     launch: float
     dependent_launch: float
     fill: float
+    clusters: bool
     efficiency: tuple[tuple[int, float], ...]
 
-    def resize(self, name, multiprocessors):
+    def resize(self, name, multiprocessors, clusters):
         """As a GPU of the same kind with more or fewer multiprocessors: a rough guide to other ones."""
         share = multiprocessors / self.multiprocessors
         rates = {rate: share * getattr(self, rate) for rate in ("flops", "bandwidth", "cache_bandwidth", "cache_bytes")}
-        return replace(self, name=name, multiprocessors=multiprocessors, **rates)
+        return replace(self, name=name, multiprocessors=multiprocessors, clusters=clusters, **rates)
 
     def calibrate(self, measured):
         """With the rates that a dict of measured ones names."""
@@ -65,6 +68,7 @@ H100 = Gpu(
     launch=1.3e-6,
     dependent_launch=0.6e-6,
     fill=1.2e-6,
+    clusters=True,
     efficiency=((128 * 128, 0.85), (128 * 64, 0.70), (64 * 64, 0.52), (128 * 32, 0.40), (0, 0.22)),
 )
 
