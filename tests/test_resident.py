@@ -73,7 +73,9 @@ def make_policy():
 def run(bench, tmp_path, x, resident, decisions=None, policy=None, order=None, blocks=1, seeds=(1,)):
     """Results, decisions of the policy, and what was counted."""
     path = tmp_path / "batch"
-    tensors = [torch.tensor([int(x.dtype == torch.bfloat16), x.shape[-1]]), x.permute(0, 2, 3, 1), order, decisions]
+    images = x if x.is_contiguous() else x.permute(0, 2, 3, 1)
+    header = torch.tensor([int(x.dtype == torch.bfloat16), x.shape[-1], int(x.is_contiguous())])
+    tensors = [header, images, order, decisions]
     for part in (resident, policy):
         if part is None:
             tensors += [None] * 6
@@ -110,6 +112,8 @@ def test_results_are_the_models(bench, tmp_path, dtype, size, blocks):
     model, found = network(dtype=dtype, size=size)
     x = torch.randn(len(DECISIONS), 3, size, size, dtype=dtype)
     results, _, _ = run(bench, tmp_path, x, found.resident(), DECISIONS, blocks=blocks, seeds=(1, 2))
+    other_layout = x.to(memory_format=torch.channels_last)
+    assert torch.equal(run(bench, tmp_path, other_layout, found.resident(), DECISIONS, blocks=blocks)[0], results)
     wanted = expected(model, x, DECISIONS)
     for result, want in zip(results, wanted, strict=True):
         assert relative_error(result[None], want[None]) < TOLERANCE[dtype]
@@ -278,6 +282,9 @@ def test_freeze_puts_the_policy_into_the_launch(monkeypatch):
     frozen(x, decisions)
     assert calls == ["policy", "network"]
     assert relative_error(y, expected(model, x, decisions)) < 1e-2
+    wide = torch.randn(1, 3, 8, 12, dtype=torch.float16)  # no size for the kernel: the others run
+    assert relative_error(frozen(wide, decisions[:1]), expected(model, wide, decisions[:1])) < 1e-2
+    assert calls == ["policy", "network"]
     decide_by.logit.bias.data += 100  # a launch that decides otherwise
     frozen = dynexec.freeze(model, x, policy=policy, executor="resident")
     assert "policy not in the resident kernel" in frozen.explain()

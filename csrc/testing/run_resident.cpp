@@ -2,11 +2,11 @@
 //
 //   run_resident FILE BLOCKS SEED...
 //
-// A file has blocks of bytes, each behind its length as int64 and at a multiple of 16: [half, size] as int64 (0 is
-// float16, 1 bfloat16), images NHWC, order or nothing, decisions or nothing, then for the network and for the policy, or
-// nothing, weights, biases, convolutions, head, its biases, [ends of the three stages] as int32. BLOCKS: of a cluster.
-// Every seed is another schedule, and must give the same bits; the results, and behind them the decisions, are written
-// to FILE.out.
+// A file has blocks of bytes, each behind its length as int64 and at a multiple of 16: [half, size, layout] as int64 (0
+// is float16, 1 bfloat16; 0 is NHWC, 1 NCHW), images, order or nothing, decisions or nothing, then for the network and
+// for the policy, or nothing, weights, biases, convolutions, head, its biases, [ends of the three stages] as int32.
+// BLOCKS: of a cluster. Every seed is another schedule, and must give the same bits; the results, and behind them the
+// decisions, are written to FILE.out.
 
 #include <cstdio>
 #include <cstdlib>
@@ -121,6 +121,7 @@ int main(int argc, char** argv) {
   const Bytes header = file.next(), images = file.next(), order = file.next(), given = file.next();
   const Loaded network(file), policy(file);
   const int64_t half = header.as<int64_t>()[0], size = header.as<int64_t>()[1];
+  const bool planar = header.as<int64_t>()[2];
   const int samples = static_cast<int>(images.bytes / (2 * 3 * size * size));
   const bool decides = policy.weights.bytes > 0;
   const int columns = network.network().ends[2], outputs = network.network().outputs;
@@ -132,7 +133,7 @@ int main(int argc, char** argv) {
     std::fill_n(results.begin, results.bytes, 0xff);  // NaN
     std::fill_n(decided.begin, decided.bytes, 0xff);
     const resident::Batch batch{images.as<uint16_t>(),
-                                {3 * size * size, 1, 3 * size, 3},
+                                {3 * size * size, planar ? size * size : 1, planar ? size : 3 * size, planar ? 1 : 3},
                                 static_cast<int>(size),
                                 policy.network(),
                                 network.network(),

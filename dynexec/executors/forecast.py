@@ -13,7 +13,7 @@ _NODE = Layer(0, 0, 0, 0, 0)
 # Of the resident kernel, all estimates: the share of the GPU's rate that mma.sync reaches; the time of a convolution,
 # with loads and barriers, over that of its products, by stage; what each further block of a cluster adds.
 _WARP_PRODUCTS = 0.62
-_RESIDENT_FACTORS = (1.25, 1.6, 1.7)
+_RESIDENT_FACTORS = (1.25, 1.6, 2.1)
 _CLUSTER_GAIN = 0.8
 
 
