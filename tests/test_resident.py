@@ -307,6 +307,23 @@ def test_on_a_gpu(dtype, size, batch):
             assert relative_error(frozen(given, decisions), expected(model, x, decisions)) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.skipif(native.cuda_missing() is not None, reason=str(native.cuda_missing()))
+@pytest.mark.parametrize("batch", [2, 300])
+def test_a_policy_on_a_gpu(batch):
+    model, _ = network()
+    policy, _ = make_policy()
+    x = torch.randn(batch, 3, 32, 32, device="cuda", dtype=torch.float16)
+    frozen = dynexec.freeze(model.cuda(), x, policy=policy.cuda(), executor="resident")
+    assert "policy not in the resident kernel" not in frozen.explain() and frozen.one_launch
+    for _ in range(3):
+        x.normal_()
+        y, decisions = frozen(x, return_decisions=True)
+        probabilities = policy(x).float()
+        sure = (probabilities - 0.5).abs() > 0.01
+        assert torch.equal(decisions[sure], probabilities[sure] >= 0.5)
+        assert relative_error(y, expected(model, x, decisions)) < 2 * TOLERANCE[torch.float16]
+
+
 def test_without_a_gpu_there_is_a_reason():
     _, found = network((1, 1, 1))
     if not torch.cuda.is_available():
