@@ -167,7 +167,8 @@ class LaunchProgram:
         """
         from dynexec.kernels.device import plain_launches
 
-        if executor == "resident" and self._resident is None and torch.cuda.is_current_stream_capturing():
+        captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if executor == "resident" and captured and self._resident is None:
             executor = "fused"  # what would be packed now would be part of that graph
         if executor == "resident":
             try:
