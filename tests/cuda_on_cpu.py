@@ -17,6 +17,6 @@ def build(folder, name, sources=SOURCES):
         return folder / f"{source}.o"
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, ("simt", name)))
+        objects = list(pool.map(compile_one, ("simt", "simt_hardware", name)))
     subprocess.run(["g++", *objects, "-o", folder / name], check=True)
     return folder / name

@@ -87,7 +87,9 @@ def kernels(device, batch_invariant):
 def _digest_of_kernels():
     """Changes with the kernels, with what launches them and with Triton."""
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
-    sources += [Path(__file__).with_name(f"{name}.py") for name in ("launches", "conditional", "graphs", "resident")]
+    sources += [
+        Path(__file__).with_name(f"{name}.py") for name in ("launches", "frames", "conditional", "graphs", "resident")
+    ]
     if (module := importlib.util.find_spec("dynexec._cuda")) is not None:
         sources.append(Path(module.origin))
     triton = importlib.metadata.version("triton") if dispatch.triton_missing() is None else ""

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dynexec import dispatch
 from dynexec.executors.conditional import Conditional, conditional_missing, switch
+from dynexec.executors.frames import Frame, Part
 from dynexec.executors.instructions import Builder
 from dynexec.executors.proof import allows_tf32
 from dynexec.executors.resident import Resident
@@ -181,7 +181,7 @@ class LaunchProgram:
         # Dependent launches are edges of a kind that conditional nodes do not have.
         with nullcontext() if conditional is None else plain_launches():
             dense = executor in ("dense", "bucketed")
-            frame = _Frame(x, self.programs.take_workspace(x.device), dense)
+            frame = Frame(x, self.programs.take_workspace(x.device), dense)
             number = 0
             while (step := self.instructions[number]).op != "store":
                 if step.op == "gate":
@@ -231,7 +231,7 @@ class LaunchProgram:
         from dynexec.kernels.rows import move_rows
 
         index = index[first:]
-        part = _Part(frame, index)
+        part = Part(frame, index)
         for number in numbers:
             step = self.instructions[number]
             self._run_alone(step, part, {})
@@ -300,53 +300,6 @@ class LaunchProgram:
             padding=tuple(first.padding), dilation=tuple(first.dilation), middle_activation=first.activation,
             activation=last.activation, residual=frame.get(last.other), precision=_precision(frame.x.dtype), **rows,
         )  # fmt: skip
-
-
-class _Frame:
-    """The values of one call."""
-
-    def __init__(self, x, workspace, dense, values=()):
-        self.x, self.workspace, self.dense, self.values = x, workspace, dense, dict(values)
-
-    def copy(self):
-        """With the same tensors, but forgetting them by itself."""
-        return _Frame(self.x, self.workspace, self.dense, self.values)
-
-    def get(self, value):
-        """A tensor, or None where there is none yet."""
-        return self.values.get(id(value))
-
-    def target(self, value):
-        """The tensor that an instruction must write to, or None where it may give a new one."""
-        return self.get(value)
-
-    def read(self, value):
-        """The tensor of a value that an instruction reads; None for None."""
-        return None if value is None else self.values[id(value)]
-
-    def output(self, value):
-        """A tensor to write to, new where there is none yet."""
-        if id(value) not in self.values:
-            shape = len(self.x), *value.shape
-            new = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
-            self.values[id(value)] = new
-        return self.values[id(value)]
-
-
-class _Part(_Frame):
-    """The same for some samples, whose rows are gathered when they are read."""
-
-    def __init__(self, whole, index):
-        super().__init__(whole.x[: len(index)], whole.workspace, True)
-        self.whole, self.index = whole, index
-
-    def target(self, value):
-        return None
-
-    def read(self, value):
-        if value is not None and id(value) not in self.values:
-            self.values[id(value)] = dispatch.gather_rows(self.whole.read(value), self.index)
-        return super().read(value)
 
 
 def _precision(dtype):
