@@ -219,7 +219,7 @@ def test_a_planted_mistake_is_found(tmp_path, what, instead, error, blocks):
     copy = tmp_path / "csrc"
     shutil.copytree(SOURCES.parent, copy)
     (copy / "cuda" / "resident.h").write_text(source.replace(what, instead))
-    bench = build(tmp_path, "run_resident", copy / "testing")
+    bench = build(tmp_path, "run_resident", copy / "testing", "-O0")
     _, found = network((1, 1, 1))
     x = torch.randn(1, 3, 32, 32, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=error):
