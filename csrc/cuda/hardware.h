@@ -10,7 +10,6 @@
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
-#define OUTLINE __device__ __noinline__
 #define UNROLL _Pragma("unroll")
 #define KEEP_LOOP _Pragma("unroll 1")
 

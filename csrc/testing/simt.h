@@ -17,7 +17,6 @@
 #include <vector>
 
 #define DEVICE inline
-#define OUTLINE
 #define UNROLL
 #define KEEP_LOOP
 

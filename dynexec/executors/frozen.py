@@ -95,8 +95,10 @@ class FrozenNetwork(nn.Module):
 
     def _decide_in_one_launch(self, x):
         """Output and decisions where one kernel runs the policy and the network; None where it does not."""
+        if self.executor != "resident" or not self.one_launch or len(x) == 0:
+            return None
         segments = [only_segment(function) for function in (self.policy, self.network)]
-        if self.executor != "resident" or not self.one_launch or None in segments or len(x) == 0:
+        if None in segments:
             return None
         policy, network = (segment.find_program(x) for segment in segments)
         try:
