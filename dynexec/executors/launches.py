@@ -64,7 +64,7 @@ class LaunchPrograms:
 
     def renew(self, program, executor):
         """The program itself; what other executors keep between calls is given up."""
-        if executor != "bucketed":
+        if executor not in ("conditional", "bucketed"):
             self._conditional = None
         return program
 
