@@ -255,11 +255,11 @@ def test_a_fitting_part_is_not_loaded_when_the_other_does_not_fit(net, backbone,
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_another_network_altogether_gives_a_short_list(net):
+def test_of_another_network_altogether_every_name_is_named(net):
     state = official_state("resnet110_cifar10 backbone")
-    with pytest.raises(ValueError, match="and 4[0-9]* more") as error:
+    with pytest.raises(ValueError) as error:
         load_official(net, {"state_dict": state})
-    assert len(str(error.value)) < 2000
+    assert all(f" {name}" in str(error.value) for name in state.keys() - net.backbone.state_dict().keys())
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_unknown_layouts(net, source, message):
 def test_wrong_kinds(net, tmp_path):
     with pytest.raises(TypeError, match="source must be a path or a mapping, got BytesIO"):
         load_official(net, io.BytesIO())
-    with pytest.raises(TypeError, match=r"net must be a dynexec.models.BlockDrop, got Linear"):
+    with pytest.raises(TypeError, match="net must be one of the networks of dynexec.models, got Linear"):
         load_official(nn.Linear(2, 2), {})
     path = tmp_path / "list.pt"
     torch.save([1, 2], path)

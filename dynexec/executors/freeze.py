@@ -1,25 +1,25 @@
 """``freeze``: a model of dynamic blocks as a fast inference network."""
 
 import copy
-from functools import partial
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from dynexec import dispatch
 from dynexec.executors.backends import choose_backend
-from dynexec.executors.block import pack_module
-from dynexec.executors.candidate import are_times, digest, halves, race, try_backend
+from dynexec.executors.candidate import digest, halves, race, try_backend
 from dynexec.executors.costs import CostCache, device_name, seconds
 from dynexec.executors.frozen import FrozenNetwork
+from dynexec.executors.function import freeze_function
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
-from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error, tolerance
-from dynexec.executors.segment import make_segments
+from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error
+from dynexec.executors.routed import freeze_routed, tensors_of
 from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.context import decide
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import apply_layers, dynamic_blocks
+from dynexec.nn.routed import RoutedNetwork
 from dynexec.route import Route
 
 
@@ -101,17 +101,22 @@ def freeze(
         raise ValueError(f"executor must be None or one of {known} on {device.type}, got {executor!r}")
     if keep_memory:
         keep_freed_memory()
+    cache = CostCache(cost_cache)
+    if isinstance(model, RoutedNetwork):
+        frozen = freeze_routed(model, example_input, dtype, executor, backend, cache)
+        cache.save()
+        return frozen
     backbone = model
     if isinstance(model, DynamicNetwork):
         backbone, policy = model.backbone, policy if policy is not None else model.policy
     dtype = dtype or next((p.dtype for p in backbone.parameters()), torch.float32)
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     images = example_input.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-    cache = CostCache(cost_cache)
     with torch.no_grad(), dispatch.on_device(device):
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-            policy = _freeze_policy(policy, images, executor, backend, cache)
+            in_graph = backend.plans  # there kernels run in a graph
+            policy = freeze_function(policy, images, executor, backend, cache, in_graph=in_graph)
         frozen = _freeze_backbone(backbone, images, executor, backend, cache)
     frozen.policy = policy
     if policy is not None:
@@ -160,59 +165,29 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     return chosen.keep_only()
 
 
-def _freeze_policy(policy, images, executor, backend, cache):
-    """The policy as a function: by the backend where that is faster, or asked for, and possible."""
-    cases = [(x, policy(x.clone())) for x in (images, images[:1])]
-
-    def gives_the_same(function):
-        most = tolerance(images.dtype, images.device)
-        try:
-            return all(relative_error(function(x), expected) <= most for x, expected in cases)
-        except Exception:  # of a kernel: the policy runs as it is
-            return False
-
-    layers = pack_module(policy, images)
-    if not gives_the_same(layers):
-        return policy
-    module = getattr(layers, "__self__", None)
-    if not isinstance(module, fx.GraphModule) or executor in EXECUTORS or backend.missing is not None:
-        return layers
-    fast, segments = make_segments(module, partial(backend.programs, 0))
-    if not segments or not gives_the_same(fast.forward):
-        return layers
-    if executor is None and not backend.plans:  # kernels run in a graph, where the host's time does not count
-        signature = digest([policy, *(segment.signature for segment in segments)])
-        key = cache.key("policy", signature, tuple(images.shape), *device_name(images.device))
-        runs = {"engine": lambda: fast.forward(images), "layers": lambda: layers(images)}
-        times = cache.get(
-            key, are_times(runs), lambda: {name: seconds(run, images.device) for name, run in runs.items()}
-        )
-        if times["engine"] > times["layers"]:
-            return layers
-    for segment in segments:
-        segment.release()
-    return fast.forward
-
-
 def _check(model, example_input, dtype, executor, policy):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model must be the network itself, got {type(model).__name__}: pass model.module")
-    if not any(block.placement for block in dynamic_blocks(model)):
+    if isinstance(model, RoutedNetwork):
+        if policy is not None:
+            raise ValueError("policy must be None for a network that has its own")
+        model.check_inputs(example_input)
+    elif not any(block.placement for block in dynamic_blocks(model)):
         raise ValueError("model has no dynamic blocks: call dynexec.convert(model) first")
-    if not isinstance(example_input, torch.Tensor) or example_input.dim() != 4 or len(example_input) == 0:
+    elif not isinstance(example_input, torch.Tensor) or example_input.dim() != 4 or len(example_input) == 0:
         shape = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
         raise ValueError(f"example_input must be a tensor [N, C, H, W] with N >= 1, got {shape}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if policy is not None and not isinstance(policy, nn.Module):
         raise TypeError(f"policy must be an nn.Module, got {type(policy).__name__}")
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example_input)}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *tensors_of(example_input))}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model and example_input must be on one device, the CPU or a GPU, got {found}")
-    return example_input.device
+    return next(iter(devices))
 
 
 def _prove_and_measure(stages, cache):

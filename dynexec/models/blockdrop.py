@@ -1,9 +1,12 @@
 """BlockDrop: residual networks with a policy network that drops blocks per image (Wu et al., CVPR 2018)."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
 from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
 from dynexec.policy import sample
 
@@ -180,6 +183,61 @@ class BlockDrop(DynamicNetwork):
             )
         super().__init__(backbone, policy)
         self.num_blocks = num_blocks
+
+    def read_official(self, checkpoint, given):
+        """The :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
+
+        Fine-tuned (``agent`` and ``resnet``), curriculum (``agent`` only: the backbone is left alone), oldest (``net``
+        for ``agent``), and base networks (``state_dict``, or the bare mapping that torchvision publishes, with
+        ``layer1.0.downsample.0`` style names). The unused ``features.fc`` of old policies is dropped.
+        """
+        states, info = _split(checkpoint, given)
+        parts, dropped = {}, []
+        for name in ("backbone", "policy"):
+            if name in states:
+                state, unused = _rename(without_prefix(states[name]), name)
+                dropped += unused
+                parts[name] = getattr(self, name), state
+        absent = tuple(name for name in ("backbone", "policy") if name not in parts)
+        return Checkpoint(parts, absent, dropped, info)
+
+
+def _split(checkpoint, given):
+    """The state of each part of the network, and everything else that the checkpoint says; ``given`` is for errors."""
+    parts = {}
+    if "state_dict" in checkpoint:
+        parts["backbone"] = "state_dict"
+    else:
+        if "resnet" in checkpoint:
+            parts["backbone"] = "resnet"
+        if "agent" in checkpoint or "net" in checkpoint:
+            parts["policy"] = "agent" if "agent" in checkpoint else "net"
+    if not parts:
+        if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+            check_mapping(checkpoint, "backbone", given, given)
+            return {"backbone": checkpoint}, {}
+        raise ValueError(
+            f"{given} has the entries {shorten(map(repr, checkpoint))}: expected 'agent' and 'resnet' (fine-tuned), "
+            "'agent' or 'net' (policy only), 'state_dict' (base network), or parameters by name"
+        )
+    for part, entry in parts.items():
+        check_mapping(checkpoint[entry], part, f"{given}[{entry!r}]", given)
+    info = {key: value for key, value in checkpoint.items() if key not in parts.values()}
+    return {part: checkpoint[entry] for part, entry in parts.items()}, info
+
+
+def _rename(state, part):
+    """The state under our names, and the names that are dropped."""
+    renamed, dropped = {}, []
+    for key, value in state.items():
+        if part == "policy" and key.startswith("features.fc"):
+            dropped.append(key)
+            continue
+        if part == "backbone" and (match := re.match(r"layer(\d+)\.(?:0\.downsample|(\d+))\.(.*)", key)):
+            segment, block, rest = int(match[1]) - 1, match[2], match[3]
+            key = f"ds.{segment}.{rest}" if block is None else f"blocks.{segment}.{block}.{rest}"
+        renamed[key] = value
+    return renamed, dropped
 
 
 def blockdrop_resnet(

@@ -1,13 +1,10 @@
 """Read checkpoints that the authors of the systems published."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
-from dynexec.models.blockdrop import BlockDrop
+from dynexec.models.checkpoints import mismatches, read_file
 
 
 @dataclass(frozen=True)
@@ -40,15 +37,12 @@ class LoadReport:
 def load_official(net, source, *, weights_only=True):
     """Load a published checkpoint into a network, all of it or nothing.
 
-    BlockDrop files are understood in every published layout: fine-tuned (``agent`` and ``resnet``), curriculum
-    (``agent`` only: the backbone is left alone), oldest (``net`` for ``agent``), and base networks (``state_dict``,
-    or the bare mapping that torchvision publishes, with ``layer1.0.downsample.0`` style names). ``module.`` prefixes
-    are stripped, the unused ``features.fc`` of old policies is dropped, and ``num_batches_tracked``, which PyTorch
-    0.3 did not have, may be missing.
+    Every layout that the authors published is understood, see ``read_official`` of each system's class. ``module.``
+    prefixes are stripped, and ``num_batches_tracked``, which PyTorch 0.3 did not have, may be missing.
 
     Parameters
     ----------
-    net : BlockDrop
+    net : BlockDrop, SpotTune, AdaShare, ARNet or AdaMML
         Changed in place.
     source : path or mapping
         The file, or what ``torch.load`` gave for it.
@@ -70,118 +64,23 @@ def load_official(net, source, *, weights_only=True):
         If the file is none of torch's, is damaged, or cannot be read safely; its layout is unknown; or it does not fit
         the network: every missing, unexpected and misshapen parameter is listed, and the network is left untouched.
     """
-    if not isinstance(net, BlockDrop):
-        raise TypeError(f"net must be a dynexec.models.BlockDrop, got {type(net).__name__}")
+    if not hasattr(net, "read_official"):
+        raise TypeError(f"net must be one of the networks of dynexec.models, got {type(net).__name__}")
     given = "source"
     if isinstance(source, Mapping):
         checkpoint = source
     elif isinstance(source, (str, os.PathLike)):
         given = f"source {str(source)!r}"
-        checkpoint = _read(source, weights_only)
+        checkpoint = read_file(source, weights_only)
     else:
         raise TypeError(f"source must be a path or a mapping, got {type(source).__name__}")
-    parts, info = _split(checkpoint, given)
-    dropped, prepared, problems = [], {}, []
-    for name, state in parts.items():
-        if wrong := [key for key in state if not isinstance(key, str)]:
-            raise ValueError(f"{given} must have names for the {name}, got the keys {_shorten(map(repr, wrong))}")
-        state, unused = _rename(state, name)
-        dropped += unused
-        problems += _mismatches(name, getattr(net, name).state_dict(), state)
-        prepared[name] = state
+    found = net.read_official(checkpoint, given)
+    problems = []
+    for name, (module, state) in found.parts.items():
+        problems += mismatches(name, module.state_dict(), state)
     if problems:
         problems = "\n".join(problems)
         raise ValueError(f"{given} does not fit this network, which is left as it was:\n{problems}")
-    for name, state in prepared.items():
-        getattr(net, name).load_state_dict(state, strict=False)  # checked above; may lack num_batches_tracked
-    absent = tuple(name for name in ("backbone", "policy") if name not in prepared)
-    return LoadReport(tuple(prepared), absent, tuple(dropped), info)
-
-
-def _read(path, weights_only):
-    try:
-        encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
-    except OSError:
-        raise
-    except Exception as error:  # what a damaged file raises depends on where the damage is
-        reason = _reason(error)
-        if weights_only and ("not an allowed global" in reason or isinstance(error, UnicodeDecodeError)):
-            raise ValueError(
-                f"source {str(path)!r} cannot be read without executing code from it, as files of PyTorch 0.3 often "
-                f"cannot. If you trust it, call load_official(..., weights_only=False). torch.load said: {reason}"
-            ) from error
-        size = os.path.getsize(path)
-        raise ValueError(
-            f"source {str(path)!r} ({size} bytes) is not a checkpoint, or is damaged. torch.load said: {reason}"
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"source {str(path)!r} holds a {type(checkpoint).__name__}, expected a dict of parameters")
-    return checkpoint
-
-
-def _reason(error):
-    """What is wrong, from an error of torch.load, whose text is mostly advice."""
-    text = str(error).split("WeightsUnpickler error:")[-1]
-    for advice in ("Check the documentation", "Please use", "In PyTorch 2.6"):
-        text = text.split(advice)[0]
-    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
-
-
-def _split(checkpoint, given):
-    """The state of each part of the network, and everything else that the checkpoint says; ``given`` is for errors."""
-    parts = {}
-    if "state_dict" in checkpoint:
-        parts["backbone"] = "state_dict"
-    else:
-        if "resnet" in checkpoint:
-            parts["backbone"] = "resnet"
-        if "agent" in checkpoint or "net" in checkpoint:
-            parts["policy"] = "agent" if "agent" in checkpoint else "net"
-    if not parts:
-        if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-            return {"backbone": checkpoint}, {}
-        raise ValueError(
-            f"{given} has the entries {_shorten(map(repr, checkpoint))}: expected 'agent' and 'resnet' (fine-tuned), "
-            "'agent' or 'net' (policy only), 'state_dict' (base network), or parameters by name"
-        )
-    for entry in parts.values():
-        if not isinstance(checkpoint[entry], Mapping):
-            raise ValueError(f"{given}[{entry!r}] must map names to tensors, got {type(checkpoint[entry]).__name__}")
-    info = {key: value for key, value in checkpoint.items() if key not in parts.values()}
-    return {part: checkpoint[entry] for part, entry in parts.items()}, info
-
-
-def _rename(state, part):
-    """The state under our names, and the names that are dropped."""
-    renamed, dropped = {}, []
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        if part == "policy" and key.startswith("features.fc"):
-            dropped.append(key)
-            continue
-        if part == "backbone" and (match := re.match(r"layer(\d+)\.(?:0\.downsample|(\d+))\.(.*)", key)):
-            segment, block, rest = int(match[1]) - 1, match[2], match[3]
-            key = f"ds.{segment}.{rest}" if block is None else f"blocks.{segment}.{block}.{rest}"
-        renamed[key] = value
-    return renamed, dropped
-
-
-def _mismatches(part, expected, state):
-    """Sentences saying how ``state`` differs from the names and shapes in ``expected``."""
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = []
-    for key in expected.keys() & state.keys():
-        if not isinstance(state[key], torch.Tensor):
-            misshapen.append(f"{key} is a {type(state[key]).__name__}")
-        elif state[key].shape != expected[key].shape:
-            misshapen.append(f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
-    groups = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(misshapen)}
-    return [f"  {part}, {what}: {_shorten(keys)}" for what, keys in groups.items() if keys]
-
-
-def _shorten(items, limit=12):
-    items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    for module, state in found.parts.values():
+        module.load_state_dict(state, strict=False)  # checked above; may lack num_batches_tracked
+    return LoadReport(tuple(found.parts), found.absent, tuple(found.dropped), found.info)

@@ -3,6 +3,7 @@
 from dynexec.nn.context import active_route, decide
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, Placement, ResidualBlock, assign_columns, dynamic_blocks
+from dynexec.nn.routed import RoutedNetwork
 from dynexec.nn.structure import Adapter
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DynamicNetwork",
     "Placement",
     "ResidualBlock",
+    "RoutedNetwork",
     "active_route",
     "assign_columns",
     "decide",

@@ -96,14 +96,23 @@ def log_probability(probabilities, decisions, *, exploration=1.0):
 
 def check_probabilities(probabilities):
     """Raise unless ``probabilities`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
-    if not isinstance(probabilities, torch.Tensor) or not probabilities.is_floating_point():
-        kind = probabilities.dtype if isinstance(probabilities, torch.Tensor) else type(probabilities).__name__
-        raise TypeError(f"probabilities must be a floating-point tensor [N, L] or [L], got {kind}")
-    if probabilities.device.type != "cpu" or torch.compiler.is_compiling():
+    _check(probabilities, "probabilities", "[N, L] or [L]", "numbers between 0 and 1")
+
+
+def check_logits(logits):
+    """As :func:`check_probabilities`, for ``logits``."""
+    _check(logits, "logits", "[..., choices]", "numbers")
+
+
+def _check(values, name, shape, expected):
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        raise TypeError(f"{name} must be a floating-point tensor {shape}, got {kind}")
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if bool(probabilities.isnan().any()):
+    if bool(values.isnan().any()):
         raise ValueError(
-            f"probabilities {tuple(probabilities.shape)} hold NaN: expected numbers between 0 and 1 "
+            f"{name} {tuple(values.shape)} hold NaN: expected {expected} "
             "(has the policy network diverged, or were its images NaN?)"
         )
 

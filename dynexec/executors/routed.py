@@ -1,0 +1,108 @@
+"""The inference network that ``freeze`` makes of a :class:`dynexec.nn.RoutedNetwork`."""
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from dynexec import dispatch
+from dynexec.executors.function import freeze_function
+from dynexec.executors.proof import relative_error, tolerance
+
+
+class FrozenRouted(nn.Module):
+    """A routed network whose parts are frozen: ``frozen(inputs, decisions)``; without decisions its policy decides."""
+
+    def __init__(self, network, dtype, device):
+        super().__init__()
+        self.network, self.dtype, self.device = network, dtype, device
+
+    @torch.no_grad()
+    def forward(self, inputs, decisions=None, **options):
+        """As the network's own forward, without gradients; ``options`` are its other arguments."""
+        with dispatch.on_device(self.device):
+            return self.network(convert_inputs(inputs, self.dtype), decisions, **options)
+
+    def explain(self):
+        """What runs each part, as text."""
+        parts = {name: self.network.get_submodule(name) for name in self.network.part_names()}
+        return "\n".join(f"{name}: {part.explain()}" for name, part in parts.items())
+
+    def __getstate__(self):
+        raise TypeError("a FrozenRouted cannot be pickled or copied: save the original model and freeze it again")
+
+
+class FrozenPart(nn.Module):
+    """A part as the function that :func:`freeze_function` made of it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+    def explain(self):
+        """What runs it, as text."""
+        module = getattr(self.function, "__self__", None)
+        if not isinstance(module, fx.GraphModule):
+            return "as it is"
+        calls = [node.target for node in module.graph.nodes if node.op == "call_function"]
+        segments = [call for call in calls if hasattr(call, "programs")]
+        if not segments:
+            return "by layer"
+        instructions = sum(len(segment.operations) for segment in segments)
+        return (
+            f"{len(segments)} segments of {instructions} instructions, {len(calls) - len(segments)} layers beside them"
+        )
+
+
+def freeze_routed(model, inputs, dtype, executor, backend, cache):
+    """See :func:`dynexec.freeze`."""
+    dtype = dtype or next((p.dtype for p in model.parameters()), torch.float32)
+    network = copy.deepcopy(model).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
+    inputs = convert_inputs(inputs, dtype)
+    device = next(iter(tensors_of(inputs))).device
+    cases = []
+    with torch.no_grad(), dispatch.on_device(device):
+        examples = {}
+        hooks = [
+            network.get_submodule(name).register_forward_pre_hook(_record(examples, name))
+            for name in network.part_names()
+        ]
+        for decisions in network.example_decisions(inputs):
+            cases.append((decisions, network(inputs, decisions)))
+        for hook in hooks:
+            hook.remove()
+        for name in network.part_names():
+            if name not in examples:
+                raise RuntimeError(f"model cannot be frozen: no example decisions reach its part {name}")
+            part = network.get_submodule(name)
+            function = freeze_function(part, examples.pop(name), executor, backend, cache, in_graph=False)
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, FrozenPart(function))
+        for decisions, expected in cases:
+            error = relative_error(network(inputs, decisions), expected)
+            if not error <= tolerance(dtype, device):
+                raise RuntimeError(f"model cannot be frozen: its output differs by {error:.1e} of the largest value")
+    return FrozenRouted(network, dtype, device)
+
+
+def _record(examples, name):
+    def hook(part, arguments):
+        (x,) = arguments
+        examples.setdefault(name, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+
+    return hook
+
+
+def tensors_of(inputs):
+    """The tensors of a network's input: itself, or the values of a dict."""
+    return list(inputs.values()) if isinstance(inputs, dict) else [inputs]
+
+
+def convert_inputs(inputs, dtype):
+    """The input with its tensors in ``dtype``."""
+    if isinstance(inputs, dict):
+        return {name: value.to(dtype) for name, value in inputs.items()}
+    return inputs.to(dtype)

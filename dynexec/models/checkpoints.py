@@ -1,0 +1,95 @@
+"""What reading published checkpoints has in common: files, names, and how a state differs from what is expected."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Checkpoint:
+    """A published checkpoint, taken apart by the model that it is for.
+
+    Attributes
+    ----------
+    parts : dict
+        Name of a part of the network -> (the module, its state under the module's names).
+    absent : tuple of str
+        Parts that the checkpoint does not hold.
+    dropped : list of str
+        Names in it that belong to no part and never did any work.
+    info : dict
+        What else it says of itself.
+    """
+
+    parts: dict[str, tuple[nn.Module, Mapping]]
+    absent: tuple[str, ...] = ()
+    dropped: list[str] = field(default_factory=list)
+    info: dict = field(default_factory=dict)
+
+
+def read_file(path, weights_only):
+    """The mapping that a file holds; ``weights_only`` as for ``torch.load``."""
+    try:
+        encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        reason = _reason(error)
+        if weights_only and ("not an allowed global" in reason or isinstance(error, UnicodeDecodeError)):
+            raise ValueError(
+                f"source {str(path)!r} cannot be read without executing code from it, as files of PyTorch 0.3 often "
+                f"cannot. If you trust it, call load_official(..., weights_only=False). torch.load said: {reason}"
+            ) from error
+        size = os.path.getsize(path)
+        raise ValueError(
+            f"source {str(path)!r} ({size} bytes) is not a checkpoint, or is damaged. torch.load said: {reason}"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"source {str(path)!r} holds a {type(checkpoint).__name__}, expected a dict of parameters")
+    return checkpoint
+
+
+def _reason(error):
+    """What is wrong, from an error of torch.load, whose text is mostly advice."""
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    for advice in ("Check the documentation", "Please use", "In PyTorch 2.6"):
+        text = text.split(advice)[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
+
+
+def mismatches(part, expected, state):
+    """Sentences saying how ``state`` differs from the names and shapes in ``expected``."""
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    misshapen = []
+    for key in expected.keys() & state.keys():
+        if not isinstance(state[key], torch.Tensor):
+            misshapen.append(f"{key} is a {type(state[key]).__name__}")
+        elif state[key].shape != expected[key].shape:
+            misshapen.append(f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
+    groups = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(misshapen)}
+    return [f"  {part}, {what}: {', '.join(keys)}" for what, keys in groups.items() if keys]
+
+
+def check_mapping(state, part, entry, given):
+    """Raise ValueError unless ``state``, the ``entry`` of a checkpoint for ``part``, maps names to something."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{entry} must map names to tensors, got {type(state).__name__}")
+    if wrong := [key for key in state if not isinstance(key, str)]:
+        raise ValueError(f"{given} must have names for the {part}, got the keys {shorten(map(repr, wrong))}")
+
+
+def without_prefix(state, prefix="module."):
+    """``state`` with a prefix of its names taken away, which ``DataParallel`` puts there."""
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def shorten(items, limit=12):
+    """The first of ``items`` as one text, and how many more there are."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,61 @@
+"""The Gumbel-softmax estimator: choices that are drawn, and that gradients pass (Jang et al., ICLR 2017)."""
+
+import torch
+
+from dynexec.policy.bernoulli import check_logits
+
+
+def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
+    """Draw weights over the last dimension; their gradients reach the logits.
+
+    Parameters
+    ----------
+    logits : float tensor ``[..., choices]``
+        Unnormalised log-probabilities.
+    temperature : float
+        Above 0. The lower, the nearer to one-hot.
+    hard : bool
+        Give one-hot weights, with the gradient of the soft ones (the straight-through estimator).
+    generator : torch.Generator, optional
+        On the device of ``logits``; the same state draws the same weights.
+
+    Returns
+    -------
+    float tensor ``[..., choices]``, adding up to 1
+
+    Equivalent to ``torch.nn.functional.gumbel_softmax(logits, temperature, hard)``, which takes no generator.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN; or ``temperature`` is not above 0.
+    """
+    check_logits(logits)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    noise = torch.empty_like(logits).exponential_(generator=generator).log()
+    soft = ((logits - noise) / temperature).softmax(-1)
+    if not hard:
+        return soft
+    one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    return one_hot - soft.detach() + soft
+
+
+def draw(logits, *, generator=None):
+    """Draw a choice per row from ``softmax(logits)``: int64 ``[...]`` for logits ``[..., choices]``.
+
+    The same distribution as ``gumbel_softmax(logits, t, hard=True).argmax(-1)`` at any temperature t.
+    """
+    return gumbel_softmax(logits.detach(), 1.0, generator=generator).argmax(-1)
+
+
+def exponential_temperature(step, *, initial=5.0, decay=0.965):
+    """``initial * decay ** step``: as published, 5 and 0.965 per epoch in AdaShare and AdaMML.
+
+    AR-Net's ``5 * exp(-0.045 * epoch)`` is ``decay=math.exp(-0.045)``; SpotTune stays at 5, ``decay=1``.
+    """
+    if step < 0 or not initial > 0 or not 0 < decay <= 1:
+        raise ValueError(
+            f"step must be at least 0, initial above 0 and decay in (0, 1], got {step}, {initial} and {decay}"
+        )
+    return initial * decay**step
