@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from math import prod
 
 import torch
@@ -11,6 +10,7 @@ from torch import fx, nn
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
 from dynexec.nn.structure import CONVOLUTIONS, Adapter, NoSkip, NotABlock, is_candidate, read_structure
+from dynexec.nn.swap import FROZEN, Swapped, add_expert, dynamic_class, make_dynamic, original_class, undo
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,13 @@ class Conversion:
     ----------
     converted : tuple of (column, name, class name, shortcut) rows
     skipped : tuple of (name, class name, reason) rows
+    fine_tune : str or None
+        What of the first set of weights is frozen; None where there is one set.
     """
 
     converted: tuple
     skipped: tuple
+    fine_tune: str | None = None
 
     @property
     def num_blocks(self):
@@ -33,10 +36,11 @@ class Conversion:
 
     def __str__(self):
         lines = [f"{self.num_blocks} blocks converted: decisions are bool [N, {self.num_blocks}]"]
-        lines += [
-            f"  column {column:3d}  {name or 'the model itself'} ({kind}, {shortcut} shortcut)"
-            for column, name, kind, shortcut in self.converted
-        ]
+        if self.fine_tune is not None:
+            lines.append(f"each has two sets of weights; frozen of the first: {self.fine_tune}")
+        for column, name, kind, shortcut in self.converted:
+            what = kind if self.fine_tune is not None else f"{kind}, {shortcut} shortcut"
+            lines.append(f"  column {column:3d}  {name or 'the model itself'} ({what})")
         if self.skipped:
             lines += [f"{len(self.skipped)} not converted:", *_reason_lines(self.skipped)]
         return "\n".join(lines)
@@ -46,26 +50,7 @@ def _reason_lines(skipped):
     return [f"  {name or 'the model itself'} ({kind}): {reason}" for name, kind, reason in skipped]
 
 
-class _Converted(DynamicBlock):
-    """Stands before the block's own class in the bases of the class it is swapped to."""
-
-    def residual_layers(self):
-        return self._dynexec_adapter.residual_layers(self)
-
-    def shortcut_layers(self):
-        return self._dynexec_adapter.shortcut_layers(self)
-
-    def activation_layer(self):
-        return self._dynexec_adapter.activation_layer(self)
-
-    def __reduce_ex__(self, protocol):
-        # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
-        function, arguments, *state = super().__reduce_ex__(protocol)
-        arguments = tuple(self._dynexec_original if argument is type(self) else argument for argument in arguments)
-        return _rebuild, (function, arguments, self._dynexec_adapter, self.placement), *state
-
-
-def convert(model, match=None, *, batch_norm="all"):
+def convert(model, match=None, *, batch_norm="all", fine_tune=None):
     """Make the residual blocks of ``model`` obey :class:`dynexec.decide`, in place.
 
     Blocks are found by structure: modules whose forward is ``activation(residual(x) + shortcut(x))`` with convolutions
@@ -86,6 +71,12 @@ def convert(model, match=None, *, batch_norm="all"):
         needs every sample computed and so saves nothing while BatchNorm trains. "kept" computes the residual branch of
         the kept samples only and is a different function; it needs exact mode, and more than one value per channel
         (one kept sample with 1x1 maps is an error). Evaluation-mode BatchNorm needs neither.
+    fine_tune : {None, "convolutions", "all", "nothing"}
+        None: blocks are kept or dropped. Otherwise every block gets a second set of weights, a copy of it that is its
+        submodule ``fine_tuned``; a sample whose decision is True runs that one, others the block itself (SpotTune, Guo
+        et al., CVPR 2019). Of the first set this much is frozen: the weights of its convolutions, as in the published
+        code, where its BatchNorm goes on training; all of it, with BatchNorm in evaluation mode; or nothing. Copied as
+        they are now: load pre-trained weights before.
 
     Returns
     -------
@@ -106,6 +97,8 @@ def convert(model, match=None, *, batch_norm="all"):
     """
     _check_model(model)
     check_batch_norm(batch_norm)
+    if fine_tune not in (None, *FROZEN):
+        raise ValueError(f"fine_tune must be None or one of {FROZEN}, got {fine_tune!r}")
     if any(block.placement for block in dynamic_blocks(model)):
         remedy = "call dynexec.revert(model) before converting it anew" if _reversible(model) else "as it was built to"
         raise ValueError(f"model obeys decisions already: {remedy}")
@@ -117,22 +110,25 @@ def convert(model, match=None, *, batch_norm="all"):
         wanted = "" if match is None else f" that fits match={match!r}"
         raise ValueError("\n".join([f"model has no residual block{wanted} to convert", *_reason_lines(skipped)]))
     modules = dict(model.named_modules())
-    for name, adapter in found.items():
-        if adapter is not None:
-            _make_dynamic(modules[name], adapter)
     columns = [name for name in modules if name in found]
+    for name, adapter in found.items():
+        if fine_tune is not None:
+            add_expert(modules[name], fine_tune)
+        elif adapter is not None:
+            make_dynamic(modules[name], adapter)
     place([modules[name] for name in columns], batch_norm, by_convert=True)
     rows = []
     for column, name in enumerate(columns):
         shortcut = "projection" if modules[name].shortcut_layers() else "identity"
-        rows.append((column, name, _original_class(modules[name]).__name__, shortcut))
-    return Conversion(tuple(rows), tuple(skipped))
+        rows.append((column, name, original_class(modules[name]).__name__, shortcut))
+    return Conversion(tuple(rows), tuple(skipped), fine_tune)
 
 
 def revert(model):
     """Undo :func:`convert`, in place: the blocks that it changed get their own class back and obey no decisions.
 
-    Blocks that had their columns without it, such as those of :class:`dynexec.models.BlockDrop`, keep them.
+    Blocks that had their columns without it, such as those of :class:`dynexec.models.BlockDrop`, keep them. A second
+    set of weights is gone then; what was frozen stays frozen.
 
     Returns
     -------
@@ -149,13 +145,13 @@ def revert(model):
     _check_model(model)
     blocks = _reversible(model)
     for block in blocks:
-        if isinstance(block, _Converted) and type(block) is not _dynamic_class(block._dynexec_original):
+        own = dynamic_class(block._dynexec_original, block._dynexec_base) if isinstance(block, Swapped) else None
+        if own not in (None, type(block)):
             raise ValueError(f"a block is a {type(block).__name__} since it was converted: undo that change first")
     for block in blocks:
-        if isinstance(block, _Converted):
-            block.__class__ = block._dynexec_original
-            del block._dynexec_adapter
         del block.placement
+        if isinstance(block, Swapped):
+            undo(block)
     return len(blocks)
 
 
@@ -167,7 +163,7 @@ def _check_model(model):
 def _reversible(model):
     """The blocks that :func:`convert` changed: those of other classes, and our own that had no column before."""
     placed = [block for block in dynamic_blocks(model) if block.placement]
-    return [block for block in placed if isinstance(block, _Converted) or block.placement.by_convert]
+    return [block for block in placed if isinstance(block, Swapped) or block.placement.by_convert]
 
 
 def _find(model, rules):
@@ -247,7 +243,7 @@ def _read(module, rule):
         raise NotABlock(f"it has an attribute {taken!r}, a name that dynexec needs")
     original = type(module)
     try:
-        module.__class__ = _dynamic_class(original)
+        module.__class__ = dynamic_class(original)
         module.__class__ = original
     except TypeError as error:
         raise NotABlock(f"its class cannot be swapped ({error})") from error
@@ -287,31 +283,3 @@ def _fits(rule, name, module):
 
 def _contains(outer, inner):
     return inner != outer and inner.startswith(outer + "." if outer else "")
-
-
-@cache
-def _dynamic_class(original):
-    namespace = {"__module__": original.__module__, "_dynexec_original": original}
-    if hasattr(original, "__deepcopy__"):
-        namespace["__deepcopy__"] = _deepcopy
-    return type(f"Dynamic{original.__name__}", (_Converted, original), namespace)
-
-
-def _original_class(block):
-    return block._dynexec_original if isinstance(block, _Converted) else type(block)
-
-
-def _make_dynamic(block, adapter, placement=None):
-    block.__class__ = _dynamic_class(_original_class(block))
-    vars(block).update(_dynexec_adapter=adapter, placement=placement)
-    return block
-
-
-def _deepcopy(block, memo):
-    """Let the block copy itself in its own way, which may make one of its own class, and convert the copy."""
-    copied = block._dynexec_original.__deepcopy__(block, memo)
-    return _make_dynamic(copied, block._dynexec_adapter, block.placement)
-
-
-def _rebuild(function, arguments, adapter, placement):
-    return _make_dynamic(function(*arguments), adapter, placement)

@@ -1,16 +1,16 @@
-"""Reads tests/data/blockdrop_keys.txt: the parameter names and shapes of published checkpoints."""
+"""Reads tests/data/*_keys.txt: the parameter names and shapes of published checkpoints."""
 
 import re
 from pathlib import Path
 
 import torch
 
-PATH = Path(__file__).parent / "data" / "blockdrop_keys.txt"
+DATA = Path(__file__).parent / "data"
 
 
-def official_shapes(section):
+def official_shapes(section, system="blockdrop"):
     """Name to shape, for a section such as ``"resnet32_cifar10 policy"``."""
-    text = PATH.read_text().split(f"[{section}]\n")[1].split("\n\n")[0]
+    text = (DATA / f"{system}_keys.txt").read_text().split(f"[{section}]\n")[1].split("\n\n")[0]
     shapes = {}
     for line in text.splitlines():
         pattern, *sizes = line.split()
@@ -20,11 +20,11 @@ def official_shapes(section):
     return shapes
 
 
-def official_state(section):
+def official_state(section, system="blockdrop"):
     """Random values under the official names; positive, so that they serve as variances too."""
     return {
         name: torch.tensor(7) if name.endswith("num_batches_tracked") else torch.rand(shape) * 0.1 + 0.01
-        for name, shape in official_shapes(section).items()
+        for name, shape in official_shapes(section, system).items()
     }
 
 

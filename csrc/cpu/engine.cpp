@@ -169,10 +169,10 @@ void Program::run_group(Frame& frame) const {
       for (int64_t i = phase.first; i < phase.end; ++i) {
         const Step& step = steps_[i];
         if (step.op == Op::kGate) {
-          const uint8_t* kept = frame.batch.decisions + (frame.group + frame.first) * columns_ + step.in;
+          const uint8_t* decided = frame.batch.decisions + (frame.group + frame.first) * columns_ + step.in;
           frame.count = 0;
           for (int64_t sample = 0; sample < frame.size; ++sample) {
-            if (kept[sample * columns_]) frame.active[frame.count++] = sample;
+            if ((decided[sample * columns_] != 0) == step.other) frame.active[frame.count++] = sample;
           }
           gated = step.out;
           if (frame.count == 0) i = gated - 1;

@@ -53,7 +53,8 @@ enum class Op : int64_t {
 
 struct Instruction {
   Op op;
-  int64_t in, out, other;  // buffers, -1: none. kGate: the column, and the first instruction behind the gated ones
+  // Buffers, -1: none. kGate: the column, the first instruction behind the gated ones, the decision that passes, 0 or 1.
+  int64_t in, out, other;
   int64_t weights, bias;   // positions in the weights
   Activation activation;
   int64_t kernel[2], stride[2], dilation[2], padding[2];  // height, width; padding at the top and on the left

@@ -5,7 +5,7 @@
 namespace dynexec {
 namespace {
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 constexpr int64_t kReduction = 512;              // floats of a reduction at a time: a panel of them stays in the L1 cache
 constexpr int64_t kWinogradFloats = 160 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kWinogradWeights = 72 * 1024;  // and of transformed weights
@@ -61,7 +61,7 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
     const int64_t last = step.op == Op::kGate ? kMaxSize : num_buffers - 1;
     step.in = next(-1, last, "input");
     step.out = next(-1, last, "output");
-    step.other = next(-1, num_buffers - 1, "other input");
+    step.other = next(-1, step.op == Op::kGate ? 1 : num_buffers - 1, "other input");
     step.weights = next(0, num_weights, "position of weights");
     step.bias = next(0, num_weights, "position of a bias");
     step.activation = static_cast<Activation>(next(0, static_cast<int64_t>(Activation::kCount) - 1, "activation"));
@@ -81,6 +81,7 @@ Program::Program(const int64_t* code, int64_t size, const float* weights, int64_
       Step& step = steps_[i];
       if (step.op == Op::kGate) {
         if (step.in < 0 || step.in >= columns_) fail("a gate has no column");
+        if (step.other < 0) fail("a gate has no decision");
         if (i < gated || step.out <= i || step.out > phases_[p].end) fail("a gate ends nowhere");
         gated = step.out;
         if (i < banded) fail("a gate is among instructions on bands");

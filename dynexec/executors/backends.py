@@ -89,7 +89,8 @@ def _digest_of_kernels():
     """Changes with the kernels, with what launches them and with Triton."""
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
     sources += [
-        Path(__file__).with_name(f"{name}.py") for name in ("launches", "frames", "conditional", "graphs", "resident")
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("launches", "frames", "conditional", "graphs", "resident", "twins")
     ]
     if (module := importlib.util.find_spec("dynexec._cuda")) is not None:
         sources.append(Path(module.origin))

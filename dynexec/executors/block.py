@@ -1,11 +1,13 @@
-"""One residual block, frozen: its branches packed, and how it runs on some rows of a batch."""
+"""One block, frozen: its branches packed, and how it runs on some rows of a batch."""
 
 import torch
 from torch import fx, nn
 
 from dynexec import dispatch
 from dynexec.executors.rewrite import pack
+from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import DynamicBlock, apply_layers
+from dynexec.reference import empty_rows
 
 
 class FrozenBlock:
@@ -13,6 +15,8 @@ class FrozenBlock:
 
     ``shortcut(x)`` is what a dropped sample becomes (None: it stays x). ``body(x, s)`` is what a kept sample becomes,
     ``activation(residual(x) + s)`` with ``s`` its shortcut (x itself for an identity); it may overwrite ``s``.
+    Of a block with two sets of weights ``body`` is for samples whose decision is True, ``other`` for the others, and
+    ``s`` is only where both write to: x itself, or what ``shortcut(x)`` allocates.
 
     Parameters
     ----------
@@ -31,8 +35,11 @@ class FrozenBlock:
         self.name, self.column = name, block.placement.column
         self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, device
         x = self.example(2)
-        self.shortcut = None
+        self.shortcut, self.other = None, None
         s = x
+        if isinstance(block, ExpertBlock):
+            self._pack_experts(block, x, args, kwargs or {})
+            return
         if block.shortcut_layers():
             self.shortcut = pack_module(_Shortcut(block), x)
             if self.shortcut(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
@@ -43,38 +50,59 @@ class FrozenBlock:
         self.output_shape = tuple(s.shape[1:])
         self.signature = f"{self.input_shape} shortcut: {describe(self.shortcut)} body: {describe(self.body)}"
 
+    def _pack_experts(self, block, x, args, kwargs):
+        branches = (_Branch(branch, args, kwargs) for branch in (block.forward_dense, block.expert()))
+        self.other, self.body = (pack_module(branch, x, x) for branch in branches)
+        y = self.body(x, x)
+        self.output_shape = tuple(y.shape[1:])
+        if y.shape != x.shape:
+            self.shortcut = _Output(self.body)
+        self.signature = f"{self.input_shape} other: {describe(self.other)} body: {describe(self.body)}"
+
+    def bodies(self):
+        """(decision, function) of what samples run with a True decision, and with a False one if anything."""
+        return [(1, self.body)] if self.other is None else [(0, self.other), (1, self.body)]
+
+    def graphs(self):
+        """The graphs of its parts, as far as they could be packed."""
+        modules = [getattr(function, "__self__", None) for function in (self.shortcut, self.body, self.other)]
+        return [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+
     def example(self, rows):
         """Random input of that many rows."""
         x = torch.rand(rows, *self.input_shape, dtype=self.dtype, device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def run_all(self, x, s, chunk):
-        """Compute every row of ``x`` into ``s``, ``chunk`` at a time; return ``s``."""
-        if len(x) > chunk:
-            return self.run_slice(x, s, 0, len(x), chunk)
-        y = self.body(x, s)
-        return s if y is s else s.copy_(y)
 
-    def run_slice(self, x, s, start, stop, chunk):
-        """Compute the rows ``start:stop`` of ``x`` into the same rows of ``s``, ``chunk`` at a time; return ``s``."""
-        for a in range(start, stop, chunk):
-            b = min(a + chunk, stop)
-            rows = s[a:b]
-            y = self.body(rows if x is s else x[a:b], rows)
-            if y is not rows:
-                rows.copy_(y)
-        return s
+def run_all(body, x, s, chunk):
+    """Compute ``body`` of every row of ``x`` into ``s``, ``chunk`` at a time; return ``s``."""
+    if len(x) > chunk:
+        return run_slice(body, x, s, 0, len(x), chunk)
+    y = body(x, s)
+    return s if y is s else s.copy_(y)
 
-    def run_rows(self, x, s, index, chunk):
-        """Compute the rows ``index`` (int32, ascending) of ``x`` into the same rows of ``s``; return ``s``."""
-        first, last = int(index[0]), int(index[-1])
-        if last - first + 1 == len(index):
-            return self.run_slice(x, s, first, last + 1, chunk)
-        for part in index.split(chunk):
-            rows = dispatch.gather_rows(x, part)
-            shortcuts = rows if x is s else dispatch.gather_rows(s, part)
-            dispatch.scatter_rows_(s, part, self.body(rows, shortcuts), False, False)
-        return s
+
+def run_slice(body, x, s, start, stop, chunk):
+    """Compute the rows ``start:stop`` of ``x`` into the same rows of ``s``, ``chunk`` at a time; return ``s``."""
+    for a in range(start, stop, chunk):
+        b = min(a + chunk, stop)
+        rows = s[a:b]
+        y = body(rows if x is s else x[a:b], rows)
+        if y is not rows:
+            rows.copy_(y)
+    return s
+
+
+def run_rows(body, x, s, index, chunk):
+    """Compute the rows ``index`` (int32, ascending) of ``x`` into the same rows of ``s``; return ``s``."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first + 1 == len(index):
+        return run_slice(body, x, s, first, last + 1, chunk)
+    for part in index.split(chunk):
+        rows = dispatch.gather_rows(x, part)
+        shortcuts = rows if x is s else dispatch.gather_rows(s, part)
+        dispatch.scatter_rows_(s, part, body(rows, shortcuts), False, False)
+    return s
 
 
 class _Shortcut(nn.Module):
@@ -104,6 +132,31 @@ class _Body(_Shortcut):
             return self.block.forward_dense(x, *self.args, **self.kwargs)
         y = apply_layers(layers, x) + (s if self.block.shortcut_layers() else x)
         return y if activation is None else activation(y)
+
+
+class _Output:
+    """Allocates what a body writes to, for images of any size."""
+
+    def __init__(self, body):
+        self.body, self.rows = body, {}
+
+    def __call__(self, x):
+        shape = tuple(x.shape[1:])
+        if shape not in self.rows:
+            self.rows[shape] = self.body(x[:1], x[:1])[:0]
+        return empty_rows(self.rows[shape], len(x))
+
+
+class _Branch(nn.Module):
+    """A branch of a block with two sets of weights, called as a body."""
+
+    def __init__(self, branch, args, kwargs):
+        super().__init__()
+        self.branch, self.args, self.kwargs = branch, args, kwargs
+        self.module = getattr(branch, "__self__", None)  # of a method: tracing wants to own what it meets
+
+    def forward(self, x, s):
+        return self.branch(x, *self.args, **self.kwargs)
 
 
 class _Tracer(fx.Tracer):

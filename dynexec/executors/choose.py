@@ -40,7 +40,8 @@ class StageCosts:
             n = len(samples)
             if rest:
                 grouped += self.blocks[0].move(n)
-            grouped += shortcuts[n] + sum(seconds for keep, seconds in zip(pattern, body[n], strict=True) if keep)
+            runs = zip(pattern, self.blocks, body[n], strict=True)
+            grouped += shortcuts[n] + sum(seconds for keep, block, seconds in runs if keep or block.both)
         return {
             "compact": sum(map(getitem, compact, kept)),
             "masked": sum(
@@ -59,19 +60,19 @@ class StageCosts:
         if executor == "grouped":
             for pattern, samples in parts.items():
                 n = len(samples)
-                small += sum(
-                    b.body(n) - row * n for b, row, keep in zip(self.blocks, dense, pattern, strict=True) if keep
-                )
+                runs = zip(self.blocks, dense, pattern, strict=True)
+                small += sum(b.body(n) - row * n for b, row, keep in runs if keep or b.both)
                 small += sum(b.shortcut(n) - b.shortcut(num_samples) * n / num_samples for b in self.blocks)
                 moves += self.blocks[0].move(n) if len(parts) > 1 else 0.0
         for block, row, count in zip(self.blocks, dense, kept, strict=True):
             if count == num_samples or executor == "grouped":
                 continue
             if executor == "compact":
-                small += block.body(count) - row * count
-                moves += block.move(count)
+                for rows in (count, num_samples - count) if block.both else (count,):
+                    small += block.body(rows) - row * rows
+                    moves += block.move(rows)
             else:
-                computed += row * (num_samples - count) + block.select(num_samples)
+                computed += row * (num_samples if block.both else num_samples - count) + block.select(num_samples)
         return dict(zip(CAUSES, (small, moves, computed), strict=True))
 
     def _table(self, n):
@@ -83,12 +84,21 @@ class StageCosts:
         if n not in self._tables:
             if len(self._tables) == _TABLES:
                 del self._tables[next(iter(self._tables))]  # the oldest
-            compact = [[b.shortcut(n) + b.body(k) + b.move(k) for k in range(n)] for b in self.blocks]
+            compact = [[b.shortcut(n) + _some(b, k, n) for k in range(n)] for b in self.blocks]
             full = [b.shortcut(n) + b.body(n) for b in self.blocks]
             for row, seconds in zip(compact, full, strict=True):
                 row.append(seconds)
-            masked = [(seconds + b.select(n), seconds) for b, seconds in zip(self.blocks, full, strict=True)]
+            masked = [
+                (seconds + b.select(n) + (b.body(n) if b.both else 0.0), seconds)
+                for b, seconds in zip(self.blocks, full, strict=True)
+            ]
             body = [[b.body(k) for b in self.blocks] for k in range(n + 1)]
             shortcuts = [sum(b.shortcut(k) for b in self.blocks) for k in range(n + 1)]
             self._tables[n] = compact, masked, body, shortcuts
         return self._tables[n]
+
+
+def _some(block, kept, num_samples):
+    """Seconds of a block that computes ``kept`` of some samples, and of ``both`` also the others."""
+    rest = num_samples - kept
+    return block.body(kept) + block.move(kept) + (block.body(rest) + block.move(rest) if block.both else 0.0)

@@ -1,4 +1,6 @@
-"""Executor ``compact``: per block, gather the kept samples, compute only them, scatter them back in place."""
+"""Executor ``compact``: per block, gather the samples that run a body, compute only them, scatter them in place."""
+
+from dynexec.executors.block import run_all, run_rows
 
 
 def prepare(stage, route):
@@ -10,10 +12,11 @@ def run(stage, x, route):
     """Run ``stage`` on ``x`` ``[N, ...]``, which is overwritten."""
     for block in stage.blocks:
         s = x if block.shortcut is None else block.shortcut(x)
-        kept = route.count(block.column)
-        if kept == len(x):
-            block.run_all(x, s, stage.chunk)
-        elif kept:
-            block.run_rows(x, s, route.group(block.column), stage.chunk)
+        for choice, body in block.bodies():
+            count = route.count(block.column, choice)
+            if count == len(x):
+                run_all(body, x, s, stage.chunk)
+            elif count:
+                run_rows(body, x, s, route.group(block.column, choice), stage.chunk)
         x = s
     return x

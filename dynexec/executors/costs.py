@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dynexec import ops
+from dynexec.executors.block import run_all
 from dynexec.measure.environment import processor_name
 
 VERSION = 1
@@ -90,12 +91,13 @@ class Curve:
 class BlockCost:
     """What the parts of one frozen block take, in seconds, as functions of the number of rows.
 
-    ``body`` computes rows, ``move`` gathers and scatters them, ``select`` is what ``masked`` adds to put dropped ones
-    back, ``shortcut`` is the shortcut of all rows. ``chunk`` is how many rows ``body`` takes at a time.
+    ``body`` computes rows, of ``both`` the samples that keep the block and the others. ``move`` gathers and scatters
+    rows, ``select`` is what ``masked`` adds to put dropped ones back, ``shortcut`` is the shortcut of all rows.
+    ``chunk`` is how many rows ``body`` takes at a time.
     """
 
-    def __init__(self, chunk, body, move, select, shortcut):
-        self.chunk = chunk
+    def __init__(self, chunk, body, move, select, shortcut, both=False):
+        self.chunk, self.both = chunk, both
         self.curves = tuple(map(Curve, (body, move, select, shortcut)))
         self.body, self.move, self.select, self.shortcut = self.curves
 
@@ -127,17 +129,17 @@ def _measure(block, batch):
     s = _shortcut(block, x)
     # The largest chunk that holds the batch stands for all larger ones.
     sizes_of_chunk = [size for size in _CHUNKS if size < 2 * batch] or [_CHUNKS[-1]]
-    chunks = {size: timed(lambda size=size: block.run_all(x, s, size)) for size in sizes_of_chunk}
+    chunks = {size: timed(lambda size=size: run_all(block.body, x, s, size)) for size in sizes_of_chunk}
     fastest = min(chunks.values())
     chunk = next(size for size in chunks if chunks[size] <= 1.03 * fastest)
-    entry = {"chunk": chunk, "body": {}, "move": {}, "select": {}, "shortcut": {}}
+    entry = {"chunk": chunk, "both": block.other is not None, "body": {}, "move": {}, "select": {}, "shortcut": {}}
     for n in sizes:
         rows = x[:n]
         s = _shortcut(block, rows)
         index = torch.arange(n, dtype=torch.int32, device=block.device).flip(
             0
         )  # descending: nothing contiguous to profit from
-        entry["body"][n] = timed(lambda rows=rows, s=s, n=n: block.run_all(rows, s, chunk))
+        entry["body"][n] = timed(lambda rows=rows, s=s: run_all(block.body, rows, s, chunk))
         entry["move"][n] = timed(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
         if block.shortcut is not None:
             entry["move"][n] += timed(lambda rows=rows, index=index: ops.gather_rows(rows, index))

@@ -167,21 +167,25 @@ def _emit_stage(builder, node, x):
 
 
 def _emit_block(builder, block, x):
-    """All samples get the block's shortcut; those that keep it have its result put in the same place."""
+    """All samples get the block's shortcut; those that keep it have its result put in the same place.
+
+    Of a block with two sets of weights each sample runs one, and both put their results in one place.
+    """
     builder.begin_unit()
     s = x
-    if block.shortcut is not None:
-        s = _emit_function(builder, block.shortcut, [x])
-    if s is None:
+    if block.other is not None and block.shortcut is not None:
+        s = None  # what the first body makes
+    elif block.shortcut is not None and (s := _emit_function(builder, block.shortcut, [x])) is None:
         return None
-    gate = builder.gate(block.column)
-    inputs = [x, s]
-    y = _emit_function(builder, block.body, inputs, out=s)
-    if not isinstance(y, Value) or y.shape != s.shape:
-        return None
-    if y is not s:
-        builder.add(y, out=s)
-    builder.end_gate(gate)
+    for choice, body in block.bodies():
+        gate = builder.gate(block.column, choice)
+        y = _emit_function(builder, body, [x, s], out=s)
+        s = y if s is None else s
+        if not isinstance(y, Value) or y.shape != s.shape:
+            return None
+        if y is not s:
+            builder.add(y, out=s)
+        builder.end_gate(gate)
     return s
 
 

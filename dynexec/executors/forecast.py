@@ -47,7 +47,8 @@ def launches(program, samples, kept, dtype, executor="fused", architecture=90):
         number += 1
         if step.op == "gate" and executor != "static":
             numbers = range(number, number + step.gated)
-            found += _gated(numbers, kept[step.column], executor, *what)
+            count = kept[step.column] if step.choice else samples - kept[step.column]
+            found += _gated(numbers, count, executor, *what)
             number += step.gated
         elif step.op not in ("gate", "load", "store"):
             found.append((_layer(number - 1, (), step.op == "conv", *what), samples))

@@ -3,6 +3,7 @@
 import torch
 
 from dynexec import ops
+from dynexec.executors.block import run_all
 from dynexec.reference import empty_rows
 
 
@@ -22,7 +23,7 @@ def run(stage, x, parts):
     reshapes = stage.blocks[0].shortcut is not None
     y = None if reshapes else x
     for kept, samples in parts.items():
-        if not reshapes and not any(kept):
+        if not reshapes and not any(kept) and stage.blocks[0].other is None:
             continue
         index = torch.tensor(samples, dtype=torch.int32, device=x.device)
         rows = _run_static(stage, ops.gather_rows(x, index), kept)
@@ -35,5 +36,6 @@ def run(stage, x, parts):
 def _run_static(stage, x, kept):
     for block, keep in zip(stage.blocks, kept, strict=True):
         s = x if block.shortcut is None else block.shortcut(x)
-        x = block.run_all(x, s, stage.chunk) if keep else s
+        body = block.body if keep else block.other
+        x = s if body is None else run_all(body, x, s, stage.chunk)
     return x

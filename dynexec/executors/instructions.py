@@ -39,6 +39,7 @@ class Instruction:
     padding: tuple = (0, 0)
     divisor: int = 0
     column: int = 0  # gate
+    choice: int = 1  # gate: the decision that passes it
     gated: int = 0  # gate: how many instructions
     weights: int = 0  # for the engine: where they and the bias are
     bias: int = 0
@@ -123,9 +124,9 @@ class Builder:
             return None
         return self._emit(Instruction("multiply", x, Value(*x.shape), factors))
 
-    def gate(self, column):
-        """What follows, up to :meth:`end_gate`, runs for the samples that keep the block of ``column``."""
-        self.instructions.append(Instruction("gate", None, None, column=column))
+    def gate(self, column, choice=1):
+        """What follows, up to :meth:`end_gate`, runs for the samples whose decision in ``column`` is ``choice``."""
+        self.instructions.append(Instruction("gate", None, None, column=column, choice=choice))
         return len(self.instructions) - 1
 
     def end_gate(self, gate):

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from dynexec.executors.conditional import Conditional, conditional_missing, switch
 from dynexec.executors.frames import Frame, Part
 from dynexec.executors.instructions import Builder
-from dynexec.executors.proof import allows_tf32
+from dynexec.executors.proof import matrix_precision
 from dynexec.executors.resident import Resident
+from dynexec.executors.twins import Twins, find_twins
 from dynexec.reference import ACTIVATIONS, flat_rows
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
@@ -123,7 +124,8 @@ class LaunchProgram:
 
     def __init__(self, instructions, programs):
         self.instructions, self.programs = instructions, programs
-        self.pairs, self._unfused, self._resident = _find_pairs(instructions), [], None
+        self.pairs, self.twins = _find_pairs(instructions), find_twins(instructions)
+        self._twins, self._unfused, self._resident = Twins(programs.weights), [], None
         last = {}
         for number, step in enumerate(instructions):
             last |= {id(value): number for value in step.values}
@@ -185,9 +187,13 @@ class LaunchProgram:
             number = 0
             while (step := self.instructions[number]).op != "store":
                 if step.op == "gate":
+                    if number in self.twins and executor == "fused":
+                        number = self._run_twins(number, self.twins[number], frame, route)
+                        continue
                     gated = range(number + 1, number + 1 + step.gated)
-                    index, offset = route.index[step.column], route.offset[step.column, 1:]
-                    run = self._run_bucketed if executor == "bucketed" else self._run_gated
+                    index, offset = route.index[step.column], route.offset[step.column, step.choice :]
+                    # Buckets are of the last rows of the index, those with a True decision.
+                    run = self._run_bucketed if executor == "bucketed" and step.choice else self._run_gated
                     run(gated, frame, index, offset, conditional)
                 else:
                     self._run(number, step, frame, {})
@@ -207,6 +213,19 @@ class LaunchProgram:
                 frame.output(self.instructions[number].output)
         with nullcontext() if conditional is None else conditional.if_any(offset):
             self._run_rows(numbers, frame, index, offset)
+
+    def _run_twins(self, first, second, frame, route):
+        """Both gates of a block with two sets of weights; returns the number of the instruction behind them."""
+        ahead = second - first
+        numbers = range(first + 1, second)
+        pairs = [(self.instructions[number], self.instructions[number + ahead]) for number in numbers]
+        if self.instructions[first].choice:
+            pairs = [(b, a) for a, b in pairs]
+        column = self.instructions[first].column
+        self._twins.run(pairs, frame, route.index[column], route.offset[column], self._run_alone)
+        for number in range(first + 1, second + ahead):
+            self._forget(number, frame)
+        return second + ahead
 
     def _run_rows(self, numbers, frame, index, offset):
         for number in numbers:
@@ -270,7 +289,7 @@ class LaunchProgram:
         more = {"dilation": tuple(step.dilation), "activation": step.activation}
         if step.op == "conv":
             weight, bias, _ = self.programs.weights(step.conv)
-            more |= {"residual": other, "precision": _precision(x.dtype), "workspace": frame.workspace}
+            more |= {"residual": other, "precision": matrix_precision(x.dtype), "workspace": frame.workspace}
             conv.conv(x, weight, bias, out, **geometry, **more, **rows)
         elif step.op == "depthwise":
             weight, bias, _ = self.programs.weights(step.conv, depthwise=True)
@@ -298,13 +317,9 @@ class LaunchProgram:
             frame.read(first.input), *self.programs.weights(first.conv)[:2],
             *self.programs.weights(last.conv)[:2], frame.output(last.output), stride=tuple(first.stride),
             padding=tuple(first.padding), dilation=tuple(first.dilation), middle_activation=first.activation,
-            activation=last.activation, residual=frame.get(last.other), precision=_precision(frame.x.dtype), **rows,
+            activation=last.activation, residual=frame.get(last.other),
+            precision=matrix_precision(frame.x.dtype), **rows,
         )  # fmt: skip
-
-
-def _precision(dtype):
-    """How float32 is multiplied: as cuDNN does."""
-    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def _find_pairs(instructions):

@@ -61,7 +61,7 @@ def pack_stages(backbone, images, executor, samples):
 
 
 def _runs(graph, modules):
-    """The block calls of the graph as lists of consecutive ones; one with a shortcut of its own starts a new list."""
+    """The block calls of the graph as lists of consecutive ones; one that has a shortcut or reshapes begins a list."""
     runs, last, columns = [], None, []
     for node in graph.nodes:
         block = modules.get(node.target) if node.op == "call_module" else None
@@ -73,7 +73,8 @@ def _runs(graph, modules):
                 f"model cannot be frozen: block {node.target} must be called with its input alone, by position"
             )
         follows = last is not None and node.args[0] is last and len(last.users) == 1
-        if follows and not block.shortcut_layers():
+        reshapes = node.meta["tensor_meta"].shape != node.args[0].meta["tensor_meta"].shape
+        if follows and not block.shortcut_layers() and not reshapes:
             runs[-1].append(node)
         else:
             runs.append([node])

@@ -9,8 +9,8 @@ pointers (the indirect convolution of Dukhan, 2019). A program is a list of inte
 * per buffer: slot or -1, phase or -1, channels, pitch, height, width, border at the top, left, bottom, right;
 * per instruction: operation, input, output, other input, position of weights and of bias, activation, kernel (2),
   stride (2), dilation (2), padding at the top and on the left, divisor, how many of the next ones run with it on bands
-  of rows. A gate has its column as input, and as output the first instruction behind those that only the samples run
-  which keep that column's block.
+  of rows. A gate has its column as input, as output the first instruction behind those that only some samples run, and
+  as other input the decision, 0 or 1, that these have in that column.
 
 Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
 of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
@@ -25,7 +25,7 @@ from dynexec.executors.engine import Program
 from dynexec.executors.instructions import Builder
 from dynexec.executors.weights import Weights
 
-_VERSION = 2
+_VERSION = 3
 # Their places are the codes.
 _OPS = ("load", "store", "conv", "winograd", "depthwise", "max", "sum", "add", "multiply", "gate")
 _ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid")
@@ -117,7 +117,7 @@ class ProgramBuilder(Builder):
         for number, step in enumerate(self.instructions):
             of = [-1 if value is None else numbers[id(value)] for value in (step.input, step.output, step.other)]
             if step.op == "gate":
-                of = [step.column, number + 1 + step.gated, -1]
+                of = [step.column, number + 1 + step.gated, step.choice]
             code += [_OPS.index(step.op), *of, step.weights, step.bias, _ACTIVATIONS.index(step.activation)]
             code += [*step.kernel, *step.stride, *step.dilation, *step.padding, step.divisor, step.bands]
         return torch.tensor(code, dtype=torch.int64)

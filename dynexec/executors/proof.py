@@ -27,6 +27,11 @@ def allows_tf32():
     return cudnn.allow_tf32
 
 
+def matrix_precision(dtype):
+    """How kernels multiply: float32 as cuDNN does."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
 def tolerance(dtype, device):
     """The largest difference allowed on a device, see :data:`TOLERANCE`."""
     if device.type == "cuda" and dtype == torch.float32 and allows_tf32():

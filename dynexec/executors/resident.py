@@ -170,6 +170,8 @@ def read_network(instructions, columns):
     with the reason, where they are not such a network.
     """
     steps = [step for step in instructions if step.op not in ("load", "store")]
+    if any(step.op == "gate" and not step.choice for step in steps):
+        raise ValueError("it has blocks with two sets of weights")
     convs = [step for step in steps if step.op == "conv"]
     if len(convs) < 2 or len(convs) % 2:
         raise ValueError("it does not have a stem, two convolutions in each block and a linear layer")

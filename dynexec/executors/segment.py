@@ -66,9 +66,7 @@ class Segment:
         targets = [*self.modules.values(), *(node.target for node in self.nodes)]
         for stage in self.stages:
             for block in stage.blocks:
-                for function in (block.shortcut, block.body):
-                    if function is not None:
-                        targets += [node.target for node in function.__self__.graph.nodes]
+                targets += [node.target for graph in block.graphs() for node in graph.nodes]
         for target in targets:
             if isinstance(target, (PackedConv, PackedLinear)):
                 target.release()

@@ -17,7 +17,8 @@ class Flops:
     fixed : int
         What every image costs: stem, shortcuts, head.
     block : tuple of int
-        The residual branch of each block, by column.
+        What a True decision adds in each block, by column: its residual branch, or with two sets of weights the
+        difference between them.
     policy : int
         The policy network; 0 without one.
     """
@@ -28,7 +29,7 @@ class Flops:
 
     @property
     def dense(self):
-        """All blocks on, and no policy: the static network."""
+        """All decisions True, and no policy: the static network."""
         return self.fixed + sum(self.block)
 
     def of(self, decisions):
@@ -109,26 +110,34 @@ def evaluation_mode(model):
 
 
 def _count(model, image):
-    """FLOPs outside the residual branches of the model's dynamic blocks, and inside of each."""
+    """FLOPs that all samples need, and what a True decision adds in each of the model's dynamic blocks."""
     # By its attribute, not its class: blocks live in a layer above this one.
     blocks = [m for m in model.modules() if hasattr(m, "shortcut_layers") and getattr(m, "placement", None) is not None]
     per_block = [0] * len(blocks)
     counter = FlopCounterMode(display=False)
-    repeated = 0
+    repeated = inside = 0  # counted once more; of residual branches
     entered = {}
 
     def enter(block, arguments):
         entered[block] = counter.get_total_flops()
 
     def leave(block, arguments, output):
-        nonlocal repeated
+        nonlocal repeated, inside
         total = counter.get_total_flops()
+        own = total - entered[block]
         x = arguments[0]
+        if hasattr(block, "expert"):
+            block.expert()(x)
+            other = counter.get_total_flops() - total
+            repeated += other
+            per_block[block.placement.column] += other - own
+            return
         for layer in block.shortcut_layers():  # once more, to tell the shortcut from the residual branch
             x = layer(x)
         shortcut = counter.get_total_flops() - total
         repeated += shortcut
-        per_block[block.placement.column] += total - entered[block] - shortcut
+        inside += own - shortcut
+        per_block[block.placement.column] += own - shortcut
 
     hooks = [block.register_forward_pre_hook(enter) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
@@ -138,4 +147,4 @@ def _count(model, image):
     finally:
         for hook in hooks:
             hook.remove()
-    return counter.get_total_flops() - repeated - sum(per_block), tuple(per_block)
+    return counter.get_total_flops() - repeated - inside, tuple(per_block)

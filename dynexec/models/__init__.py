@@ -6,11 +6,13 @@ from dynexec.models import blockdrop
 from dynexec.models.blockdrop import BlockDrop, blockdrop_resnet
 from dynexec.models.lesion import LesionStudy, delete_blocks, lesion_study, plot_lesion
 from dynexec.models.official import LoadReport, load_official
+from dynexec.models.spottune import SpotTune, spottune_resnet26
 
 __all__ = [
     "BlockDrop",
     "LesionStudy",
     "LoadReport",
+    "SpotTune",
     "blockdrop_resnet",
     "create_model",
     "delete_blocks",
@@ -18,9 +20,11 @@ __all__ = [
     "list_models",
     "load_official",
     "plot_lesion",
+    "spottune_resnet26",
 ]
 
 _MODELS = {name: partial(blockdrop_resnet, **arguments) for name, arguments in blockdrop.PUBLISHED.items()}
+_MODELS |= {"spottune_resnet26": spottune_resnet26}
 
 
 def list_models():

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dynexec.models.inert import load_inert
+
 
 @dataclass
 class Checkpoint:
@@ -19,7 +21,7 @@ class Checkpoint:
     absent : tuple of str
         Parts that the checkpoint does not hold.
     dropped : list of str
-        Names in it that belong to no part and never did any work.
+        Names in it that are not used.
     info : dict
         What else it says of itself.
     """
@@ -30,8 +32,11 @@ class Checkpoint:
     info: dict = field(default_factory=dict)
 
 
-def read_file(path, weights_only):
-    """The mapping that a file holds; ``weights_only`` as for ``torch.load``."""
+def read_file(path, weights_only, *, inert=False):
+    """The mapping that a file holds.
+
+    ``weights_only`` as for ``torch.load``; with ``inert`` pickled modules are read all the same, see :mod:`inert`.
+    """
     try:
         encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
@@ -39,6 +44,8 @@ def read_file(path, weights_only):
         raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = _reason(error)
+        if weights_only and inert and "not an allowed global" in reason:
+            return _check_file(_read_inert(path), path)
         if weights_only and ("not an allowed global" in reason or isinstance(error, UnicodeDecodeError)):
             raise ValueError(
                 f"source {str(path)!r} cannot be read without executing code from it, as files of PyTorch 0.3 often "
@@ -48,6 +55,17 @@ def read_file(path, weights_only):
         raise ValueError(
             f"source {str(path)!r} ({size} bytes) is not a checkpoint, or is damaged. torch.load said: {reason}"
         ) from error
+    return _check_file(checkpoint, path)
+
+
+def _read_inert(path):
+    try:
+        return load_inert(path)
+    except Exception as error:
+        raise ValueError(f"source {str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_file(checkpoint, path):
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"source {str(path)!r} holds a {type(checkpoint).__name__}, expected a dict of parameters")
     return checkpoint

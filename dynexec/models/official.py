@@ -17,7 +17,7 @@ class LoadReport:
         Parts of the network ("backbone", "policy") that were replaced, and that the checkpoint does not hold and
         that were therefore left as they were.
     dropped : tuple of str
-        Names in the checkpoint that belong to no part and never did any work.
+        Names in the checkpoint that are not used.
     info : dict
         What else the checkpoint says of itself, such as epoch, accuracy and reward.
     """
@@ -47,8 +47,9 @@ def load_official(net, source, *, weights_only=True):
     source : path or mapping
         The file, or what ``torch.load`` gave for it.
     weights_only : bool
-        True never executes code from the file. The authors' own ``.t7`` files come from PyTorch 0.3 under Python 2
-        and may need False, which runs whatever the file's pickle says: only for files that you trust.
+        True never executes code from the file; of SpotTune's pickled modules it takes the tensors alone. BlockDrop's
+        ``.t7`` files come from PyTorch 0.3 under Python 2 and may need False, which runs whatever the file's pickle
+        says: only for files that you trust.
 
     Returns
     -------
@@ -71,7 +72,7 @@ def load_official(net, source, *, weights_only=True):
         checkpoint = source
     elif isinstance(source, (str, os.PathLike)):
         given = f"source {str(source)!r}"
-        checkpoint = read_file(source, weights_only)
+        checkpoint = read_file(source, weights_only, inert=getattr(net, "saved_as_modules", False))
     else:
         raise TypeError(f"source must be a path or a mapping, got {type(source).__name__}")
     found = net.read_official(checkpoint, given)

@@ -1,6 +1,7 @@
 """Blocks that obey decisions, and the ``decide`` context that they read them from."""
 
 from dynexec.nn.context import active_route, decide
+from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, Placement, ResidualBlock, assign_columns, dynamic_blocks
 from dynexec.nn.routed import RoutedNetwork
@@ -10,6 +11,7 @@ __all__ = [
     "Adapter",
     "DynamicBlock",
     "DynamicNetwork",
+    "ExpertBlock",
     "Placement",
     "ResidualBlock",
     "RoutedNetwork",

@@ -6,7 +6,7 @@ import torch
 
 from dynexec.route import Route
 
-MODES = ("exact", "capacity")
+MODES = ("exact", "capacity", "soft")
 
 
 class _Active(threading.local):
@@ -46,21 +46,23 @@ class decide:
 
     Parameters
     ----------
-    decisions : bool tensor ``[N, L]`` or ``[L]``, or Route
+    decisions : bool tensor ``[N, L]`` or ``[L]``, or Route; in soft mode a float tensor
         True where sample n keeps block l; one column per dynamic block, in registration order (that of
         ``model.modules()``). ``[L]`` holds for every sample. A two-choice :class:`Route` is used as it is. In exact
         mode the tensor is copied here, so that changing it afterwards changes nothing; in capacity mode every block
         reads it when it runs.
-    mode : {"exact", "capacity"}
+    mode : {"exact", "capacity", "soft"}
         "exact" reads the counts on the host, once for all blocks, and computes only kept samples. "capacity" never
         waits for the device and keeps every shape fixed: blocks compute all samples and select, so it saves no time
         by itself. ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` cannot follow data-dependent sizes, and
-        tensors on the meta device have no values: there blocks run in capacity mode whichever was asked.
+        tensors on the meta device have no values: there blocks run in capacity mode whichever was asked. "soft" takes
+        weights instead of decisions, 1 for what a True decision gives and 0 for what a False one gives: blocks compute
+        both for all samples and mix them, as published code does, so that gradients reach the weights.
 
     Raises
     ------
     TypeError
-        If ``decisions`` is not a bool tensor.
+        If ``decisions`` is not a bool tensor, or in soft mode not a floating-point one.
     ValueError
         If its shape is not ``[N, L]`` or ``[L]``, or ``mode`` is unknown; and when a block runs, if N, L or the
         device do not fit the model and its input.
@@ -71,6 +73,9 @@ class decide:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         self.mode = mode
         self._route = None
+        if mode == "soft":
+            self.decisions = _check_weights(decisions)
+            return
         if isinstance(decisions, Route):
             if decisions.choices != 2:
                 raise ValueError(f"decisions must be a Route of 2 choices (dropped, kept), got {decisions.choices}")
@@ -117,6 +122,15 @@ class decide:
             )
         if device != x.device:
             raise ValueError(f"decisions is on {device}, but a block got its input on {x.device}: move it there")
+
+
+def _check_weights(weights):
+    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+        kind = weights.dtype if isinstance(weights, torch.Tensor) else type(weights).__name__
+        raise TypeError(f'decisions must be a floating-point tensor [N, L] or [L] in mode "soft", got {kind}')
+    if weights.dim() not in (1, 2):
+        raise ValueError(f"decisions must have shape [N, L] or [L], got {tuple(weights.shape)}")
+    return weights
 
 
 def _without(execution, top):

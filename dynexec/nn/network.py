@@ -26,7 +26,7 @@ class DynamicNetwork(nn.Module):
         self.backbone = backbone
         self.policy = policy
 
-    def forward(self, images, decisions=None, *, return_decisions=False, mode="exact"):
+    def forward(self, images, decisions=None, *, return_decisions=False, soft_decisions=None, mode="exact"):
         """Run the backbone on the blocks that the decisions keep.
 
         Parameters
@@ -36,6 +36,8 @@ class DynamicNetwork(nn.Module):
             None: the policy decides, deterministically, keeping a block where its probability is at least 0.5.
         return_decisions : bool
             Also return the decisions.
+        soft_decisions : float tensor ``[N, L]`` or ``[L]``, optional
+            Instead of decisions: weights of what a True decision gives, for :class:`dynexec.decide` in soft mode.
         mode : {"exact", "capacity"}
             See :class:`dynexec.decide`.
 
@@ -43,6 +45,10 @@ class DynamicNetwork(nn.Module):
         -------
         The backbone's output, or ``(output, decisions)``.
         """
+        if soft_decisions is not None:
+            if decisions is not None:
+                raise ValueError("decisions must be None where soft_decisions are given")
+            decisions, mode = soft_decisions, "soft"
         if decisions is None:
             if self.policy is None:
                 raise ValueError("decisions is None, but this network has no policy: give bool decisions [N, L]")

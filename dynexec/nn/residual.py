@@ -77,19 +77,13 @@ def _run(block, execution, x, args, kwargs):
             f"{type(block).__name__} of column {placement.column} got {kinds}"
         )
     all_samples = placement.batch_norm == "all"
-    if execution.mode == "capacity" or _is_traced(x):
-        if not all_samples and _uses_batch_statistics(block):
-            raise RuntimeError(
-                f'batch_norm="kept" takes batch statistics over kept samples, but the block of column '
-                f"{placement.column} computes all of them in capacity mode and where it is traced: use exact mode in "
-                'eager execution, batch_norm="all", or model.eval()'
-            )
+    if computes_all(block, execution, x):
         return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
     route = execution.route(x.shape[0])
     kept = route.count(placement.column)
     if kept == x.shape[0] and kept:
         return block.forward_dense(x, *args, **kwargs)
-    if all_samples and _uses_batch_statistics(block):
+    if all_samples and uses_batch_statistics(block):
         return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
     try:
         return _compact(block, x, route.group(placement.column), kept, shortcuts, args, kwargs)
@@ -100,6 +94,19 @@ def _run(block, execution, x, args, kwargs):
             f'batch_norm="kept": {kept} of {x.shape[0]} samples kept by the block of column {placement.column} give '
             f'BatchNorm one value per channel, and it cannot train on that: keep more samples, or use "all" ({error})'
         ) from error
+
+
+def computes_all(block, execution, x):
+    """Whether a block must compute every sample: sizes must not depend on decisions, or these are weights."""
+    if execution.mode == "exact" and not _is_traced(x):
+        return False
+    if block.placement.batch_norm == "kept" and uses_batch_statistics(block):
+        raise RuntimeError(
+            f'batch_norm="kept" takes batch statistics over kept samples, but the block of column '
+            f"{block.placement.column} computes all of them in capacity mode, in soft mode and where it is traced: use "
+            'exact mode in eager execution, batch_norm="all", or model.eval()'
+        )
+    return True
 
 
 def _select(block, x, keep, shortcuts, args, kwargs):
@@ -115,14 +122,23 @@ def _select(block, x, keep, shortcuts, args, kwargs):
             f"the {type(block).__name__} of column {block.placement.column} gives {tuple(full.shape)} and its shortcut "
             f"{tuple(shortcut.shape)}: a block that can be dropped needs equal shapes"
         )
-    return torch.where(keep.reshape(-1, *[1] * (full.dim() - 1)), full, shortcut)
+    return choose(keep, full, shortcut)
+
+
+def choose(decisions, chosen, other):
+    """Per sample ``chosen`` where ``decisions`` ``[N]`` or ``[1]`` are True, else ``other``; mixed by float ones."""
+    decisions = decisions.reshape(-1, *[1] * (chosen.dim() - 1))
+    if decisions.dtype == torch.bool:
+        return torch.where(decisions, chosen, other)
+    decisions = decisions.to(chosen.dtype)
+    return chosen * decisions + other * (1 - decisions)
 
 
 def _compact(block, x, index, kept, shortcuts, args, kwargs):
     """Compute the kept samples only: gather, run, scatter. The result never shares memory with ``x``."""
     shortcut = apply_layers(shortcuts, x)
     if kept == 0:
-        return _with_zero_gradients(shortcut, block)
+        return with_zero_gradients(shortcut, block)
     rows = ops.gather_rows(x, index)
     if not shortcuts:
         return _scatter(x, index, block.forward_dense(rows, *args, **kwargs))
@@ -213,7 +229,8 @@ def _is_traced(x):
     return torch.compiler.is_compiling() or x.device.type == "meta" or torch.jit.is_tracing()
 
 
-def _uses_batch_statistics(block):
+def uses_batch_statistics(block):
+    """Whether a BatchNorm of the block takes statistics from the batch."""
     return any(
         isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
         for module in block.modules()
@@ -243,8 +260,9 @@ class _ZeroGradients(torch.autograd.Function):
             return tangent.clone()
 
 
-def _with_zero_gradients(x, block):
-    # A copy, as of every other keep: an in-place layer behind the block must not reach the block's input.
+def with_zero_gradients(x, block):
+    """A copy of ``x``, as of every other keep; in the backward pass the block's parameters get gradients of zeros."""
+    # A copy also because an in-place layer behind the block must not reach the block's input.
     parameters = []
     if torch.is_grad_enabled():
         parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]

@@ -20,6 +20,7 @@ from dynexec.executors.block import pack_module
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.segment import make_segments
+from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import apply_layers, dynamic_blocks
 
 
@@ -117,6 +118,9 @@ class MaskedEager(_PerBlock):
 
     def block_forward(self, block, x, *args, **kwargs):
         keep = self.decisions[:, block.placement.column].to(x.dtype).reshape(-1, 1, 1, 1)
+        if isinstance(block, ExpertBlock):
+            other = block.forward_dense(x, *args, **kwargs)
+            return block.expert()(x, *args, **kwargs) * keep + other * (1 - keep)
         shortcut = apply_layers(block.shortcut_layers(), x)
         return _full(block, x, shortcut, args, kwargs) * keep + shortcut * (1 - keep)
 
@@ -128,7 +132,16 @@ class NaiveGather(_PerBlock):
     follows_decisions = True
 
     def block_forward(self, block, x, *args, **kwargs):
-        kept = self.decisions[:, block.placement.column].nonzero().squeeze(1)
+        keep = self.decisions[:, block.placement.column]
+        kept = keep.nonzero().squeeze(1)
+        if isinstance(block, ExpertBlock):
+            rest = (~keep).nonzero().squeeze(1)
+            branches = [(kept, block.expert()), (rest, block.forward_dense)]
+            parts = [(i, f(x[i], *args, **kwargs)) for i, f in branches if len(i)]
+            y = parts[0][1].new_empty(len(x), *parts[0][1].shape[1:])
+            for index, rows in parts:
+                y.index_copy_(0, index, rows)
+            return y
         shortcut = apply_layers(block.shortcut_layers(), x)
         if len(kept) == 0:
             return shortcut
@@ -154,7 +167,10 @@ class GroupByPolicy(_PerBlock):
         return logits
 
     def block_forward(self, block, x, *args, **kwargs):
-        if self.decisions[block.placement.column]:
+        keep = self.decisions[block.placement.column]
+        if isinstance(block, ExpertBlock):
+            return (block.expert() if keep else block.forward_dense)(x, *args, **kwargs)
+        if keep:
             return block.forward_dense(x, *args, **kwargs)
         return apply_layers(block.shortcut_layers(), x)
 
@@ -299,8 +315,12 @@ BASELINES = (
 
 
 def static_network(model):
-    """A copy of the backbone of ``model`` that knows nothing of decisions."""
+    """A copy of the backbone of ``model`` that knows nothing of decisions, as if all were True."""
     static = deepcopy(_backbone(model))
+    for name, block in list(static.named_modules()):
+        if isinstance(block, ExpertBlock):
+            parent, _, child = name.rpartition(".")
+            setattr(static.get_submodule(parent), child, block.expert())
     revert(static)
     return static.eval()
 

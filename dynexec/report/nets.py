@@ -3,7 +3,7 @@
 import importlib.util
 import io
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import nn
 from dynexec.convert import convert
 from dynexec.models import blockdrop_resnet, create_model
 from dynexec.models.blockdrop import Bottleneck
+from dynexec.nn.context import decide
+from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import dynamic_blocks
 
 
@@ -95,6 +97,7 @@ NETS = {
     ),
     "resnet32": Net(lambda: create_model("blockdrop_resnet32_cifar10"), 32, (1, 8, 16, 64)),
     "resnet50": Net(_resnet50, 224, (1, 8, 16)),
+    "spottune": Net(lambda: create_model("spottune_resnet26"), 72, (1, 8, 16)),
 }
 #: Measured unless others are asked for.
 DEFAULT_NETS = ("resnet110", "resnet101", "efficientnet_lite0", "resnet32")
@@ -130,17 +133,29 @@ def randomize_batch_norm(model, images):
     Those that end a residual branch get small scales: untrained networks with normalised branches amplify rounding
     errors from block to block, up to where two correct implementations differ visibly.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    ends = {block.residual_layers()[-1] for block in dynamic_blocks(model)}
+    norms = _norms(model)
+    ends, two = set(), False
+    for block in dynamic_blocks(model):
+        two = two or isinstance(block, ExpertBlock)
+        branches = [block, block.expert()] if isinstance(block, ExpertBlock) else []
+        ends |= {_norms(branch)[-1] for branch in branches} or {block.residual_layers()[-1]}
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.weight.uniform_(*((0.1, 0.4) if norm in ends else (0.5, 1.0)))
         norm.bias.normal_(0.0, 0.2)
         norm.momentum = 1.0
     model.train()
-    getattr(model, "backbone", model)(images)
+    backbone = getattr(model, "backbone", model)
+    columns = len(dynamic_blocks(backbone))
+    # Of two sets of weights both are to see the images.
+    with decide(torch.arange(columns) % 2 == 0) if two else nullcontext():
+        backbone(images)
     if getattr(model, "policy", None) is not None:
         model.policy(images)
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _norms(module):
+    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]

@@ -1,0 +1,57 @@
+"""Blocks with two sets of weights, of which every sample runs one (SpotTune, Guo et al., CVPR 2019, section 3)."""
+
+import torch
+
+from dynexec import ops
+from dynexec.nn.context import active_execution
+from dynexec.nn.residual import DynamicBlock, choose, computes_all, uses_batch_statistics, with_zero_gradients
+from dynexec.reference import empty_rows
+
+
+class ExpertBlock(DynamicBlock):
+    """Mixin for an ``nn.Module``: samples whose decision is True run another module of the same shapes in its place.
+
+    Equivalent to ``torch.where(decisions[:, None, None, None], block.expert()(x), block.forward_dense(x))``. Outside
+    ``decide`` it is the block itself. In training mode BatchNorm takes its statistics over all samples or over those
+    that run it, as the block's placement says.
+    """
+
+    def expert(self):
+        """The module for samples whose decision is True."""
+        raise NotImplementedError
+
+    def forward(self, x, *args, **kwargs):
+        execution = active_execution()
+        if execution is None or self.placement is None:
+            return self.forward_dense(x, *args, **kwargs)
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            raise TypeError(
+                f"inside decide a block takes one tensor, but the {type(self).__name__} of column "
+                f"{self.placement.column} got more"
+            )
+        execution.check(x, self.placement.num_columns)
+        column, expert = self.placement.column, self.expert()
+        trains = uses_batch_statistics(self) or uses_batch_statistics(expert)
+        if computes_all(self, execution, x) or (trains and self.placement.batch_norm == "all"):
+            # A branch may overwrite its input, which the other one needs.
+            other = self.forward_dense(x.clone(), *args, **kwargs)
+            return choose(execution.column(column), expert(x, *args, **kwargs), other)
+        route = execution.route(x.shape[0])
+        groups = [(self.forward_dense, self, route.group(column, 0)), (expert, expert, route.group(column, 1))]
+        return _run_groups(groups, x, args, kwargs)
+
+
+def _run_groups(groups, x, args, kwargs):
+    """Each group's function on its samples; a module whose group is empty gets zero gradients."""
+    y, idle = None, []
+    for function, module, index in groups:
+        if len(index) == 0:
+            idle.append(module)
+        elif len(index) == len(x):
+            y = function(x, *args, **kwargs)
+        else:
+            rows = function(ops.gather_rows(x, index), *args, **kwargs)
+            y = ops.scatter_rows_(empty_rows(rows, len(x)) if y is None else y, index, rows)
+    if y is None:  # an empty batch
+        return groups[0][0](x, *args, **kwargs)
+    return with_zero_gradients(y, idle[0]) if idle and torch.is_grad_enabled() else y
