@@ -96,6 +96,22 @@ def write_case(path, code, weights, columns, shape):
     )
 
 
+def write_dilated(path):
+    """Two sets of weights for convolutions many of whose taps are padding."""
+    like = {"padding": (5, 7), "dilation": (4, 6), "activation": "relu"}
+    convs = [packed(torch.randn(24, 130, 3, 3) / 40, torch.randn(24), **like) for _ in range(2)]
+
+    def emit(builder, x):
+        out = None
+        for choice, conv in enumerate(convs):
+            gate = builder.gate(0, choice)
+            out = builder.conv(conv, x, out=out)
+            builder.end_gate(gate)
+        return out
+
+    write_case(path, *build(emit, (130, 9, 11), 1), 1, (130, 9, 11))
+
+
 def write_cases(folder):
     """All of them; their paths."""
     paths = []
@@ -104,6 +120,8 @@ def write_cases(folder):
         write_bands(paths[-1], rows)
     paths.append(folder / "deep")
     write_deep(paths[-1])
+    paths.append(folder / "dilated")
+    write_dilated(paths[-1])
     for name, model, shape in networks():
         paths.append(folder / name)
         write_network(paths[-1], name, model, shape)

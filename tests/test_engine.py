@@ -111,6 +111,40 @@ def test_winograd(channels, outputs, size, padding, samples, activation, seed):
     close(run(made, x), smooth(activation, expected), 2e-5, _scale(expected))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    channels=st.integers(120, 140),
+    outputs=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 15), st.integers(1, 15)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    dilation=st.tuples(st.integers(2, 20), st.integers(2, 20)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    samples=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_dilated_convolutions_most_of_whose_taps_are_padding(
+    channels, outputs, size, kernel, dilation, stride, more, samples, seed
+):
+    """Parts of their sums are left out, for some pixels all but one."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    padding = [(k - 1) * d // 2 + m for k, d, m in zip(kernel, dilation, more)]
+    assume(all(s + 2 * p > (k - 1) * d for s, p, k, d in zip(size, padding, kernel, dilation)))
+    weight, bias = draw(outputs, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5, draw(outputs)
+    conv, x = packed(weight, bias, stride, padding, dilation, activation="relu"), draw(samples, channels, *size)
+    again = packed(draw(outputs, channels, *kernel) / 30, bias, stride, padding, dilation)
+
+    def emit(builder, value):
+        first = builder.conv(again, value)
+        return builder.conv(conv, value, first, out=first if seed % 2 else None)
+
+    expected = sum(
+        F.conv2d(x.double(), c.weight.double(), c.bias.double(), stride, padding, dilation) for c in (again, conv)
+    )
+    close(run(program(emit, (channels, *size)), x), F.relu(expected), 2e-5, _scale(expected))
+
+
 @pytest.mark.parametrize(
     ("size", "chosen"), [((1, 1), False), ((2, 2), False), ((1, 9), False), ((3, 3), True), ((5, 3), True)]
 )

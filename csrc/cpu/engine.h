@@ -103,6 +103,9 @@ class Program {
     // Of a convolution, from the geometry of its buffers.
     std::vector<Run> runs;         // of the reduction
     std::vector<int64_t> parts;    // first run of each part of it that is done at once, and their number
+    // Of a dilated convolution many taps of which lie in the border: bits of the taps that a part has, and of those that
+    // are inside of the image in each row and in each column of the output. Empty where no part is left out.
+    std::vector<uint64_t> part_taps, row_taps, column_taps;
     std::vector<int64_t> offsets;  // of a depthwise convolution's taps
     int64_t reduction = 0;         // floats
     int64_t tiles = 0;             // Winograd's: tiles that are done at once, at most
@@ -144,7 +147,8 @@ class Program {
   void run_piece(const Step& step, const Frame& frame, int64_t item) const;
   void run_conv(const Step& step, const Frame& frame, int64_t item) const;
   void convolve(const Step& step, const float* const* from, float* const* to, const float* const* residual,
-                int64_t count, int64_t first_panel, int64_t last_panel) const;
+                int64_t count, int64_t first_panel, int64_t last_panel, uint64_t taps = ~uint64_t(0)) const;
+  void find_inner_taps(Step& step) const;
   void convolve_rows(const Step& step, Rows from, Rows to, const Rows* residual, int64_t begin, int64_t end) const;
   void run_bands(int64_t number, Frame& frame) const;
   void run_stretch(const Bands& group, const Frame& frame, int64_t sample, int64_t stretch, int64_t stretches,

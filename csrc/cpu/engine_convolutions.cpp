@@ -96,6 +96,8 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
   const float* from[kPixels + 12];
   float* to[kPixels + 12];
   const float* added[kPixels + 12];
+  uint64_t taps[kPixels + 12];
+  const bool leaves_out = !step.row_taps.empty();
   int64_t place = first / out.pixels(), row = first % out.pixels() / out.width, column = first % out.width;
   for (int64_t pixel = 0; pixel < count;) {
     const int64_t sample = frame.active[place];
@@ -112,6 +114,9 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
       const float* z = frame.at(*other, sample) + other->origin() + row * other->row() + column * other->pitch;
       for (int64_t p = begin; p < end; ++p, z += other->pitch) added[p] = z;
     }
+    for (int64_t p = begin; leaves_out && p < end; ++p) {
+      taps[p] = step.row_taps[row] & step.column_taps[column + p - begin];
+    }
     column = 0;
     if (++row == out.height) {
       row = 0;
@@ -119,13 +124,30 @@ void Program::run_conv(const Step& step, const Frame& frame, int64_t item) const
     }
   }
 
-  convolve(step, from, to, !other ? nullptr : (step.other == step.out ? to : added), count,
-           panels.count * share / division.panel_items, panels.count * (share + 1) / division.panel_items);
+  const float* const* const residual = !other ? nullptr : (step.other == step.out ? to : added);
+  const int64_t first_panel = panels.count * share / division.panel_items;
+  const int64_t last_panel = panels.count * (share + 1) / division.panel_items;
+  if (!leaves_out) return convolve(step, from, to, residual, count, first_panel, last_panel);
+  // Pixels with the same taps inside of the image go together.
+  for (int64_t done = 0; done < count;) {
+    int64_t end = done;
+    for (int64_t p = done; p < count; ++p) {
+      if (taps[p] != taps[done]) continue;
+      std::swap(from[p], from[end]);
+      std::swap(to[p], to[end]);
+      if (residual == added) std::swap(added[p], added[end]);
+      std::swap(taps[p], taps[end++]);
+    }
+    convolve(step, from + done, to + done, residual ? residual + done : nullptr, end - done, first_panel, last_panel,
+             taps[done]);
+    done = end;
+  }
 }
 
-// Pixels by pointers, at most kPixels and what rounding adds; panels of output channels from `first_panel` on.
+// Pixels by pointers, at most kPixels and what rounding adds; panels of output channels from `first_panel` on; parts of
+// the reduction that have one of `taps`, the others being zeros.
 void Program::convolve(const Step& step, const float* const* from, float* const* to, const float* const* residual,
-                       int64_t count, int64_t first_panel, int64_t last_panel) const {
+                       int64_t count, int64_t first_panel, int64_t last_panel, uint64_t taps) const {
   const Panels panels = divide_channels(buffers_[step.out].channels, kernels_.width);
   ConvTask task;
   task.in = from;
@@ -133,6 +155,10 @@ void Program::convolve(const Step& step, const float* const* from, float* const*
   task.residual = residual;
   task.pixels = count;
   const int64_t parts = static_cast<int64_t>(step.parts.size()) - 1;
+  const auto counts = [&](int64_t part) { return step.part_taps.empty() || (step.part_taps[part] & taps) != 0; };
+  int64_t first_part = 0, last_part = parts - 1;
+  while (first_part < last_part && !counts(first_part)) ++first_part;
+  while (last_part > first_part && !counts(last_part)) --last_part;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     task.vectors = panel == panels.count - 1 ? panels.last : kPanel;
     task.channel = panel * kPanel * kernels_.width;
@@ -140,13 +166,13 @@ void Program::convolve(const Step& step, const float* const* from, float* const*
     for (int64_t part = 0; part < parts; ++part) {
       task.runs = &step.runs[step.parts[part]];
       task.num_runs = step.parts[part + 1] - step.parts[part];
-      task.bias = part == 0 ? weights_ + step.bias + task.channel : nullptr;
-      task.activation = part == parts - 1 ? step.activation : Activation::kNone;
+      task.bias = part == first_part ? weights_ + step.bias + task.channel : nullptr;
+      task.activation = part == last_part ? step.activation : Activation::kNone;
       task.length = 0;
       for (int64_t run = 0; run < task.num_runs; ++run) task.length += task.runs[run].length;
       const int64_t floats = task.length * task.vectors * kernels_.width;
       task.ahead = task.weights + floats;
-      kernels_.conv(task);
+      if (part == first_part || counts(part)) kernels_.conv(task);
       task.weights += floats;
     }
   }

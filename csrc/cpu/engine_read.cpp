@@ -10,6 +10,8 @@ constexpr int64_t kReduction = 512;              // floats of a reduction at a t
 constexpr int64_t kWinogradFloats = 160 * 1024;  // of transformed inputs and outputs at a time
 constexpr int64_t kWinogradWeights = 72 * 1024;  // and of transformed weights
 constexpr int64_t kMaxSize = int64_t(1) << 24;
+constexpr double kInnerShare = 0.95;  // of a dilated convolution's taps: with fewer inside of the image, others are left out
+constexpr int64_t kTapFloats = 128;   // at least, or the taps that are left out are too short
 constexpr double kMaxFloats = 1e12;  // per sample: what all threads and samples need has to fit into an integer
 
 }  // namespace
@@ -220,14 +222,20 @@ void Program::prepare(Step& step) {
     }
   }
   if (step.op == Op::kDepthwise) return;
-  const int64_t length = round_up(divide_up(step.reduction, divide_up(step.reduction, kReduction)), 8);
+  find_inner_taps(step);
+  const bool whole_taps = !step.row_taps.empty();  // a run is a tap then, and parts end where taps do
+  const int64_t all = whole_taps ? in.channels : step.reduction;
+  const int64_t length = round_up(divide_up(all, divide_up(all, kReduction)), 8);
   std::vector<Run> whole;
   whole.swap(step.runs);
   int64_t room = 0;
-  for (Run run : whole) {
+  for (size_t tap = 0; tap < whole.size(); ++tap) {
+    Run run = whole[tap];
+    if (whole_taps) room = 0;
     while (run.length > 0) {
       if (room == 0) {
         step.parts.push_back(step.runs.size());
+        if (whole_taps) step.part_taps.push_back(uint64_t(1) << tap);
         room = length;
       }
       const int64_t taken = std::min(room, run.length);
@@ -238,6 +246,37 @@ void Program::prepare(Step& step) {
     }
   }
   step.parts.push_back(step.runs.size());
+}
+
+// Where a dilated convolution has many taps in the border, as DeepLab's heads have (Chen et al., 2018), the parts of its
+// reduction there add nothing, and are left out.
+void Program::find_inner_taps(Step& step) const {
+  const Buffer& in = buffers_[step.in];
+  const Buffer& out = buffers_[step.out];
+  const bool dilated = step.dilation[0] > 1 && step.dilation[1] > 1;
+  if (step.op != Op::kConv || !dilated || step.kernel[0] * step.kernel[1] > 64 || in.channels < kTapFloats) return;
+  double share = 1;
+  std::vector<uint64_t> taps[2];
+  for (int d = 0; d < 2; ++d) {
+    const int64_t size_in = d ? in.width : in.height, size_out = d ? out.width : out.height;
+    int64_t inside = 0;
+    for (int64_t o = 0; o < size_out; ++o) {
+      uint64_t bits = 0;
+      for (int64_t k = 0; k < step.kernel[d]; ++k) {
+        const int64_t at = o * step.stride[d] - step.padding[d] + k * step.dilation[d];
+        if (at < 0 || at >= size_in) continue;
+        ++inside;
+        for (int64_t other = 0; other < step.kernel[1 - d]; ++other) {
+          bits |= uint64_t(1) << (d ? other * step.kernel[1] + k : k * step.kernel[1] + other);
+        }
+      }
+      taps[d].push_back(bits);
+    }
+    share *= double(inside) / double(size_out * step.kernel[d]);
+  }
+  if (share >= kInnerShare) return;
+  step.row_taps.swap(taps[0]);
+  step.column_taps.swap(taps[1]);
 }
 
 }  // namespace dynexec
