@@ -1,0 +1,90 @@
+"""Losses and curriculum that train decisions of tasks that share a network (AdaShare, Sun et al., NeurIPS 2020)."""
+
+import torch
+from torch.nn.functional import log_softmax
+
+from dynexec.policy.bernoulli import check_logits
+
+
+def sparsity_loss(logits, *, trained=None, weighted=False):
+    """Cross-entropy of the logits with "skip", averaged over layers and summed over tasks: a scalar.
+
+    Parameters
+    ----------
+    logits : float tensor ``[T, L, 2]`` or ``[N, T, L, 2]``
+        Per task and layer; column 0 executes, column 1 skips. Samples are averaged.
+    trained : bool tensor ``[L]``, optional
+        Layers that count, at least one: from :func:`dynexec.policy.curriculum_mask`.
+    weighted : bool
+        Times 2 (l + 1) / L for layer l from 0: the published setting ``diff_sparsity_weights`` without ``is_sharing``.
+        With both, as in all published configurations, the term is not weighted.
+
+    Equivalent to ``sum(F.cross_entropy(task, torch.ones(L, dtype=torch.int64)) for task in logits)``.
+    """
+    _check(logits)
+    loss = -log_softmax(logits, -1)[..., 1]
+    if weighted:
+        loss = loss * 2 * _rising(loss)
+    if trained is not None:
+        _check_trained(trained, loss)
+        loss = loss[..., trained.to(loss.device)]
+    return loss.mean(-1).sum(-1).mean()
+
+
+def sharing_loss(logits, *, weighted=True):
+    """How far apart the tasks' logits to execute are, summed over pairs of tasks and over layers: a scalar.
+
+    Parameters
+    ----------
+    logits : float tensor ``[T, L, 2]`` or ``[N, T, L, 2]``
+        As in :func:`sparsity_loss`. All layers count, whatever the curriculum has reached.
+    weighted : bool
+        Layer l from 0 counts (l + 1) / L, as in the published code with ``diff_sparsity_weights``; otherwise 1.
+
+    Equivalent, for ``a = logits[..., 0]``, to ``sum((weights * (a[i] - a[j]).abs()).sum() for i in range(T) for j in
+    range(i))``.
+    """
+    _check(logits)
+    execute = logits[..., 0]
+    tasks = execute.shape[-2]
+    one, other = torch.triu_indices(tasks, tasks, 1, device=execute.device)
+    distance = (execute[..., one, :] - execute[..., other, :]).abs()
+    if weighted:
+        distance = distance * _rising(distance)
+    return distance.sum((-2, -1)).mean()
+
+
+def open_untrained(weights, trained):
+    """Weights of execution with every layer at 1 that the curriculum has not reached yet.
+
+    What :func:`dynexec.policy.force_untrained` is for decisions. The published curriculum adds a layer every
+    ``speed`` policy epochs: ``trained = curriculum_mask(L, epoch // speed)``.
+
+    Parameters
+    ----------
+    weights : float tensor ``[T, L]`` or ``[N, T, L]``
+    trained : bool tensor ``[L]``
+
+    Returns
+    -------
+    float tensor like ``weights``; gradients flow to the trained layers only
+    """
+    _check_trained(trained, weights)
+    return weights.masked_fill(~trained.to(weights.device), 1.0)
+
+
+def _check(logits):
+    check_logits(logits)
+    if logits.dim() not in (3, 4) or logits.shape[-1] != 2 or 0 in logits.shape:
+        raise ValueError(f"logits must have shape [T, L, 2] or [N, T, L, 2], got {tuple(logits.shape)}")
+
+
+def _check_trained(trained, layers):
+    if trained.dtype != torch.bool or trained.shape != layers.shape[-1:]:
+        raise ValueError(f"trained must be bool {tuple(layers.shape[-1:])}, got {trained.dtype} {tuple(trained.shape)}")
+
+
+def _rising(layers):
+    """``(l + 1) / L`` for the last dimension of ``layers``."""
+    count = layers.shape[-1]
+    return torch.arange(1, count + 1, dtype=layers.dtype, device=layers.device) / count
