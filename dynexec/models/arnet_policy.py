@@ -1,0 +1,248 @@
+"""The policy of AR-Net, which is also a small predictor, and the bookkeeping of skipped frames."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynexec.policy import draw, gumbel_softmax
+from dynexec.policy.bernoulli import check_logits
+
+
+def ruling_frames(spans):
+    """The frame whose decision rules each frame: itself, or the one at which a running skip began.
+
+    Parameters
+    ----------
+    spans : int64 tensor ``[N, T]``
+        Frames that the frame's own decision would rule, itself included: k for a skip of k, 1 for any other.
+
+    Returns
+    -------
+    int64 tensor ``[N, T]``
+    """
+    start, left, starts = spans[:, 0], torch.zeros_like(spans[:, 0]), []
+    for t in range(spans.shape[1]):
+        running = left > 0
+        start = torch.where(running, start, t)
+        left = torch.where(running, left, spans[:, t]) - 1
+        starts.append(start)
+    return torch.stack(starts, 1)
+
+
+def rule(decisions, spans):
+    """Actions as they take effect, int64 ``[N, T]``, and bool ``[N, T]``: the frames that a running skip ignores.
+
+    ``spans`` are the frames that each action rules. All on the CPU.
+    """
+    start = ruling_frames(torch.tensor(spans)[decisions])
+    return decisions.gather(1, start), start != torch.arange(decisions.shape[1])
+
+
+def resize(images, size):
+    """The nearest pixels of ``[rows, C, H, W]``, as published: ``[rows, C, size, size]``."""
+    return images if images.shape[2:] == (size, size) else F.interpolate(images, size=(size, size), mode="nearest")
+
+
+class ARNetPolicy(nn.Module):
+    """Decides frame by frame, and gives predictions of its own: small features, an LSTM over them, two linear layers.
+
+    Parameters
+    ----------
+    lite_backbone : nn.Module
+        Images ``[rows, 3, resolution, resolution]`` to features ``[rows, num_features]``.
+    num_features, num_backbones, num_classes, resolution, hidden : int
+    skips : sequence of int
+    dropout : float
+        Of the features, in training.
+    cheap : bool
+        What happens on frames that a running skip ignores. Exact, as published: the LSTM sees them, its hidden state is
+        restored after them, and its cell state is not, so the policy's features are needed of every frame. Cheap, which
+        the published cost assumes: nothing is computed on them and both states stay; other outputs.
+    """
+
+    def __init__(
+        self, lite_backbone, num_features, *, num_backbones, num_classes, resolution, skips, hidden, dropout, cheap
+    ):
+        super().__init__()
+        self.lite_backbone = lite_backbone
+        self.rnn = nn.LSTMCell(num_features, hidden)
+        self.num_predictions = num_backbones + 1
+        self.num_actions = self.num_predictions + len(skips)
+        self.linear = nn.Linear(hidden, self.num_actions)
+        self.lite_fc = nn.Linear(hidden, num_classes)
+        self.resolution, self.skips, self.dropout, self.cheap = resolution, tuple(skips), dropout, cheap
+        self.spans = (1,) * self.num_predictions + self.skips
+
+    def forward(self, frames):
+        """Frames ``[N, T, 3, H, W]`` to log-probabilities ``[N, T, A]``, each after the likeliest actions before it.
+
+        Inside of a running skip nothing is decided: whatever stands there is without effect.
+        """
+        return self._unroll(frames, _likeliest)[1]
+
+    def decide(self, frames):
+        """The likeliest actions, int64 ``[N, T]``, and the hidden states ``[N, T, hidden]`` that lite predictions need.
+
+        In the rows that a running skip ignores stands the skip again.
+        """
+        weights, _, hidden = self._unroll(frames, _likeliest)
+        return weights.argmax(-1), hidden
+
+    def sample(self, frames, *, generator=None):
+        """Draw actions, int64 ``[N, T]``, each after the drawn ones before it."""
+
+        def choose(log_probabilities):
+            return _one_hot(draw(log_probabilities, generator=generator), log_probabilities)
+
+        return self._unroll(frames, choose)[0].argmax(-1)
+
+    def relax(self, frames, temperature, *, hard=True, generator=None):
+        """Draw weights ``[N, T, A]`` for ``soft_decisions``, whose gradients reach the policy.
+
+        Arguments as in :func:`dynexec.policy.gumbel_softmax`; published: hard, and as temperature 5 * exp(-0.045 *
+        epoch).
+        """
+
+        def choose(log_probabilities):
+            return gumbel_softmax(log_probabilities, temperature, hard=hard, generator=generator)
+
+        return self._unroll(frames, choose)[0]
+
+    def hidden_states(self, frames, needed, skipped):
+        """Hidden state after each frame, float ``[N, T, hidden]``; zero where not needed.
+
+        Parameters
+        ----------
+        frames : tensor ``[N, T, 3, H, W]``
+        needed : bool tensor ``[N, T]``, on the CPU
+            Not all False. In exact mode a video's first frames.
+        skipped : bool tensor ``[N, T]``, on the CPU
+            Frames that a running skip ignores.
+        """
+        rows, counts = pack(needed)
+        device = frames.device
+        held, rows = skipped.flatten()[rows][:, None].to(device), rows.to(device)
+        projected = self._project(frames.flatten(0, 1)[rows])
+        h = c = projected.new_zeros(counts[0], self.rnn.hidden_size)
+        outputs = []
+        for gates, hold in zip(projected.split(counts), held.split(counts)):
+            before = h[: len(gates)]
+            after, c = self._step(gates, before, c[: len(gates)])
+            h = torch.where(hold, before, after)
+            outputs.append(after)
+        hidden = projected.new_zeros(needed.numel(), self.rnn.hidden_size)
+        return hidden.index_copy(0, rows, torch.cat(outputs)).unflatten(0, needed.shape)
+
+    def _project(self, images):
+        """What the LSTM's gates get of the images ``[rows, 3, H, W]``: all rows at once, only the recurrence waits."""
+        features = self.lite_backbone(resize(images, self.resolution))
+        features = F.dropout(features, self.dropout, self.training)
+        return F.linear(features, self.rnn.weight_ih, self.rnn.bias_ih)
+
+    def _step(self, gates, h, c):
+        """The rest of ``nn.LSTMCell``: new hidden and cell state."""
+        enter, forget, cell, leave = (gates + F.linear(h, self.rnn.weight_hh, self.rnn.bias_hh)).chunk(4, 1)
+        c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
+        return leave.sigmoid() * c.tanh(), c
+
+    def spans_of(self, weights):
+        """Frames that each row of weights ``[..., A]`` rules: those of a skip that weighs above one half, else 1."""
+        spans = torch.ones(weights.shape[:-1], dtype=torch.int64, device=weights.device)
+        for number, skip in reversed(list(enumerate(self.skips, self.num_predictions))):
+            spans = torch.where(weights[..., number] > 0.5, skip, spans)
+        return spans
+
+    def _unroll(self, frames, choose):
+        """Decide with ``choose(log_probabilities [n, A]) -> weights [n, A]``.
+
+        Returns weights and log-probabilities ``[N, T, A]`` and hidden states ``[N, T, hidden]``.
+        """
+        check_frames(frames, ("N", "T", 3, "H", "W"))
+        shape, device = frames.shape[:2], frames.device
+        gates = None if self.cheap else self._project(frames.flatten(0, 1)).unflatten(0, shape)
+        left = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        rows, steps = torch.arange(shape[0], device=device), []
+        for t in range(shape[1]):
+            running = left > 0
+            if self.cheap:
+                rows = (~running).nonzero().flatten()
+            if len(rows):
+                step = self._project(frames[rows, t]) if self.cheap else gates[:, t]
+                if t == 0:
+                    h = c = step.new_zeros(shape[0], self.rnn.hidden_size)
+                    weights = log_probabilities = step.new_zeros(shape[0], self.num_actions)
+                after, cell = self._step(step, h[rows], c[rows])
+                decided = F.softmax(self.linear(after), 1).clamp(min=1e-8).log()  # clamped as published
+                hold = running[rows][:, None]
+                weights = weights.index_copy(0, rows, torch.where(hold, weights[rows], choose(decided)))
+                log_probabilities = log_probabilities.index_copy(0, rows, decided)
+                seen, c = h.index_copy(0, rows, after), c.index_copy(0, rows, cell)
+                h = h.index_copy(0, rows, torch.where(hold, h[rows], after))
+            left = torch.where(running, left, self.spans_of(weights)) - 1
+            steps.append((weights, log_probabilities, seen))
+        return tuple(torch.stack(values, 1) for values in zip(*steps))
+
+
+def pack(needed):
+    """Rows of flattened ``[N, T]``, the first needed frame of each video, then the second of each, and so on.
+
+    Videos with more needed frames come first in each group, so that a group's videos are the first of the one before.
+
+    Parameters
+    ----------
+    needed : bool tensor ``[N, T]``
+
+    Returns
+    -------
+    (int64 tensor ``[rows]``, list of int: the size of each group)
+    """
+    length, order = needed.sum(1).sort(descending=True, stable=True)
+    frames = (~needed).byte().sort(dim=1, stable=True).indices[order]  # per video the needed ones first
+    in_group = torch.arange(needed.shape[1])[:, None] < length
+    rows = (order[:, None] * needed.shape[1] + frames).T[in_group]
+    return rows, [count for count in in_group.sum(1).tolist() if count]
+
+
+def check_frames(frames, shape):
+    """Raise unless ``frames`` are of a floating-point type and of ``shape``, with letters for any positive number."""
+    text = _text(shape)
+    if not isinstance(frames, torch.Tensor) or not frames.is_floating_point():
+        raise TypeError(f"frames must be a floating-point tensor {text}, got {kind_of(frames)}")
+    if not _fits(frames.shape, shape):
+        raise ValueError(f"frames must have shape {text}, none of it 0, got {tuple(frames.shape)}")
+
+
+def check_decisions(decisions, shape, num_actions):
+    """``decisions`` on the CPU; raise unless they are int64, name actions, and fit ``shape`` as in check_frames."""
+    text = _text(shape)
+    if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.int64:
+        raise TypeError(f"decisions must be an int64 tensor {text}, got {kind_of(decisions)}")
+    if not _fits(decisions.shape, shape):
+        raise ValueError(f"decisions must have shape {text}, got {tuple(decisions.shape)}")
+    decisions = decisions.cpu()
+    if wrong := decisions[(decisions < 0) | (decisions >= num_actions)].tolist():
+        raise ValueError(f"decisions must be from 0 to {num_actions - 1}, got {wrong[0]}")
+    return decisions
+
+
+def _text(shape):
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _fits(shape, expected):
+    pairs = zip(shape, expected)
+    return len(shape) == len(expected) and all(a > 0 if isinstance(b, str) else a == b for a, b in pairs)
+
+
+def kind_of(value):
+    """A tensor's dtype, or what else it is: for errors."""
+    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _one_hot(actions, like):
+    return F.one_hot(actions, like.shape[-1]).to(like.dtype)
+
+
+def _likeliest(log_probabilities):
+    check_logits(log_probabilities)
+    return _one_hot(log_probabilities.argmax(-1), log_probabilities)
