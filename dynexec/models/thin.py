@@ -1,0 +1,146 @@
+"""A thin network from the filters of a wide one: where fully-adaptive feature sharing starts (Lu et al., CVPR 2017)."""
+
+import copy
+
+import torch
+from torch import nn
+
+from dynexec.models.feature_sharing import FeatureSharing
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+def select_filters(weight, count):
+    """Choose the filters of which all filters of a layer are best made, by simultaneous orthogonal matching pursuit.
+
+    One filter is chosen after the other: that onto which the residuals of all filters project most, in the sum of
+    squares; the residuals are what is then left of the filters beside the span of the chosen ones. Greedy for
+    ``min over S of min over A of ||W - A W_S||``.
+
+    Parameters
+    ----------
+    weight : float tensor ``[filters, ...]``
+    count : int
+        From 1 to the number of filters.
+
+    Returns
+    -------
+    int64 tensor ``[count]``
+        In the order chosen. Where fewer filters span all of them, the first of the others fill it up.
+
+    Raises
+    ------
+    ValueError
+        If there are not ``count`` filters.
+    """
+    filters = weight.detach().double().flatten(1)
+    if not 1 <= count <= len(filters):
+        raise ValueError(f"count must be from 1 to the {len(filters)} filters, got {count}")
+    norms = filters.norm(dim=1)
+    free, chosen, residual = norms > 0, [], filters.clone()
+    for _ in range(count):
+        score = (filters @ residual.T).norm(dim=1) / norms
+        best = score.where(free, -1.0).argmax().item()
+        direction = residual[best]
+        if not free[best] or direction.norm() <= 1e-9 * norms[best]:
+            break  # the chosen ones make all filters
+        free[best] = False
+        chosen.append(best)
+        direction = direction / direction.norm()
+        residual = residual - torch.outer(residual @ direction, direction)
+    chosen += [filter for filter in range(len(filters)) if filter not in chosen][: count - len(chosen)]
+    return torch.tensor(chosen, device=weight.device)
+
+
+def thin(network, widths):
+    """A thinner network of the filters that :func:`select_filters` chooses, layer by layer.
+
+    A layer's filters are chosen by their weights for the inputs that the layer below has kept; BatchNorm keeps what
+    belongs to them. Biases and BatchNorm have no part in the choice.
+
+    Parameters
+    ----------
+    network : FeatureSharing
+        With one column per layer; not changed. Its layers are sequences of convolutions, linear layers, BatchNorm and
+        what acts on each channel alone.
+    widths : sequence of L int
+        Outputs of the last convolution or linear layer of each stage; others in a stage stay as wide as they are.
+
+    Returns
+    -------
+    FeatureSharing
+
+    Raises
+    ------
+    ValueError
+        If the tree has branches; there is not one width per layer, of 1 to what the layer has; or a convolution has
+        groups.
+    """
+    if any(len(layer) > 1 for layer in network.tree.layers):
+        raise ValueError(f"network must have one column per layer, got the tree\n{network.tree}")
+    widths = tuple(widths)
+    if len(widths) != network.tree.num_layers:
+        raise ValueError(f"widths must be {network.tree.num_layers}, one per layer, got {len(widths)}")
+    kept, stages = None, []
+    for depth, width in enumerate(widths):
+        stage = copy.deepcopy(network.columns(depth)[0])
+        kept = _thin_layers(stage, kept, width, f"widths[{depth}]")
+        stages.append(stage)
+    heads = [copy.deepcopy(head) for head in network.task_heads()]
+    for head in heads:
+        _thin_layers(head, kept, None, "")
+    return FeatureSharing(stages, heads, network.tree)
+
+
+def _thin_layers(module, kept, width, name):
+    """Thin the layers of ``module`` in place; ``kept``: of how many input channels which ones are left, None: all."""
+    layers = [m for m in module.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, _NORMS))]
+    weighted = [m for m in layers if not isinstance(m, _NORMS)]
+    for layer in layers:
+        if isinstance(layer, _NORMS):
+            if kept is not None:
+                _keep_norm(layer, kept[1])
+            continue
+        if getattr(layer, "groups", 1) != 1:
+            raise ValueError(f"network must have convolutions without groups, got {layer}")
+        if kept is not None:
+            _keep_inputs(layer, *kept)
+        filters = len(layer.weight)
+        if width is not None and layer is weighted[-1]:
+            if not isinstance(width, int) or not 1 <= width <= filters:
+                raise ValueError(f"{name} must be from 1 to the {filters} outputs that the layer has, got {width!r}")
+            chosen = select_filters(layer.weight, width) if width < filters else torch.arange(filters)
+            kept = filters, chosen.to(layer.weight.device)
+            _keep_outputs(layer, kept[1])
+        else:
+            kept = None
+    return kept
+
+
+def _keep_inputs(layer, before, kept):
+    """Keep the weights for some of ``before`` channels; a linear layer may read several numbers of each channel."""
+    weight = layer.weight.data
+    inputs = weight.shape[1]
+    if inputs % before:
+        raise ValueError(f"network must be a sequence of layers: {layer} does not read the {before} channels before it")
+    weight = weight.unflatten(1, (before, inputs // before))[:, kept].flatten(1, 2)
+    layer.weight = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
+    setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", weight.shape[1])
+
+
+def _keep_outputs(layer, kept):
+    for name in ("weight", "bias"):
+        if (old := getattr(layer, name)) is not None:
+            setattr(layer, name, nn.Parameter(old.data[kept], old.requires_grad))
+    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
+
+
+def _keep_norm(norm, kept):
+    for name in ("weight", "bias"):
+        if (old := getattr(norm, name)) is not None:
+            setattr(norm, name, nn.Parameter(old.data[kept], old.requires_grad))
+    for name in ("running_mean", "running_var"):
+        if (old := getattr(norm, name)) is not None:
+            setattr(norm, name, old[kept])
+    norm.num_features = len(kept)
