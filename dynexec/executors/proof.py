@@ -104,11 +104,21 @@ class Proof:
         return None
 
     def _is_rounding(self, actual, expected, x, decisions):
-        """Whether the outputs differ because the network amplifies rounding: the original's own errors are as large."""
-        try:
+        def run_exactly():
             with decide(decisions):
-                exact = copy.deepcopy(self.backbone).double()(x.double())
-        except RuntimeError:  # it insists on its dtype
-            return False
-        own = relative_error(expected, exact)
-        return math.isfinite(own) and relative_error(actual, exact) <= _ROUNDING_RATIO * own
+                return copy.deepcopy(self.backbone).double()(x.double())
+
+        return is_rounding(actual, expected, run_exactly)
+
+
+def is_rounding(actual, expected, run_exactly):
+    """Whether outputs differ because the network amplifies rounding: the original's own errors are as large.
+
+    ``run_exactly()`` gives its output in double precision.
+    """
+    try:
+        exact = run_exactly()
+    except RuntimeError:  # it insists on its dtype
+        return False
+    own = relative_error(expected, exact)
+    return math.isfinite(own) and relative_error(actual, exact) <= _ROUNDING_RATIO * own

@@ -2,29 +2,47 @@
 
 from functools import partial
 
-from dynexec.models import blockdrop
+from dynexec.models import arnet, blockdrop
+from dynexec.models.adashare import DEPTHS as ADASHARE_DEPTHS
+from dynexec.models.adashare import AdaShare, adashare_resnet
+from dynexec.models.adashare_policy import published_policy, read_policy
+from dynexec.models.arnet import ARNet, build_arnet
 from dynexec.models.blockdrop import BlockDrop, blockdrop_resnet
+from dynexec.models.feature_sharing import FeatureSharing
 from dynexec.models.lesion import LesionStudy, delete_blocks, lesion_study, plot_lesion
 from dynexec.models.official import LoadReport, load_official
+from dynexec.models.sharing_tree import SharingTree
 from dynexec.models.spottune import SpotTune, spottune_resnet26
+from dynexec.models.vgg import feature_sharing_vgg16
 
 __all__ = [
+    "ARNet",
+    "AdaShare",
     "BlockDrop",
+    "FeatureSharing",
     "LesionStudy",
     "LoadReport",
+    "SharingTree",
     "SpotTune",
+    "adashare_resnet",
     "blockdrop_resnet",
+    "build_arnet",
     "create_model",
     "delete_blocks",
+    "feature_sharing_vgg16",
     "lesion_study",
     "list_models",
     "load_official",
     "plot_lesion",
+    "published_policy",
+    "read_policy",
     "spottune_resnet26",
 ]
 
 _MODELS = {name: partial(blockdrop_resnet, **arguments) for name, arguments in blockdrop.PUBLISHED.items()}
-_MODELS |= {"spottune_resnet26": spottune_resnet26}
+_MODELS |= {"spottune_resnet26": spottune_resnet26, "feature_sharing_vgg16": feature_sharing_vgg16}
+_MODELS |= {f"adashare_resnet{depth}": partial(adashare_resnet, depth) for depth in ADASHARE_DEPTHS}
+_MODELS |= {name: partial(build_arnet, **arguments) for name, arguments in arnet.PUBLISHED.items()}
 
 
 def list_models():

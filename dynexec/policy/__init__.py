@@ -5,23 +5,31 @@ Plain functions on tensors: nothing here knows a model, nor how a block is execu
 
 from dynexec.policy.bernoulli import explore, log_probability, sample, threshold
 from dynexec.policy.curriculum import curriculum_mask, force_untrained
+from dynexec.policy.efficiency import efficiency_loss, expected_cost, usage_imbalance
 from dynexec.policy.gumbel import draw, exponential_temperature, gumbel_softmax
 from dynexec.policy.losses import curriculum_loss, entropy_term, finetuning_loss, reinforce_loss
 from dynexec.policy.rewards import usage_reward
+from dynexec.policy.sharing import open_untrained, sharing_loss, sparsity_loss
 
 __all__ = [
     "curriculum_loss",
     "curriculum_mask",
     "draw",
+    "efficiency_loss",
     "entropy_term",
+    "expected_cost",
     "exponential_temperature",
     "explore",
     "finetuning_loss",
     "force_untrained",
     "gumbel_softmax",
     "log_probability",
+    "open_untrained",
     "reinforce_loss",
     "sample",
+    "sharing_loss",
+    "sparsity_loss",
     "threshold",
+    "usage_imbalance",
     "usage_reward",
 ]
