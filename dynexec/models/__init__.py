@@ -3,6 +3,7 @@
 from functools import partial
 
 from dynexec.models import arnet, blockdrop
+from dynexec.models.adamml import AdaMML
 from dynexec.models.adashare import DEPTHS as ADASHARE_DEPTHS
 from dynexec.models.adashare import AdaShare, adashare_resnet
 from dynexec.models.adashare_policy import published_policy, read_policy
@@ -17,6 +18,7 @@ from dynexec.models.vgg import feature_sharing_vgg16
 
 __all__ = [
     "ARNet",
+    "AdaMML",
     "AdaShare",
     "BlockDrop",
     "FeatureSharing",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 _MODELS = {name: partial(blockdrop_resnet, **arguments) for name, arguments in blockdrop.PUBLISHED.items()}
-_MODELS |= {"spottune_resnet26": spottune_resnet26, "feature_sharing_vgg16": feature_sharing_vgg16}
+_MODELS |= {"spottune_resnet26": spottune_resnet26, "feature_sharing_vgg16": feature_sharing_vgg16, "adamml": AdaMML}
 _MODELS |= {f"adashare_resnet{depth}": partial(adashare_resnet, depth) for depth in ADASHARE_DEPTHS}
 _MODELS |= {name: partial(build_arnet, **arguments) for name, arguments in arnet.PUBLISHED.items()}
 

@@ -8,6 +8,7 @@ from dynexec.policy.curriculum import curriculum_mask, force_untrained
 from dynexec.policy.efficiency import efficiency_loss, expected_cost, usage_imbalance
 from dynexec.policy.gumbel import draw, exponential_temperature, gumbel_softmax
 from dynexec.policy.losses import curriculum_loss, entropy_term, finetuning_loss, reinforce_loss
+from dynexec.policy.modalities import modality_cost, modality_loss
 from dynexec.policy.rewards import usage_reward
 from dynexec.policy.sharing import open_untrained, sharing_loss, sparsity_loss
 
@@ -24,6 +25,8 @@ __all__ = [
     "force_untrained",
     "gumbel_softmax",
     "log_probability",
+    "modality_cost",
+    "modality_loss",
     "open_untrained",
     "reinforce_loss",
     "sample",
