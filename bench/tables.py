@@ -1,13 +1,21 @@
-"""Writes the tables of docs/performance.md from the rows in bench/results/."""
+"""Writes the tables of docs/performance.md, from the rows in bench/results/, and of docs/models.md."""
 
 from pathlib import Path
 
+from dynexec.report.catalogue import HEADINGS, model_rows
 from dynexec.report.rows import read_rows
-from dynexec.report.tables import markdown, replace_generated
+from dynexec.report.tables import markdown, markdown_table, replace_generated
 
 ROOT = Path(__file__).parents[1]
 
+
+def write(name, part, content):
+    """Put ``content`` in place of a generated part of a document."""
+    path = ROOT / "docs" / name
+    path.write_text(replace_generated(path.read_text(), part, content))
+    print(f"{path} written")
+
+
 if __name__ == "__main__":
-    docs = ROOT / "docs" / "performance.md"
-    docs.write_text(replace_generated(docs.read_text(), "bench", markdown(read_rows(ROOT / "bench" / "results"))))
-    print(f"{docs} written")
+    write("performance.md", "bench", markdown(read_rows(ROOT / "bench" / "results")))
+    write("models.md", "models", markdown_table(HEADINGS, model_rows()))

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from dynexec.report.baselines import BASELINES
 from dynexec.report.experiment import PUBLISHED, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
 from dynexec.report.rows import append_row
+from dynexec.report.systems import LIBRARIES, SYSTEMS, build_system, run_system
 from dynexec.report.tables import COLUMNS, LEGEND, cells
 
 KEEPS = (0.25, 0.5, 0.75, 0.9, 1.0, PUBLISHED)
@@ -27,7 +29,8 @@ def add_arguments(parser):
     """Add the arguments of ``dynexec bench`` to an argparse parser."""
     names = [baseline.name for baseline in BASELINES]
     add = parser.add_argument
-    add("--nets", nargs="+", default=DEFAULT_NETS, choices=list(NETS), help=f"default: {' '.join(DEFAULT_NETS)}")
+    nets = [*NETS, *SYSTEMS]
+    add("--nets", nargs="+", default=DEFAULT_NETS, choices=nets, help=f"default: {' '.join(DEFAULT_NETS)}")
     add("--batch", nargs="+", type=_positive, help="batch sizes; default: those that suit each network")
     add(
         "--keep",
@@ -83,15 +86,26 @@ def main(args):
 
 def _measure(args, progress):
     """Rows, network by network and batch by batch."""
-    plan = [(name, batch) for name in args.nets for batch in args.batch or NETS[name].batches]
+    known = NETS | SYSTEMS
+    plan = [(name, batch) for name in args.nets for batch in args.batch or known[name].batches]
     task = progress.add_task("", total=len(plan))
     baselines = [baseline for baseline in BASELINES if baseline.name in args.baselines]
     model, built = None, None
     for done, (name, batch) in enumerate(plan):
-        net, label = NETS[name], f"{name}, batch {batch}"
+        net, label = known[name], f"{name}, batch {batch}"
         progress.update(task, completed=done, description=f"{label}: building")
         if (reason := net.missing()) is not None:
             progress.console.print(f"{name}: {reason}", markup=False)
+            continue
+        report = partial(_report, progress, task, done, label)
+        if name in SYSTEMS:
+            if args.device != "cpu":
+                progress.console.print(f"{name}: its bench is for CPUs", markup=False)
+                continue
+            libraries = [library for library in LIBRARIES if library.name in args.baselines]
+            yield from run_system(
+                build_system(net), net, batch, name=name, libraries=libraries, seconds=args.seconds, progress=report
+            )
             continue
         if built != name:
             model, built = build(net).to(args.device), name
@@ -107,11 +121,13 @@ def _measure(args, progress):
             baselines=baselines,
             dtype=_DTYPES[args.dtype or ("float16" if args.device == "cuda" else "float32")],
             seconds=args.seconds,
-            progress=lambda share, text, done=done, label=label: progress.update(
-                task, completed=done + share, description=f"{label}: {text}"
-            ),
+            progress=report,
         )
     progress.update(task, completed=len(plan), description="done")
+
+
+def _report(progress, task, done, label, share, text):
+    progress.update(task, completed=done + share, description=f"{label}: {text}")
 
 
 def print_table(console, rows):

@@ -118,40 +118,49 @@ def build(net, *, seed=0):
     return model.requires_grad_(False)
 
 
-def make_images(count, size, *, seed=0):
-    """Smooth random images, float32 ``[count, 3, size, size]``: unlike noise they differ as whole images do."""
+def make_images(count, size, *, seed=0, channels=3):
+    """Smooth random images, float32 ``[count, channels, size, size]``: unlike noise they differ as whole images do."""
     generator = torch.Generator().manual_seed(seed + 1)
-    coarse = torch.randn(count, 3, 4, 4, generator=generator)
-    fine = torch.randn(count, 3, size, size, generator=generator)
+    coarse = torch.randn(count, channels, 4, 4, generator=generator)
+    fine = torch.randn(count, channels, size, size, generator=generator)
     return F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) + 0.3 * fine
 
 
-@torch.no_grad()
 def randomize_batch_norm(model, images):
-    """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics from ``images``.
-
-    Those that end a residual branch get small scales: untrained networks with normalised branches amplify rounding
-    errors from block to block, up to where two correct implementations differ visibly.
-    """
-    norms = _norms(model)
+    """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics from ``images``."""
     ends, two = set(), False
     for block in dynamic_blocks(model):
         two = two or isinstance(block, ExpertBlock)
         branches = [block, block.expert()] if isinstance(block, ExpertBlock) else []
         ends |= {_norms(branch)[-1] for branch in branches} or {block.residual_layers()[-1]}
+    backbone = getattr(model, "backbone", model)
+    columns = len(dynamic_blocks(backbone))
+
+    def run():
+        # Of two sets of weights both are to see the images.
+        with decide(torch.arange(columns) % 2 == 0) if two else nullcontext():
+            backbone(images)
+        if getattr(model, "policy", None) is not None:
+            model.policy(images)
+
+    draw_batch_norm(model, run, ends)
+
+
+@torch.no_grad()
+def draw_batch_norm(model, run, ends=()):
+    """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics by ``run()``.
+
+    ``ends``: those that end a residual branch. They get small scales: untrained networks with normalised branches
+    amplify rounding errors from block to block, up to where two correct implementations differ visibly.
+    """
+    norms = _norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.weight.uniform_(*((0.1, 0.4) if norm in ends else (0.5, 1.0)))
         norm.bias.normal_(0.0, 0.2)
         norm.momentum = 1.0
     model.train()
-    backbone = getattr(model, "backbone", model)
-    columns = len(dynamic_blocks(backbone))
-    # Of two sets of weights both are to see the images.
-    with decide(torch.arange(columns) % 2 == 0) if two else nullcontext():
-        backbone(images)
-    if getattr(model, "policy", None) is not None:
-        model.policy(images)
+    run()
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -3,6 +3,7 @@
 from itertools import groupby
 
 from dynexec.report.nets import NETS
+from dynexec.report.systems import SYSTEMS
 
 #: Heading -> text of the cell for a row. The order is the order of the columns.
 COLUMNS = {
@@ -42,7 +43,7 @@ def cells(row):
 
 def sort_rows(rows):
     """Rows by machine, network, batch and keep rate."""
-    order = {name: number for number, name in enumerate(NETS)}
+    order = {name: number for number, name in enumerate((*NETS, *SYSTEMS))}
 
     def key(row):
         net = order.get(row["net"], len(order)), row["net"]
@@ -85,12 +86,12 @@ def markdown(rows):
     parts = []
     for title, members in group_rows(rows):
         parts.append(f"### {title}\n\n{versions(members)}\n")
-        parts.append(_markdown_table(list(COLUMNS), [cells(row) for row in members]))
+        parts.append(markdown_table(list(COLUMNS), [cells(row) for row in members]))
         headings, table = candidate_table(members)
         parts.append("Milliseconds per batch, median (90th percentile):\n")
-        parts.append(_markdown_table(headings, table))
+        parts.append(markdown_table(headings, table))
         parts.append("What dynexec loses against its own dense time for the same FLOPs, milliseconds per batch:\n")
-        parts.append(_markdown_table(*loss_table(members)))
+        parts.append(markdown_table(*loss_table(members)))
     return "\n".join(parts)
 
 
@@ -130,7 +131,8 @@ def replace_generated(text, name, content):
     return f"{before}{begin}{content}{end}{rest.split(end)[1]}"
 
 
-def _markdown_table(headings, rows):
+def markdown_table(headings, rows):
+    """Headings and rows of texts as a Markdown table."""
     lines = [headings, ["---:"] * len(headings), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
