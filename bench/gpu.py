@@ -22,21 +22,25 @@ import torch
 from dynexec import freeze
 from dynexec.executors.forecast import program_seconds
 from dynexec.measure.roofline import H100
-from dynexec.report.baselines import BASELINES, DenseFrozen
+from dynexec.models import adashare_resnet
+from dynexec.report.baselines import BASELINES, DenseEager, DenseFrozen
 from dynexec.report.experiment import Dynexec, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
+from dynexec.report.systems import DRAWS, SYSTEMS, System, build_system, run_system
 from dynexec.report.tables import markdown
 
 ROOT = Path(__file__).parents[1]
-TESTS = [f"tests/test_{name}.py" for name in ("graphs", "conditional", "resident", "launches", "kernels")]
+TESTS = [f"tests/test_{name}.py" for name in ("graphs", "conditional", "resident", "experts", "launches", "kernels")]
 KEEPS = (0.5, 0.25, 0.75, 0.9, 1.0)
 # Network and batch size, the most important first.
 HEADLINE = [
     *(("resnet101", 32), ("resnet110", 128), ("resnet101", 128), ("resnet110", 32), ("resnet101", 64)),
     *(("resnet110", 1024), ("resnet101", 256), ("resnet101", 1), ("resnet50", 64), ("resnet32", 128)),
-    *(("resnet101", 8), ("resnet110", 1), ("efficientnet_lite0", 64)),
+    *(("resnet101", 8), ("resnet110", 1), ("efficientnet_lite0", 64), ("spottune", 64)),
 ]
+# Systems that choose among parts, and how many of their samples.
+PARTS = [("arnet_resnet", 4), ("adamml_rgb_flow_sound", 1), ("adashare_nyu_v2", 2)]
 COMPILED = [("resnet110", 128)]
 SHARDS = 8
 
@@ -86,6 +90,29 @@ def rates(folder, dry):
 def headline(folder, dry):
     """Networks against all baselines but ``torch.compile``, which takes minutes."""
     return networks(folder, dry, [("tiny", 3)] if dry else HEADLINE, compiled=False)
+
+
+def systems(folder, dry):
+    """Systems that choose among parts, at the published rates."""
+    failed = 0
+    for name, batch in [("tiny", 2)] if dry else PARTS:
+        command = [sys.executable, __file__, folder, *["--dry"] * dry, "--system", name, str(batch)]
+        failed += subprocess.call(command) != 0
+    return failed
+
+
+def measure_system(folder, dry, name, batch):
+    """The row of one system and batch size, if it is not there."""
+    path = folder / "gpu.jsonl"
+    if path.exists() and any((row["net"], row["batch"]) == (name, batch) for row in read_rows(path)):
+        return 0
+    system = tiny_system() if dry else SYSTEMS[name]
+    how = {"dtype": torch.float32 if dry else torch.float16, "seconds": 0.0 if dry else 8.0, "libraries": (DenseEager,)}
+    (row,) = run_system(build_system(system).to("cpu" if dry else "cuda"), system, batch, name=name, **how)
+    append_row(path, row)
+    times = ", ".join(f"{key} {value['median']:.3f} ms" for key, value in row["milliseconds"].items())
+    print(f"{name} batch {batch}: {times}; failed: {row['failed'] or 'none'}", flush=True)
+    return int(bool(row["failed"]))
 
 
 def compiled(folder, dry):
@@ -183,6 +210,18 @@ def tiny():
     return model.requires_grad_(False)
 
 
+def tiny_system():
+    """An AdaShare network that takes a second."""
+    return System(
+        lambda: adashare_resnet(18, blocks=(1, 1), widths=(4, 8), num_classes=(2, 1), head_width=4),
+        lambda batch: make_images(batch, 32),
+        lambda network, inputs, generator: [torch.tensor([[True, False], [True, True]])] * DRAWS,
+        lambda decisions: decisions.float(),
+        32,
+        policy=False,
+    )
+
+
 def use_kernels_on_the_cpu():
     from dynexec.executors.backends import kernels
 
@@ -190,7 +229,7 @@ def use_kernels_on_the_cpu():
 
 
 # What it does, and its share of the time. Steps of one line run at the same time.
-STEPS = [([tests, warm_up], 0.3), ([rates], 0.15), ([headline], 0.4), ([compiled], 0.15)]
+STEPS = [([tests, warm_up], 0.3), ([rates], 0.15), ([headline], 0.35), ([systems], 0.1), ([compiled], 0.1)]
 
 
 def main():
@@ -200,6 +239,7 @@ def main():
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--network", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--system", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = {step.__name__: step for line, _ in STEPS for step in line}
@@ -208,6 +248,8 @@ def main():
     if args.network:
         net, batch, *names = args.network
         return measure_network(args.folder, args.dry, net, int(batch), names)
+    if args.system:
+        return measure_system(args.folder, args.dry, args.system[0], int(args.system[1]))
     if not args.dry and not torch.cuda.is_available():
         sys.exit("torch sees no GPU; --dry runs without one")
     environment = dict(os.environ)

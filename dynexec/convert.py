@@ -10,7 +10,16 @@ from torch import fx, nn
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
 from dynexec.nn.structure import CONVOLUTIONS, Adapter, NoSkip, NotABlock, is_candidate, read_structure
-from dynexec.nn.swap import FROZEN, Swapped, add_expert, dynamic_class, make_dynamic, original_class, undo
+from dynexec.nn.swap import (
+    FROZEN,
+    Swapped,
+    add_expert,
+    dynamic_class,
+    make_dynamic,
+    original_class,
+    second_weights,
+    undo,
+)
 
 
 @dataclass(frozen=True)
@@ -111,11 +120,13 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None):
         raise ValueError("\n".join([f"model has no residual block{wanted} to convert", *_reason_lines(skipped)]))
     modules = dict(model.named_modules())
     columns = [name for name in modules if name in found]
-    for name, adapter in found.items():
-        if fine_tune is not None:
-            add_expert(modules[name], fine_tune)
-        elif adapter is not None:
-            make_dynamic(modules[name], adapter)
+    if fine_tune is not None:
+        for name, second in {name: second_weights(modules[name], fine_tune) for name in columns}.items():
+            add_expert(modules[name], second, fine_tune)
+    else:
+        for name in columns:
+            if found[name] is not None:
+                make_dynamic(modules[name], found[name])
     place([modules[name] for name in columns], batch_norm, by_convert=True)
     rows = []
     for column, name in enumerate(columns):
@@ -257,6 +268,7 @@ def _read(module, rule):
 _NO_RULE = object()
 _GRAPHS = (fx.GraphModule, torch.jit.ScriptModule)
 _RESERVED = [name for name in vars(DynamicBlock) if not name.startswith("__") and name != "forward"]
+_RESERVED += ["expert", "fine_tuned"]
 
 
 def _check_rule(rule):

@@ -15,8 +15,11 @@ from dynexec import models
 from dynexec.executors import backends
 from dynexec.executors.choose import StageCosts
 from dynexec.executors.costs import BlockCost
+from dynexec.executors.emit import emit_nodes
+from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.proof import relative_error
 from dynexec.nn import ExpertBlock, decide, dynamic_blocks
+from dynexec.nn.residual import place as nn_place
 from dynexec.nn.swap import FROZEN
 
 STYLES = list(toys.STYLES)
@@ -206,18 +209,115 @@ def test_revert_copy_and_pickle():
         assert torch.equal(model(x), first(x))
 
 
-def test_blocks_of_our_own_get_a_second_set_of_weights():
-    """Their shortcuts, registered elsewhere, are copied with them and can be trained and saved."""
+def own_blocks():
+    """Blocks of our own, whose shortcuts are registered beside them; not placed."""
     net = models.blockdrop_resnet((1, 2), (4, 8), block=models.blockdrop.Bottleneck, large_images=True, num_classes=5)
     backbone = toys.finish(net.backbone)
     for block in dynamic_blocks(backbone):
         block.placement = None
-    twin = copy.deepcopy(backbone)
-    dynexec.convert(backbone, fine_tune="convolutions")
-    assert any(name.endswith("fine_tuned.shortcut.0.weight") for name in backbone.state_dict())
-    x = torch.randn(3, 3, 33, 40)
+    return backbone
+
+
+def test_blocks_of_our_own_get_a_second_set_of_weights():
+    """Their shortcuts are copied with them, can be trained and saved, and are frozen with the first set."""
+    first = own_blocks()
+    model, second = copy.deepcopy(first), copy.deepcopy(first)
+    columns = dynexec.convert(model, fine_tune="convolutions").num_blocks
+    assert not any(shortcut[0].weight.requires_grad for shortcut in model.ds)
+    placed = [block for block in dynamic_blocks(model) if block.placement]
+    for block, twin in zip(placed, dynamic_blocks(second), strict=True):
+        for parameter, other in zip(block.fine_tuned.parameters(), twin.parameters(), strict=False):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+            other.data = parameter.data.clone()
+        for shortcut, other in zip(block.fine_tuned.shortcut_layers(), twin.shortcut_layers(), strict=True):
+            toys.finish(shortcut, seed=3)
+            other.load_state_dict(shortcut.state_dict())
+    assert any(name.endswith("fine_tuned.shortcut.0.weight") for name in model.state_dict())
+    x, decisions = torch.randn(3, 3, 33, 40), torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]]).bool()
+
+    def static(row):
+        h = first.stem_pool(torch.relu(first.bn1(first.conv1(x[row : row + 1]))))
+        pairs = zip(*(dynamic_blocks(network) for network in (first, second)), strict=True)
+        for (a, b), chosen in zip(pairs, decisions[row].tolist(), strict=True):
+            h = (b if chosen else a)(h)
+        return first.fc(h.mean((2, 3)))
+
     with torch.no_grad():
-        assert relative_error(toys.run(backbone, x, torch.rand(3, 3) < 0.5), twin(x)) <= 1e-5  # still copies
+        expected = torch.cat([static(row) for row in range(3)])
+    assert columns == 3 and relative_error(toys.run(model, x, decisions), expected) <= 1e-5
+    assert relative_error(dynexec.freeze(model, x)(x, decisions), expected) <= 2e-5
+    with pytest.raises(ValueError, match="cannot be held in evaluation mode"):
+        dynexec.convert(own_blocks(), fine_tune="all")
+
+
+def test_modes_that_the_user_set_stay():
+    """BatchNorm in evaluation mode while the model trains, as in most fine-tuning."""
+    model = toys.STYLES["torchvision"]().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    dynexec.convert(model, fine_tune="convolutions")
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+class Named(nn.Module):
+    """Its input has a name, it keeps something of its own as ``_shortcut``, and maybe what we need a name for."""
+
+    def __init__(self, taken=None):
+        super().__init__()
+        self.block = toys.BasicBlock(4, 4)
+        self.block._shortcut = None
+        if taken:
+            setattr(self.block, taken, nn.Identity())
+
+    def forward(self, x):
+        return self.block(x=x)
+
+
+def test_inputs_by_name_and_attributes_of_the_same_name():
+    model = toys.finish(Named())
+    twin = copy.deepcopy(model)
+    dynexec.convert(model, fine_tune="nothing")
+    x = torch.randn(3, 4, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
+        assert relative_error(toys.run(model, x, torch.tensor([[True], [False], [True]])), twin(x)) <= 1e-6
+    for taken in ("expert", "fine_tuned"):
+        with pytest.raises(ValueError, match=f"attribute '{taken}', a name that dynexec needs"):
+            dynexec.convert(Named(taken), match=toys.BasicBlock, fine_tune="nothing")
+
+
+def test_an_empty_batch_gives_zero_gradients():
+    model, _, _, names = fine_tuned("torchvision")
+    model.requires_grad_(True)
+    with decide(torch.ones(0, len(names)).bool()):
+        model(toys.images(0)).sum().backward()
+    for block in dynamic_blocks(model):
+        assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
+
+
+def test_statistics_of_too_few_samples():
+    model, _, _, names = fine_tuned("torchvision", batch_norm="kept")
+    model.train()
+    with decide(torch.eye(3, len(names)).bool()), pytest.raises(ValueError, match="1 samples for the two sets of weig"):
+        model(torch.randn(3, 3, 2, 2))
+
+
+@pytest.mark.parametrize("executor", ["grouped", "compact", "masked", "fused", "resident"])
+def test_stages_of_both_kinds_of_blocks(executor):
+    """A sample that keeps nothing still runs the first set of a block that has two."""
+    model = toys.STYLES["torchvision"]()
+    middle = model.layers[0][1]
+    dynexec.convert(middle, fine_tune="nothing")
+    toys.finish(middle.fine_tuned, seed=4)
+    middle.placement = None
+    dynexec.convert(model, match=lambda name, module: type(module) is toys.BasicBlock and "fine_tuned" not in name)
+    blocks = [block for stage in model.layers for block in stage]
+    nn_place(blocks)
+    x = toys.images(5)
+    decisions = torch.tensor([[0] * 5, [1, 0, 1, 0, 1], [1] * 5, [0] * 5, [0, 1, 0, 1, 0]]).bool()
+    expected = toys.run(model, x, decisions, "capacity")
+    assert relative_error(dynexec.freeze(model, x, executor=executor)(x, decisions), expected) <= 2e-5
 
 
 def test_errors():
@@ -247,11 +347,18 @@ def test_frozen(style, executor):
 
 
 def test_a_frozen_block_runs_nothing_twice():
-    """Instructions behind the two gates differ in the decision that passes, and a wrong one would be seen."""
+    """Two gates in a row, of which each lets through what the other does not."""
     model, _, _, names = fine_tuned("torchvision")
     frozen = dynexec.freeze(model, toys.images(4), executor="fused")
     (segment,) = frozen.segments
     assert segment.operations.count("gate") == 2 * len(names)
+    program = LaunchPrograms(len(names))
+    builder = program.builder()
+    builder.begin_unit()
+    values = {segment.source: builder.load(3, 13, 13)}
+    assert emit_nodes(builder, segment.nodes, segment.modules, values)
+    gates = [(step.column, step.choice) for step in builder.instructions if step.op == "gate"]
+    assert gates == [(column, choice) for column in range(len(names)) for choice in (0, 1)]
 
 
 def test_costs_of_both_sets_of_weights():

@@ -62,3 +62,18 @@ def test_seconds_grow_with_what_is_kept(program):
         assert times == sorted(times) and times[0] < times[-1]
     static = program_seconds(H100, program, 4096, [4096] * 3, torch.float16, "static")
     assert times[0] < static
+
+
+def test_both_sets_of_weights_are_one_launch():
+    """For all samples, however many of them take which; two gates in every other executor."""
+    model = toys.finish(torch.nn.Sequential(toys.BasicBlock(16, 16)))
+    dynexec.convert(model, fine_tune="nothing")
+    with torch.no_grad():
+        network, _ = pack_stages(model, torch.randn(1, 16, 32, 32), None, 1)
+        _, (segment,) = make_segments(network, partial(LaunchPrograms, 1))
+    (program,) = segment.programs.values()
+    before = launches(program, BATCH, [9], torch.float16, "static")
+    outside = len(before) - 4
+    assert [samples for _, samples in launches(program, BATCH, [9], torch.float16, "fused")][outside:] == [64, 64]
+    found = [samples for _, samples in launches(program, BATCH, [9], torch.float16, "conditional")][outside:]
+    assert found == [1, 55, 55, 1, 9, 9]

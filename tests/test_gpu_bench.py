@@ -24,9 +24,10 @@ def test_dry_run(tmp_path):
     result = run()
     assert result.returncode == 0, result.stdout + result.stderr
     end = json.loads(result.stdout.splitlines()[-1])
-    assert end["steps"] == dict.fromkeys(("tests", "warm_up", "rates", "headline", "compiled"), 0)
-    (row,) = read_rows(tmp_path / "gpu.jsonl")
-    assert row["net"] == "tiny" and {"dynexec", "masked eager", "dense eager"} <= row["milliseconds"].keys()
+    assert end["steps"] == dict.fromkeys(("tests", "warm_up", "rates", "headline", "systems", "compiled"), 0)
+    rows = read_rows(tmp_path / "gpu.jsonl")
+    assert sorted((row["net"], row["decisions"]) for row in rows) == [("tiny", "bernoulli"), ("tiny", "published")]
+    assert all({"dynexec", "masked eager", "dense eager"} <= row["milliseconds"].keys() for row in rows)
     rates = [json.loads(line) for line in (tmp_path / "rates.jsonl").read_text().splitlines()]
     assert not [rate for rate in rates if "failed" in rate]
     assert sum("dynexec_us" in rate for rate in rates) == 2 and sum("one_us" in rate for rate in rates) == 1

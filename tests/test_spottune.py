@@ -19,7 +19,7 @@ from dynexec import models
 from dynexec.executors.proof import relative_error
 from dynexec.measure import count_flops
 from dynexec.models import load_official
-from dynexec.models.inert import load_inert, state_of
+from dynexec.models.inert import Inert, load_inert, state_of
 from dynexec.policy import exponential_temperature
 
 EXACT = 1e-5
@@ -370,3 +370,80 @@ def test_inert_objects_do_nothing(tmp_path):
     loaded = load_inert(path)
     assert not Effect.happened and torch.equal(loaded["b"], torch.arange(3.0))
     assert state_of(loaded["a"]) is None and state_of(object()) is None
+
+
+def stream(main, path):
+    """A file of the older format with that pickle in it, and no storages."""
+    parts = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({}, 2), main]
+    path.write_bytes(b"".join([*parts, pickle.dumps([], 2)]))
+    return path
+
+
+HOSTILE = {
+    "calls": b"\x80\x02cos\nsystem\nU\x0etouch happened\x85R.",
+    "instance": b"\x80\x02(U\x0etouch happenedios\nsystem\n.",
+    "build on a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}U\x08__name__U\x08poisoneds\x86b.",
+    "build on a class": b"\x80\x02ctorch\nFloatStorage\nN}U\x08poisonedU\x03yess\x86b.",
+    "a class whose source changed": (
+        b"\x80\x02(U\x06modulecm\nhappened\nN}(U\x0cdump_patchesI01\nU\x0c__qualname__U\x08Identityu\x86b"
+        b"U\x01fU\x05othertQ."
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(name, tmp_path, monkeypatch):
+    """Nothing runs, nothing is written, and torch is what it was."""
+    monkeypatch.chdir(tmp_path)
+    path = stream(HOSTILE[name], tmp_path / "hostile.t7")
+    load_inert(path)
+    with pytest.raises(ValueError):
+        load_official(models.create_model("spottune_resnet26"), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hostile.t7"]
+    assert torch._utils._rebuild_tensor_v2.__name__ == "_rebuild_tensor_v2"
+    assert not hasattr(torch.FloatStorage, "poisoned")
+
+
+def test_files_of_other_versions_of_the_classes(authors_code, tmp_path, monkeypatch):
+    """The older format holds the source code of every class, which is another one today."""
+    source, path = checkpoint(), tmp_path / "set.t7"
+    other = lambda kind: (["class Other:\n"], 1, "other.py")  # noqa: E731
+    monkeypatch.setattr(torch.serialization, "get_source_lines_and_file", other, raising=False)
+    modules = {part: Pickled(state) for part, state in source.items()}
+    torch.save(modules, path, _use_new_zipfile_serialization=False)
+    assert b"class Other" in path.read_bytes()
+    net = models.create_model("spottune_resnet26")
+    load_official(net, path)
+    assert is_loaded(net, source)
+
+
+def inert_module(**attributes):
+    module = Inert()
+    module.attributes = {"_parameters": {}, "_buffers": {}, "_modules": {}} | attributes
+    return module
+
+
+def test_what_is_no_tree_of_modules():
+    loop = inert_module()
+    loop.attributes["_modules"]["again"] = loop
+    leaf = inert_module()
+    for module in (
+        loop,
+        inert_module(_modules={"a": leaf, "b": leaf}),
+        inert_module(_buffers=3),
+        inert_module(_modules={1: leaf}),
+    ):
+        with pytest.raises(ValueError, match="a pickled module must"):
+            state_of(module)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_damaged_files_of_modules(authors_code, tmp_path, zipped):
+    path = tmp_path / "set.t7"
+    torch.save({"net": Pickled(official_state("agent", "spottune"))}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    net = models.create_model("spottune_resnet26")
+    for end in (len(whole) // 3, len(whole) - 40):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="damaged"):
+            load_official(net, path)

@@ -45,7 +45,15 @@ def launches(program, samples, kept, dtype, executor="fused", architecture=90):
     while number < len(program.instructions):
         step = program.instructions[number]
         number += 1
-        if step.op == "gate" and executor != "static":
+        if executor == "fused" and number - 1 in program.twins:
+            second = program.twins[number - 1]
+            # A convolution of both is one launch for all samples; what has no weights is one for each.
+            for other in range(number, second):
+                conv = program.instructions[other].op == "conv"
+                counts = (samples,) if conv else (samples - kept[step.column], kept[step.column])
+                found += [(_layer(other, (), False, *what), count) for count in counts]
+            number = second + 1 + program.instructions[second].gated
+        elif step.op == "gate" and executor != "static":
             numbers = range(number, number + step.gated)
             count = kept[step.column] if step.choice else samples - kept[step.column]
             found += _gated(numbers, count, executor, *what)

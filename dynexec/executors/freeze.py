@@ -199,6 +199,7 @@ def _prove_and_measure(stages, cache):
         for keep in (0.5, 1.0):
             decisions = torch.rand(len(x), total, generator=generator) < keep
             decisions[1] = decisions[0]  # two samples that agree, for the grouped executor
+            decisions[2:] &= keep == 1.0  # and one that keeps nothing, beside others
             decisions = decisions.to(x.device)
             with decide(decisions):
                 reference = apply_layers(originals, x)

@@ -23,7 +23,7 @@ def run(stage, x, parts):
     reshapes = stage.blocks[0].shortcut is not None
     y = None if reshapes else x
     for kept, samples in parts.items():
-        if not reshapes and not any(kept) and stage.blocks[0].other is None:
+        if not reshapes and not any(kept) and all(block.other is None for block in stage.blocks):
             continue
         index = torch.tensor(samples, dtype=torch.int32, device=x.device)
         rows = _run_static(stage, ops.gather_rows(x, index), kept)

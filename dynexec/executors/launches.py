@@ -53,6 +53,7 @@ class LaunchPrograms:
     def __init__(self, columns, batch_invariant=False):
         self.columns, self.batch_invariant = columns, batch_invariant
         self.weights, self._workspaces, self._conditional = _Weights(), {}, None
+        self.twins = Twins(self.weights)
         self.first = None  # of the programs
 
     def builder(self):
@@ -125,7 +126,7 @@ class LaunchProgram:
     def __init__(self, instructions, programs):
         self.instructions, self.programs = instructions, programs
         self.pairs, self.twins = _find_pairs(instructions), find_twins(instructions)
-        self._twins, self._unfused, self._resident = Twins(programs.weights), [], None
+        self._unfused, self._resident = [], None
         last = {}
         for number, step in enumerate(instructions):
             last |= {id(value): number for value in step.values}
@@ -138,6 +139,10 @@ class LaunchProgram:
         for step in instructions:  # weights are laid out now, not in the first call
             if step.conv is not None:
                 programs.weights(step.conv, step.op == "depthwise")
+        for first, second in self.twins.items():
+            for step, other in self._pairs(first, second):
+                if step.op == "conv":
+                    programs.twins.stack(step.conv, other.conv)
 
     @property
     def signature(self):
@@ -217,15 +222,17 @@ class LaunchProgram:
     def _run_twins(self, first, second, frame, route):
         """Both gates of a block with two sets of weights; returns the number of the instruction behind them."""
         ahead = second - first
-        numbers = range(first + 1, second)
-        pairs = [(self.instructions[number], self.instructions[number + ahead]) for number in numbers]
-        if self.instructions[first].choice:
-            pairs = [(b, a) for a, b in pairs]
-        column = self.instructions[first].column
-        self._twins.run(pairs, frame, route.index[column], route.offset[column], self._run_alone)
+        pairs, column = self._pairs(first, second), self.instructions[first].column
+        self.programs.twins.run(pairs, frame, route.index[column], route.offset[column], self._run_alone)
         for number in range(first + 1, second + ahead):
             self._forget(number, frame)
         return second + ahead
+
+    def _pairs(self, first, second):
+        """Instructions behind twin gates: of samples with a False decision, and the same of the others."""
+        ahead = second - first
+        pairs = [(self.instructions[number], self.instructions[number + ahead]) for number in range(first + 1, second)]
+        return [(b, a) for a, b in pairs] if self.instructions[first].choice else pairs
 
     def _run_rows(self, numbers, frame, index, offset):
         for number in numbers:

@@ -108,8 +108,8 @@ def tensors_of(inputs):
     return list(inputs.values()) if isinstance(inputs, dict) else [inputs]
 
 
-def convert_inputs(inputs, dtype):
-    """The input with its tensors in ``dtype``."""
+def convert_inputs(inputs, dtype=None, device=None):
+    """The input with its tensors in ``dtype`` and on ``device``; None: as they are."""
     if isinstance(inputs, dict):
-        return {name: value.to(dtype) for name, value in inputs.items()}
-    return inputs.to(dtype)
+        return {name: value.to(dtype=dtype, device=device) for name, value in inputs.items()}
+    return inputs.to(dtype=dtype, device=device)

@@ -40,7 +40,7 @@ def _alike(first, second):
 
 
 class Twins:
-    """Runs twin gates of a :class:`LaunchProgram`.
+    """Runs the twin gates of programs; these, for images of different sizes, have their weights from here.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Twins:
         from dynexec.kernels.grouped import grouped_conv
 
         x, out, other = (frame.read(value) for value in (first.input, first.output, first.other))
-        weight, bias = self._stack(first.conv, second.conv)
+        weight, bias = self.stack(first.conv, second.conv)
         grouped_conv(
             _pixels(x), weight, bias, _pixels(out), self._describe(x, out), index, offset,
             stride=tuple(first.stride), padding=tuple(first.padding), dilation=tuple(first.dilation),
@@ -76,7 +76,8 @@ class Twins:
             precision=matrix_precision(x.dtype),
         )  # fmt: skip
 
-    def _stack(self, first, second):
+    def stack(self, first, second):
+        """Weights and biases of two convolutions as the kernel takes them, laid out once."""
         if id(first) not in self._stacked:
             found = [self.weights(conv) for conv in (first, second)]
             weight = torch.stack([weight.permute(0, 2, 3, 1).contiguous() for weight, *_ in found])
@@ -87,9 +88,16 @@ class Twins:
     def _describe(self, x, out):
         """The groups as the kernel takes them: samples of one size, with the first and with the second weights."""
         key = (*x.shape[2:], *out.shape[2:], x.device)
-        if key not in self._groups:
-            sizes = [*x.shape[2:], *out.shape[2:], 0, 0]
-            self._groups[key] = torch.tensor([[*sizes, 0], [*sizes, 1]], dtype=torch.int32, device=x.device)
+        if key in self._groups:
+            return self._groups[key]
+        sizes = [*x.shape[2:], *out.shape[2:], 0, 0]
+        groups = torch.tensor([[*sizes, 0], [*sizes, 1]], dtype=torch.int32)
+        if x.device.type != "cuda":
+            self._groups[key] = groups
+        elif not torch.cuda.is_current_stream_capturing():
+            self._groups[key] = groups.to(x.device)
+        else:  # of a size that is first seen in somebody's graph, whose memory this is
+            return groups.pin_memory().to(x.device, non_blocking=True)
         return self._groups[key]
 
 

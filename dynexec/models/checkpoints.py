@@ -1,6 +1,7 @@
 """What reading published checkpoints has in common: files, names, and how a state differs from what is expected."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -44,7 +45,7 @@ def read_file(path, weights_only, *, inert=False):
         raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = _reason(error)
-        if weights_only and inert and "not an allowed global" in reason:
+        if weights_only and inert and isinstance(error, (pickle.UnpicklingError, UnicodeDecodeError)):
             return _check_file(_read_inert(path), path)
         if weights_only and ("not an allowed global" in reason or isinstance(error, UnicodeDecodeError)):
             raise ValueError(

@@ -1,33 +1,39 @@
-"""Files of pickled modules, read without running any of their code: only tensors come out of them as what they were."""
+"""Files of pickled modules, read without any of their code: tensors come out, and stand-ins for everything else.
+
+Neither ``torch.load`` nor the classes and functions that a file names take part. Both of torch's formats are read here,
+for as much as parameters need: pickles of containers, numbers, texts and tensors, and the tensors' values.
+"""
 
 import collections
 import pickle
-import warnings
-from types import SimpleNamespace
+import struct
+import sys
+import zipfile
 
 import torch
 from torch import nn
 
-# What may be called: it makes containers and tensors. Of anything else there is only a stand-in.
-_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
-_ALLOWED = {("torch._utils", name): getattr(torch._utils, name) for name in _REBUILDERS}
-_ALLOWED |= {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch.nn.parameter", "Parameter"): nn.Parameter,
-    ("builtins", "set"): set,
-    ("builtins", "object"): object,
-    ("copyreg", "_reconstructor"): lambda kind, base, state: kind.__new__(kind),
+_MAGIC = 0x1950A86A20F9469CFC6C
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
+_MOST_MODULES = 10_000  # of a file
 
 
 class Inert:
-    """Stands for an object of a class that is not loaded: it has the object's attributes and does nothing."""
+    """Stands for an object whose class is not loaded: ``attributes`` are its own, and it does nothing."""
 
-    def __new__(cls, *arguments, **keywords):
-        return super().__new__(cls)
-
-    def __init__(self, *arguments, **keywords):
-        pass
+    def __init__(self):
+        self.attributes = {}
 
     def __call__(self, *arguments, **keywords):
         return Inert()
@@ -38,39 +44,150 @@ class Inert:
     def extend(self, items):
         pass
 
-    append = extend
+    append = add = extend
 
 
-class _Unpickler(pickle.Unpickler):
+class _Name:
+    """Stands for a class or function; a call gives what a few of them make of data, and an Inert for all others."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __call__(self, *arguments, **keywords):
+        if self.module == "torch._utils" and self.name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            storage, offset, size, stride = arguments[:4]
+            return storage.as_strided(size, stride, offset)  # which checks that it stays inside
+        if self.name in ("_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter") and arguments:
+            return arguments[0]
+        if (self.module, self.name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict(*arguments)
+        return Inert()
+
+
+class _Unpickler(pickle._Unpickler):
+    """The one in Python, of which every step that could reach an object's own code is another."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, load_storage):
+        super().__init__(file, encoding="latin1")  # Python 2 wrote its strings as bytes
+        self.load_storage = load_storage
+
     def find_class(self, module, name):
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and name.endswith("Storage"):
-            return super().find_class(module, name)
-        return type(name, (Inert,), {"__module__": module})
+        return _Name(module, name)
+
+    def persistent_load(self, identity):
+        kind, what, *rest = identity
+        return self.load_storage(_DTYPES[what.name], *rest) if kind == "storage" else what
+
+    def get_extension(self, code):
+        raise pickle.UnpicklingError("extension codes are not read")
+
+    def _new(self):
+        arguments = self.stack.pop()
+        self.stack.append(self.stack.pop()(*arguments))
+
+    def _new_with_keywords(self):
+        self.stack.pop()
+        self._new()
+
+    def _build(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert) and isinstance(state, dict):
+            self.stack[-1].attributes.update(state)
+
+    dispatch[pickle.NEWOBJ[0]] = _new
+    dispatch[pickle.NEWOBJ_EX[0]] = _new_with_keywords
+    dispatch[pickle.BUILD[0]] = _build
 
 
 def load_inert(path):
-    """What ``torch.load`` gives for a file, with :class:`Inert` objects in place of all but containers and tensors."""
+    """What ``torch.load`` gives for a file, with :class:`Inert` objects in place of all but containers and tensors.
 
-    def load(file, **arguments):
-        return _Unpickler(file, **arguments).load()
+    What is raised for a damaged file depends on where the damage is.
+    """
+    with open(path, "rb") as file:
+        return _load_zip(file) if zipfile.is_zipfile(file) else _load_stream(file)
 
-    module = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=load)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it looks for the source code of the classes
-        return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False, encoding="latin1")
+
+def _load_zip(file):
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed entries are not read")
+        (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        folder, found = pickled.removesuffix("data.pkl"), {}
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != sys.byteorder.encode():
+            raise ValueError("its bytes are in another order than this machine's")
+
+        def load_storage(dtype, key, location, count, *_):
+            if key not in found:
+                data = bytearray(archive.read(f"{folder}data/{key}"))
+                found[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            return found[key].view(dtype)
+
+        with archive.open(pickled) as entry:
+            return _Unpickler(entry, load_storage).load()
+
+
+def _load_stream(file):
+    size = file.seek(0, 2)
+    file.seek(0)
+    found = {}
+
+    def load_storage(dtype, key, location, count, view=None, *_):
+        if view is not None:
+            raise ValueError("parts of storages are not read")
+        if key not in found:
+            if not 0 <= count * dtype.itemsize <= size:
+                raise ValueError("a storage is larger than the file")
+            found[key] = torch.zeros(count, dtype=dtype)
+        return found[key]
+
+    def load():
+        return _Unpickler(file, load_storage).load()
+
+    if load() != _MAGIC:
+        raise ValueError("it does not begin as torch's files do")
+    load(), load()  # version of the format, and the machine that wrote it
+    result = load()
+    for key in load():
+        (count,) = struct.unpack("<q", file.read(8))
+        values = found[key]
+        if count != values.numel():
+            raise ValueError("a storage has another size than its tensors")
+        if count:
+            data = bytearray(file.read(count * values.dtype.itemsize))
+            values.copy_(torch.frombuffer(data, dtype=values.dtype))
+    return result
 
 
 def state_of(module):
-    """Parameters and buffers by name, of an ``nn.Module`` or of what :class:`Inert` made of a pickled one; or None."""
+    """Parameters and buffers by name, of an ``nn.Module`` or of what :class:`Inert` made of a pickled one; else None.
+
+    Raises
+    ------
+    ValueError
+        If the pickled one is no tree of modules.
+    """
     if isinstance(module, nn.Module):
         return module.state_dict()
-    if not isinstance(module, Inert) or not isinstance(getattr(module, "_parameters", None), dict):
+    if not isinstance(module, Inert) or "_parameters" not in module.attributes:
         return None
-    state = {}
-    for tensors in (module._parameters, getattr(module, "_buffers", {})):
-        state |= {name: value for name, value in tensors.items() if value is not None}
-    for name, child in getattr(module, "_modules", {}).items():
-        state |= {f"{name}.{key}": value for key, value in (state_of(child) or {}).items()}
-    return {name: getattr(value, "data", value) for name, value in state.items()}
+    state, seen, waiting = {}, set(), [("", module)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in seen or len(seen) > _MOST_MODULES:
+            raise ValueError("a pickled module must be a tree, of which each part has one place")
+        seen.add(id(module))
+        for kind in ("_parameters", "_buffers", "_modules"):
+            entries = module.attributes.get(kind, {}) if isinstance(module, Inert) else {}
+            if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+                raise ValueError(f"a pickled module must have names in its {kind}")
+            for name, value in entries.items():
+                if value is None:
+                    continue
+                if kind == "_modules":
+                    waiting.append((f"{prefix}{name}.", value))
+                else:
+                    state[prefix + name] = value
+    return state

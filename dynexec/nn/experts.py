@@ -3,8 +3,14 @@
 import torch
 
 from dynexec import ops
-from dynexec.nn.context import active_execution
-from dynexec.nn.residual import DynamicBlock, choose, computes_all, uses_batch_statistics, with_zero_gradients
+from dynexec.nn.residual import (
+    DynamicBlock,
+    choose,
+    computes_all,
+    explain_batch_norm,
+    uses_batch_statistics,
+    with_zero_gradients,
+)
 from dynexec.reference import empty_rows
 
 
@@ -16,14 +22,13 @@ class ExpertBlock(DynamicBlock):
     that run it, as the block's placement says.
     """
 
+    chooses_weights = True  # for those who may not import this class
+
     def expert(self):
         """The module for samples whose decision is True."""
         raise NotImplementedError
 
-    def forward(self, x, *args, **kwargs):
-        execution = active_execution()
-        if execution is None or self.placement is None:
-            return self.forward_dense(x, *args, **kwargs)
+    def forward_decided(self, execution, x, args, kwargs):
         if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             raise TypeError(
                 f"inside decide a block takes one tensor, but the {type(self).__name__} of column "
@@ -38,7 +43,9 @@ class ExpertBlock(DynamicBlock):
             return choose(execution.column(column), expert(x, *args, **kwargs), other)
         route = execution.route(x.shape[0])
         groups = [(self.forward_dense, self, route.group(column, 0)), (expert, expert, route.group(column, 1))]
-        return _run_groups(groups, x, args, kwargs)
+        sizes = " and ".join(str(len(index)) for _, _, index in groups)
+        with explain_batch_norm(self.placement, f"{sizes} samples for the two sets of weights of"):
+            return _run_groups(groups, x, args, kwargs)
 
 
 def _run_groups(groups, x, args, kwargs):
@@ -53,5 +60,5 @@ def _run_groups(groups, x, args, kwargs):
             rows = function(ops.gather_rows(x, index), *args, **kwargs)
             y = ops.scatter_rows_(empty_rows(rows, len(x)) if y is None else y, index, rows)
     if y is None:  # an empty batch
-        return groups[0][0](x, *args, **kwargs)
+        y, idle = groups[0][0](x, *args, **kwargs), [groups[1][1]]
     return with_zero_gradients(y, idle[0]) if idle and torch.is_grad_enabled() else y

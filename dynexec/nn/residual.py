@@ -5,6 +5,7 @@ activation, for a dropped one (BlockDrop, Wu et al., CVPR 2018, section 3; Veit 
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from inspect import signature
@@ -62,7 +63,11 @@ class DynamicBlock:
         if not args:  # the input was given by name
             bound = signature(super().forward).bind(**kwargs)
             args, kwargs = bound.args, bound.kwargs
-        return _run(self, execution, args[0], args[1:], kwargs)
+        return self.forward_decided(execution, args[0], args[1:], kwargs)
+
+    def forward_decided(self, execution, x, args, kwargs):
+        """The block on ``x`` as ``execution``, the active :class:`decide`, says."""
+        return _run(self, execution, x, args, kwargs)
 
 
 def _run(block, execution, x, args, kwargs):
@@ -85,14 +90,21 @@ def _run(block, execution, x, args, kwargs):
         return block.forward_dense(x, *args, **kwargs)
     if all_samples and uses_batch_statistics(block):
         return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
-    try:
+    with explain_batch_norm(placement, f"{kept} of {x.shape[0]} samples kept by"):
         return _compact(block, x, route.group(placement.column), kept, shortcuts, args, kwargs)
+
+
+@contextmanager
+def explain_batch_norm(placement, samples):
+    """Have an error of BatchNorm, that it cannot train on one value per channel, say which block has so few samples."""
+    try:
+        yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            f'batch_norm="kept": {kept} of {x.shape[0]} samples kept by the block of column {placement.column} give '
-            f'BatchNorm one value per channel, and it cannot train on that: keep more samples, or use "all" ({error})'
+            f'batch_norm="kept": {samples} the block of column {placement.column} give BatchNorm one value per '
+            f'channel, and it cannot train on that: keep more samples, or use "all" ({error})'
         ) from error
 
 

@@ -17,6 +17,8 @@ class RoutedNetwork(nn.Module):
     it is the reference that decisions are tested against.
     """
 
+    counts_own_flops = True
+
     def part_names(self):
         """Names of the submodules that are parts, as ``get_submodule`` takes them."""
         raise NotImplementedError

@@ -4,9 +4,10 @@ import copy
 from functools import cache
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynexec.nn.experts import ExpertBlock
-from dynexec.nn.residual import DynamicBlock
+from dynexec.nn.residual import DynamicBlock, ResidualBlock
 from dynexec.nn.structure import CONVOLUTIONS
 
 #: What of the first set of weights is frozen where blocks get a second one.
@@ -45,7 +46,7 @@ class ConvertedExpert(ExpertBlock, Swapped):
 
     def train(self, mode=True):
         super().train(mode)
-        if self._dynexec_adapter == "all":  # of the frozen block
+        if self._dynexec_adapter == "all":
             for name, child in self.named_children():
                 if name != "fine_tuned":
                     child.eval()
@@ -59,19 +60,36 @@ def make_dynamic(block, adapter, base=Converted, placement=None):
     return block
 
 
-def add_expert(block, frozen):
-    """Give ``block`` a second set of weights, a copy of it, and freeze of the first what ``frozen`` says."""
+def second_weights(block, frozen):
+    """A second set of weights for ``block``: a copy of it; ValueError if ``frozen`` of the first cannot be."""
     second = copy.deepcopy(block)
-    if shortcut := getattr(second, "_shortcut", (None,))[0]:  # a block of our own refers to it, without registering it
-        second.shortcut = shortcut
+    if isinstance(second, ResidualBlock) and second.shortcut_layers():
+        if frozen == "all" and any(uses_statistics(layer) for layer in second.shortcut_layers()):
+            raise ValueError(
+                f'fine_tune must not be "all" for a {type(block).__name__} whose shortcut is registered elsewhere: its '
+                'BatchNorm cannot be held in evaluation mode from here; take "convolutions"'
+            )
+        (second.shortcut,) = second.shortcut_layers()  # it is referred to; the copy's own is to be trained and saved
+    return second
+
+
+def uses_statistics(module):
+    """Whether there is a BatchNorm inside."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+def add_expert(block, second, frozen):
+    """Give ``block`` its second set of weights, and freeze of the first what ``frozen`` says."""
     kinds = {"convolutions": CONVOLUTIONS, "all": nn.Module, "nothing": ()}[frozen]
-    for layer in block.modules():
+    shortcut = block.shortcut_layers() if isinstance(block, ResidualBlock) else []
+    for layer in (layer for part in (block, *shortcut) for layer in part.modules()):
         if isinstance(layer, kinds):
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(False)
     make_dynamic(block, frozen, ConvertedExpert)
     block.fine_tuned = second
-    block.train(block.training)
+    if frozen == "all":
+        block.train(block.training)
 
 
 def undo(block):

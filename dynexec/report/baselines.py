@@ -68,7 +68,7 @@ class Baseline:
         if images.device.type == "cuda" and not self.follows_decisions:
             # cuDNN keeps the algorithms that it measures now. Those that run other batches would measure all the time.
             with choosing_algorithms():
-                self(images, images.new_ones(len(images), len(dynamic_blocks(_backbone(model))), dtype=torch.bool))
+                self(images, images.new_ones(len(images), count_columns(_backbone(model)), dtype=torch.bool))
 
     def prepare(self, model, images, threads):
         raise NotImplementedError
@@ -323,6 +323,11 @@ def static_network(model):
             setattr(static.get_submodule(parent), child, block.expert())
     revert(static)
     return static.eval()
+
+
+def count_columns(module):
+    """L of a module."""
+    return sum(block.placement is not None for block in dynamic_blocks(module))
 
 
 def _backbone(model):

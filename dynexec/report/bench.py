@@ -90,6 +90,7 @@ def _measure(args, progress):
     plan = [(name, batch) for name in args.nets for batch in args.batch or known[name].batches]
     task = progress.add_task("", total=len(plan))
     baselines = [baseline for baseline in BASELINES if baseline.name in args.baselines]
+    dtype = _DTYPES[args.dtype or ("float16" if args.device == "cuda" else "float32")]
     model, built = None, None
     for done, (name, batch) in enumerate(plan):
         net, label = known[name], f"{name}, batch {batch}"
@@ -99,13 +100,9 @@ def _measure(args, progress):
             continue
         report = partial(_report, progress, task, done, label)
         if name in SYSTEMS:
-            if args.device != "cpu":
-                progress.console.print(f"{name}: its bench is for CPUs", markup=False)
-                continue
             libraries = [library for library in LIBRARIES if library.name in args.baselines]
-            yield from run_system(
-                build_system(net), net, batch, name=name, libraries=libraries, seconds=args.seconds, progress=report
-            )
+            how = {"libraries": libraries, "dtype": dtype, "seconds": args.seconds, "progress": report}
+            yield from run_system(build_system(net).to(args.device), net, batch, name=name, **how)
             continue
         if built != name:
             model, built = build(net).to(args.device), name
@@ -119,7 +116,7 @@ def _measure(args, progress):
             settings,
             name=name,
             baselines=baselines,
-            dtype=_DTYPES[args.dtype or ("float16" if args.device == "cuda" else "float32")],
+            dtype=dtype,
             seconds=args.seconds,
             progress=report,
         )

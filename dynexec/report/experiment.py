@@ -10,8 +10,7 @@ import torch
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.measure.flops import count_flops
 from dynexec.measure.timing import compare
-from dynexec.nn.residual import dynamic_blocks
-from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec
+from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec, count_columns
 from dynexec.report.rows import environment, now, speed_up
 
 BERNOULLI, PUBLISHED = "bernoulli", "published"
@@ -137,7 +136,15 @@ def run_experiment(
     }
     dense = [candidate.name for candidate in candidates if candidate.dense and not candidate.own]
     rows = [
-        _row(common, setting, errors[setting.label], _tolerance(errors[setting.label], dtype), comparison, flops, dense)
+        _row(
+            common,
+            setting,
+            errors[setting.label],
+            allowed_error(errors[setting.label], dtype),
+            comparison,
+            flops,
+            dense,
+        )
         for setting in settings
     ]
     for row, setting in zip(rows, settings, strict=True):
@@ -188,8 +195,11 @@ def _errors(model, images, narrow, settings, candidates):
     return errors
 
 
-def _tolerance(errors, dtype):
-    """In 16 bits deep networks amplify rounding: twice what masked eager itself differs from float32 is allowed."""
+def allowed_error(errors, dtype):
+    """The largest error that counts as equal.
+
+    In 16 bits deep networks amplify rounding: twice what masked eager itself differs from float32 is allowed.
+    """
     own = errors.get(REFERENCE.name, 0.0) if dtype != torch.float32 else 0.0
     return max(TOLERANCE[dtype], min(2 * own, _LARGEST_TOLERANCE))
 
@@ -276,4 +286,4 @@ def _milliseconds(timing, draws):
 
 def num_blocks(model):
     """L of a model."""
-    return len([block for block in dynamic_blocks(getattr(model, "backbone", model)) if block.placement])
+    return count_columns(getattr(model, "backbone", model))

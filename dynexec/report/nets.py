@@ -134,7 +134,7 @@ def randomize_batch_norm(model, images):
         branches = [block, block.expert()] if isinstance(block, ExpertBlock) else []
         ends |= {_norms(branch)[-1] for branch in branches} or {block.residual_layers()[-1]}
     backbone = getattr(model, "backbone", model)
-    columns = len(dynamic_blocks(backbone))
+    columns = sum(block.placement is not None for block in dynamic_blocks(backbone))
 
     def run():
         # Of two sets of weights both are to see the images.

@@ -15,12 +15,13 @@ from torch import nn
 
 from dynexec.executors import freeze
 from dynexec.executors.proof import TOLERANCE, relative_error
+from dynexec.executors.routed import convert_inputs
 from dynexec.measure.timing import compare
 from dynexec.models import create_model, published_policy
 from dynexec.models.arnet_policy import rule
 from dynexec.nn.routed import RoutedNetwork
 from dynexec.report.baselines import DenseCompiled, DenseEager, OnnxRuntime, OpenVino
-from dynexec.report.experiment import PUBLISHED
+from dynexec.report.experiment import PUBLISHED, allowed_error
 from dynexec.report.nets import draw_batch_norm, make_images
 from dynexec.report.rows import environment, now, speed_up
 
@@ -194,35 +195,43 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
     network as it is, in eager mode; ``dynexec``, the same frozen; ``dense frozen`` and those of ``libraries``:
     everything, the parts by dynexec or by a library. Where the policy runs, its decisions are replaced by drawn ones.
 
+    Runs on the device of ``network``, which is float32; the candidates compute in ``dtype``, and their outputs are
+    compared with its own.
+
     Returns
     -------
     list with one dict
         A row as of :func:`dynexec.report.experiment.run_experiment`; ``kept`` is the mean of the decisions' weights.
     """
     progress = progress or (lambda share, text: None)
-    generator = torch.Generator().manual_seed(0)
+    device = next(network.parameters()).device
     inputs = system.inputs(batch)
-    draws = system.draw(network, inputs, generator)
+    draws = [draw.to(device) for draw in system.draw(network, inputs, torch.Generator().manual_seed(0))]
+    inputs = convert_inputs(inputs, device=device)
+    libraries = [library for library in libraries if library.device in (None, device.type)]
     with torch.inference_mode():
-        candidates, unavailable = _prepare(network, system, inputs, libraries, progress)
+        given = network if dtype == torch.float32 else deepcopy(network).to(dtype)
+        candidates, unavailable = _prepare(given, system, convert_inputs(inputs, dtype), libraries, progress)
         progress(0.0, "comparing outputs")
-        errors = {
-            key: max(relative_error(call(draw), candidates["masked eager"](draw)) for draw in draws)
-            for key, call in candidates.items()
-        }
-        outputs = [candidates["masked eager"](draw) for draw in draws]
+        outputs = [_masked(network, system, inputs, False, draw) for draw in draws]
         everything = network(inputs, soft_decisions=torch.ones_like(system.weights(draws[0])))
         if relative_error(everything, outputs[0]) <= 3 * TOLERANCE[dtype]:
             raise ValueError("the decisions must change the network's output, or equal outputs would prove nothing")
+        errors = {
+            key: max(relative_error(call(draw), output) for draw, output in zip(draws, outputs, strict=True))
+            for key, call in candidates.items()
+        }
         comparison = compare(
             {key: partial(_call_all, call, draws) for key, call in candidates.items()},
             baseline="dense eager" if "dense eager" in candidates else None,
+            device=device,
             seconds=seconds,
             progress=lambda share, key: progress(share, f"timing {key}"),
         )
     flops = network.count_flops(inputs)
-    needed = torch.stack([flops.of(draw).double().mean() for draw in draws]).mean().item()
-    failed = [key for key, error in errors.items() if not error <= TOLERANCE[dtype]]
+    needed = torch.stack([flops.of(draw.cpu()).double().mean() for draw in draws]).mean().item()
+    most = allowed_error(errors, dtype)
+    failed = [key for key, error in errors.items() if not error <= most]
     times = {
         key: {k: 1e3 * v / DRAWS for k, v in zip(("median", "p10", "p90", "cpu"), _numbers(timing))}
         for key, timing in comparison.timings.items()
@@ -231,7 +240,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
     kept = torch.stack([system.weights(draw).double().mean() for draw in draws]).mean().item()
     row = {
         "time": now(),
-        **environment(torch.device("cpu"), dtype),
+        **environment(device, dtype),
         "net": name,
         "image_size": system.size,
         "batch": batch,
@@ -248,7 +257,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
         "planning_share": None,
         "spread": comparison.spread,
         "max_error": {key: error if math.isfinite(error) else None for key, error in errors.items()},
-        "tolerance": TOLERANCE[dtype],
+        "tolerance": most,
         "failed": failed,
         **speed_up(times, flops.dense, needed, [library.name for library in libraries]),
         "losses": {},
