@@ -27,7 +27,8 @@ from dynexec.report.baselines import BASELINES, DenseEager, DenseFrozen
 from dynexec.report.experiment import Dynexec, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
-from dynexec.report.systems import DRAWS, SYSTEMS, System, build_system, run_system
+from dynexec.report.systems import SYSTEMS, System, build_system
+from dynexec.report.systems_experiment import run_system
 from dynexec.report.tables import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +216,7 @@ def tiny_system():
     return System(
         lambda: adashare_resnet(18, blocks=(1, 1), widths=(4, 8), num_classes=(2, 1), head_width=4),
         lambda batch: make_images(batch, 32),
-        lambda network, inputs, generator: [torch.tensor([[True, False], [True, True]])] * DRAWS,
+        lambda network, inputs, generator: [torch.tensor([[True, False], [True, True]])],
         lambda decisions: decisions.float(),
         32,
         policy=False,

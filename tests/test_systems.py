@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dynexec import models
 from dynexec.models.adashare_policy import published_policy
-from dynexec.report import baselines, bench, systems
+from dynexec.report import baselines, bench, systems, systems_experiment
 from dynexec.report.catalogue import HEADINGS, model_rows
 from dynexec.report.rows import check_row
 from dynexec.report.systems import SYSTEMS, System
@@ -60,7 +60,7 @@ def test_a_row(name):
     system = SMALL[name]()
     network = system.build()
     libraries = (baselines.DenseEager, baselines.OnnxRuntime) if name == "arnet" else (baselines.DenseEager,)
-    (row,) = systems.run_system(network, system, 2, name=name, libraries=libraries, seconds=0)
+    (row,) = systems_experiment.run_system(network, system, 2, name=name, libraries=libraries, seconds=0)
     assert check_row(row)["failed"] == [] and row["net"] == name and row["batch"] == 2
     names = {"masked eager", "naive gather", "dynexec", "dense frozen", "dense eager"}
     assert names <= row["milliseconds"].keys() and max(row["max_error"].values()) < 1e-4
@@ -68,16 +68,33 @@ def test_a_row(name):
     assert row["theoretical"] == pytest.approx(row["flops_dense"] / row["flops_needed"])
 
 
+def test_whole_graphs_and_a_fixed_policy():
+    """What a library gets of AdaShare is not cut into blocks, and may be made for the one policy that there is."""
+    policy = torch.rand(3, 7) < 0.7
+    system = replace(_adashare(), whole=systems.WholeAdaShare, draw=lambda network, inputs, generator: [policy])
+    (row,) = systems_experiment.run_system(
+        system.build(), system, 2, name="adashare", libraries=(baselines.DenseEager,), seconds=0
+    )
+    assert row["failed"] == [] and row["draws"] == 1
+    assert {"dense eager", "dense eager, fixed policy"} <= row["milliseconds"].keys()
+    assert row["strongest_dense"] == "dense eager" and row["kept"] == pytest.approx(policy.double().mean().item())
+
+
+def test_the_share_of_frames_that_are_looked_at():
+    network, decisions = test_arnet.small_net(), torch.tensor([[0, 3, 6, 1, 1, 1, 4]])
+    assert SYSTEMS["arnet_resnet"].kept(network, decisions) == pytest.approx(2 / 7 / 4)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_wrong_candidate_has_no_time(name, monkeypatch):
     system = SMALL[name]()
-    follow = systems._follow
+    follow = systems_experiment._follow
 
     def wrong(network, policy, system, inputs, decisions):
         return follow(network, policy, system, inputs, decisions.flip(0) if name == "adashare" else decisions.flip(1))
 
-    monkeypatch.setattr(systems, "_follow", wrong)
-    (row,) = systems.run_system(system.build(), system, 1, name=name, libraries=(), seconds=0)
+    monkeypatch.setattr(systems_experiment, "_follow", wrong)
+    (row,) = systems_experiment.run_system(system.build(), system, 1, name=name, libraries=(), seconds=0)
     assert set(row["failed"]) == {"naive gather", "dynexec"} and row["realised"] is None
     assert "dynexec" not in row["milliseconds"] and "dense frozen" in row["milliseconds"]
 
@@ -91,7 +108,7 @@ def test_decisions_must_change_the_output(name):
     ones = torch.ones_like(system.weights(everything))
     system = replace(system, draw=_draw(lambda inputs, generator: everything), weights=lambda decisions: ones)
     with pytest.raises(ValueError, match="must change the network's output"):
-        systems.run_system(network, system, 1, name=name, libraries=(), seconds=0)
+        systems_experiment.run_system(network, system, 1, name=name, libraries=(), seconds=0)
 
 
 @pytest.mark.parametrize("name", ["arnet", "adamml"])
@@ -104,7 +121,7 @@ def test_dynexec_runs_the_policy(name):
     network.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
     (decisions, _) = system.draw(network, inputs, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = systems._follow(network, network.policy, system, inputs, decisions)
+        output = systems_experiment._follow(network, network.policy, system, inputs, decisions)
         assert seen == [1]
         torch.testing.assert_close(output, network(inputs, decisions), rtol=1e-4, atol=1e-5)
     assert "decide" not in vars(network.policy)
@@ -131,7 +148,7 @@ def test_published_rates():
     clips = {"rgb": torch.empty(2, 10, 8, 3, 224, 224, device="meta")}
     draws = SYSTEMS["adamml_rgb_flow_sound"].draw(networks["adamml_rgb_flow_sound"], clips, generator)
     assert torch.stack(draws).double().mean((0, 1, 2)).tolist() == pytest.approx([0.5506, 0.2682, 0.9512], abs=0.02)
-    (draw, _) = SYSTEMS["adashare_nyu_v2"].draw(None, None, generator)
+    (draw,) = SYSTEMS["adashare_nyu_v2"].draw(None, None, generator)
     assert torch.equal(draw, published_policy("nyu_v2_3_tasks_resnet34"))
 
 

@@ -231,21 +231,10 @@ class OnnxRuntime(Baseline):
     device = "cpu"
 
     def prepare(self, model, images, threads):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        # Its threads may spin while it runs, but not into the neighbour's turn.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = onnxruntime.InferenceSession(
-            export_onnx(model, tuple(images.shape)), options, providers=["CPUExecutionProvider"]
-        )
-        self.input = self.session.get_inputs()[0].name
+        self.run = open_in_onnx_runtime(export_onnx(model, tuple(images.shape)), threads)
 
     def __call__(self, images, decisions):
-        return torch.from_numpy(self.session.run(None, {self.input: images.numpy()})[0])
+        return self.run(images)[0]
 
 
 class OpenVino(Baseline):
@@ -257,20 +246,10 @@ class OpenVino(Baseline):
     device = "cpu"
 
     def prepare(self, model, images, threads):
-        import openvino
-
-        core = openvino.Core()
-        network = core.read_model(io.BytesIO(export_onnx(model, tuple(images.shape))))
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would take bfloat16 by themselves
-        }
-        self.request = core.compile_model(network, "CPU", settings).create_infer_request()
+        self.run = open_in_openvino(export_onnx(model, tuple(images.shape)), threads)
 
     def __call__(self, images, decisions):
-        output = self.request.infer([images.numpy()], share_inputs=True)[0]
-        return torch.from_numpy(output)
+        return self.run(images)[0]
 
 
 class Dynexec(Baseline):
@@ -314,6 +293,46 @@ BASELINES = (
 )
 
 
+def open_in_onnx_runtime(content, threads):
+    """An ONNX file (bytes) as a function of tensors, which gives a list of tensors; all graph optimisations on."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Its threads may spin while it runs, but not into the neighbour's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def run(*tensors):
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, given)]
+
+    return run
+
+
+def open_in_openvino(content, threads):
+    """The same by OpenVINO, set for latency, float32."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would take bfloat16 by themselves
+    }
+    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
+    request = network.create_infer_request()
+
+    def run(*tensors):
+        found = request.infer([tensor.numpy() for tensor in tensors], share_inputs=True)
+        return [torch.from_numpy(found[output]) for output in network.outputs]
+
+    return run
+
+
 def static_network(model):
     """A copy of the backbone of ``model`` that knows nothing of decisions, as if all were True."""
     static = deepcopy(_backbone(model))
@@ -337,6 +356,11 @@ def _backbone(model):
 @lru_cache(maxsize=1)  # ONNX Runtime and OpenVINO take the same file
 def export_onnx(model, shape):
     """The static network of ``model`` as an ONNX file (bytes), for float32 input of one shape."""
+    return export_module(static_network(model), torch.zeros(shape))
+
+
+def export_module(module, *inputs):
+    """A module as an ONNX file (bytes), for inputs of these shapes."""
     file = io.BytesIO()
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -344,7 +368,7 @@ def export_onnx(model, shape):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(static_network(model), (torch.zeros(shape),), file, dynamo=True, verbose=False)
+            torch.onnx.export(module, inputs, file, dynamo=True, verbose=False)
     finally:
         logger.setLevel(level)
     return file.getvalue()

@@ -16,7 +16,8 @@ from dynexec.report.baselines import BASELINES
 from dynexec.report.experiment import PUBLISHED, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
 from dynexec.report.rows import append_row
-from dynexec.report.systems import LIBRARIES, SYSTEMS, build_system, run_system
+from dynexec.report.systems import SYSTEMS, build_system
+from dynexec.report.systems_experiment import LIBRARIES, run_system
 from dynexec.report.tables import COLUMNS, LEGEND, cells
 
 KEEPS = (0.25, 0.5, 0.75, 0.9, 1.0, PUBLISHED)

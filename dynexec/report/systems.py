@@ -3,7 +3,6 @@
 Their dense network is every part computed for every row, as published code does before it multiplies by a mask.
 """
 
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,21 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynexec.executors import freeze
-from dynexec.executors.proof import TOLERANCE, relative_error
-from dynexec.executors.routed import convert_inputs
-from dynexec.measure.timing import compare
 from dynexec.models import create_model, published_policy
 from dynexec.models.arnet_policy import rule
 from dynexec.nn.routed import RoutedNetwork
-from dynexec.report.baselines import DenseCompiled, DenseEager, OnnxRuntime, OpenVino
-from dynexec.report.experiment import PUBLISHED, allowed_error
 from dynexec.report.nets import draw_batch_norm, make_images
-from dynexec.report.rows import environment, now, speed_up
 
-LIBRARIES = (DenseEager, DenseCompiled, OnnxRuntime, OpenVino)
 #: Decisions that a timed call goes through.
 DRAWS = 2
+
+
+def _mean(network, decisions):
+    return decisions.double().mean().item()
 
 
 def _obey(policy, decisions):
@@ -60,6 +55,11 @@ class System:
         Batch sizes measured unless others are asked for.
     policy : bool
         Whether masked execution runs the policy beside everything else; of AR-Net it is one of the predictors.
+    kept : callable
+        ``kept(network, decisions)``: the share of all (row, part) pairs that is computed.
+    whole : type, optional
+        ``whole(network)(inputs, weights)``: masked execution as one module for a library, where the parts would cut a
+        network into pieces. ``whole(network, decisions)(inputs)``: one for these decisions alone.
     obey : callable
         ``obey(policy, decisions)`` gives a function in place of ``policy.decide`` that computes all that this does, and
         decides as it is told.
@@ -72,6 +72,8 @@ class System:
     size: int
     batches: tuple[int, ...] = (1,)
     policy: bool = True
+    kept: Callable = _mean
+    whole: type | None = None
     obey: Callable = _obey
 
     def missing(self):
@@ -83,11 +85,42 @@ def _adashare(name, policy, tasks):
     return System(
         lambda: create_model(name, num_classes=tasks),
         lambda batch: make_images(batch, 224),
-        lambda network, inputs, generator: [published_policy(policy)] * DRAWS,
+        lambda network, inputs, generator: [published_policy(policy)],
         lambda decisions: decisions.float(),
         224,
         policy=False,
+        whole=WholeAdaShare,
     )
+
+
+class WholeAdaShare(nn.Module):
+    """AdaShare's masked execution, or for given ``decisions`` what each task needs, as one module to export."""
+
+    def __init__(self, network, decisions=None):
+        super().__init__()
+        self.network = deepcopy(network)
+        self.decisions = None if decisions is None else decisions.tolist()
+
+    def forward(self, images, weights=None):
+        heads, backbone = self.network.heads, self.network.backbone
+        if self.decisions is None:
+            return [head(backbone.run_soft(images, weights[task])) for task, head in enumerate(heads)]
+        return [head(self._run(images, row)) for head, row in zip(heads, self.decisions, strict=True)]
+
+    def _run(self, images, row):
+        x = self.network.backbone.stem(images)
+        for (block, shortcut), runs in zip(self.network.backbone.chain(), row, strict=True):
+            s = x if shortcut is None else shortcut(x)
+            if runs:
+                x = block(x) if shortcut is None else torch.relu(block(x) + s)
+            else:
+                x = s
+        return x
+
+
+def _predicted(network, decisions):
+    actions, _ = rule(decisions.cpu(), network.policy.spans)
+    return (actions < network.policy.num_predictions).double().mean().item() / network.policy.num_predictions
 
 
 def _obey_on_frames(policy, decisions):
@@ -123,6 +156,7 @@ def _arnet(name, cost):
         lambda decisions: F.one_hot(decisions, len(_SHARES)).float(),
         224,
         policy=False,
+        kept=_predicted,
         obey=_obey_on_frames,
     )
 
@@ -186,164 +220,3 @@ def _everything(system, network, inputs):
     """Weights of soft decisions under which every part counts."""
     decisions = network.example_decisions(inputs)[0]
     return torch.full_like(system.weights(decisions), 0.5)
-
-
-def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch.float32, seconds=30.0, progress=None):
-    """Compare dynexec with baselines at the published rates: equal outputs first, then times.
-
-    Candidates: ``masked eager``, everything computed and weighted, with the policy; ``naive gather``, the routed
-    network as it is, in eager mode; ``dynexec``, the same frozen; ``dense frozen`` and those of ``libraries``:
-    everything, the parts by dynexec or by a library. Where the policy runs, its decisions are replaced by drawn ones.
-
-    Runs on the device of ``network``, which is float32; the candidates compute in ``dtype``, and their outputs are
-    compared with its own.
-
-    Returns
-    -------
-    list with one dict
-        A row as of :func:`dynexec.report.experiment.run_experiment`; ``kept`` is the mean of the decisions' weights.
-    """
-    progress = progress or (lambda share, text: None)
-    device = next(network.parameters()).device
-    inputs = system.inputs(batch)
-    draws = [draw.to(device) for draw in system.draw(network, inputs, torch.Generator().manual_seed(0))]
-    inputs = convert_inputs(inputs, device=device)
-    libraries = [library for library in libraries if library.device in (None, device.type)]
-    with torch.inference_mode():
-        given = network if dtype == torch.float32 else deepcopy(network).to(dtype)
-        candidates, unavailable = _prepare(given, system, convert_inputs(inputs, dtype), libraries, progress)
-        progress(0.0, "comparing outputs")
-        outputs = [_masked(network, system, inputs, False, draw) for draw in draws]
-        everything = network(inputs, soft_decisions=torch.ones_like(system.weights(draws[0])))
-        if relative_error(everything, outputs[0]) <= 3 * TOLERANCE[dtype]:
-            raise ValueError("the decisions must change the network's output, or equal outputs would prove nothing")
-        errors = {
-            key: max(relative_error(call(draw), output) for draw, output in zip(draws, outputs, strict=True))
-            for key, call in candidates.items()
-        }
-        comparison = compare(
-            {key: partial(_call_all, call, draws) for key, call in candidates.items()},
-            baseline="dense eager" if "dense eager" in candidates else None,
-            device=device,
-            seconds=seconds,
-            progress=lambda share, key: progress(share, f"timing {key}"),
-        )
-    flops = network.count_flops(inputs)
-    needed = torch.stack([flops.of(draw.cpu()).double().mean() for draw in draws]).mean().item()
-    most = allowed_error(errors, dtype)
-    failed = [key for key, error in errors.items() if not error <= most]
-    times = {
-        key: {k: 1e3 * v / DRAWS for k, v in zip(("median", "p10", "p90", "cpu"), _numbers(timing))}
-        for key, timing in comparison.timings.items()
-        if key not in failed
-    }
-    kept = torch.stack([system.weights(draw).double().mean() for draw in draws]).mean().item()
-    row = {
-        "time": now(),
-        **environment(device, dtype),
-        "net": name,
-        "image_size": system.size,
-        "batch": batch,
-        "unavailable": unavailable,
-        "keep": kept,
-        "kept": kept,
-        "decisions": PUBLISHED,
-        "seed": 0,
-        "draws": DRAWS,
-        "rounds": comparison.rounds,
-        "flops_dense": flops.dense,
-        "flops_needed": needed,
-        "milliseconds": times,
-        "planning_share": None,
-        "spread": comparison.spread,
-        "max_error": {key: error if math.isfinite(error) else None for key, error in errors.items()},
-        "tolerance": most,
-        "failed": failed,
-        **speed_up(times, flops.dense, needed, [library.name for library in libraries]),
-        "losses": {},
-    }
-    return [row]
-
-
-def _numbers(timing):
-    return timing.median, timing.p10, timing.p90, timing.cpu_median
-
-
-def _call_all(call, draws):
-    for draw in draws:
-        call(draw)
-
-
-def _prepare(network, system, inputs, libraries, progress):
-    """Candidates as functions of decisions, and why others cannot run here."""
-    eager = deepcopy(network).to(memory_format=torch.channels_last)
-    progress(0.0, "preparing dynexec")
-    frozen = freeze(network, inputs)
-    candidates = {
-        "masked eager": partial(_masked, eager, system, inputs, system.policy),
-        "naive gather": partial(_follow, eager, eager.policy, system, inputs),
-        "dynexec": partial(_follow, frozen, frozen.network.policy, system, inputs),
-        "dense frozen": partial(_masked, frozen, system, inputs, False),
-    }
-    unavailable = {}
-    for number, library in enumerate(libraries):
-        if (reason := library.missing()) is not None:
-            unavailable[library.name] = reason
-            continue
-        progress(number / len(libraries), f"preparing {library.name}")
-        try:
-            copy = _with_parts_by(library, network)
-            call = partial(_masked, copy, system, inputs, False)
-            call(network.example_decisions(inputs)[0])
-        except Exception as error:  # of somebody else's library, on a network it may not know
-            unavailable[library.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        candidates[library.name] = call
-    return candidates, unavailable
-
-
-def _masked(network, system, inputs, policy, decisions):
-    """Everything, weighted; after the policy, if it is asked for."""
-    if policy:
-        network.policy.decide(inputs)
-    return network(inputs, None, soft_decisions=system.weights(decisions))
-
-
-def _follow(network, policy, system, inputs, decisions):
-    """The network with its policy, which decides as it is told."""
-    policy.decide = system.obey(policy, decisions)
-    try:
-        return network(inputs)
-    finally:
-        del policy.decide
-
-
-class _Part(nn.Module):
-    """A part as a library runs it, prepared for the shape that it is first called with."""
-
-    def __init__(self, library, part):
-        super().__init__()
-        self.library, self.part, self.ready = library, part, None
-
-    def forward(self, x):
-        if self.ready is None:
-            self.ready = self.library(self.part, x, threads=torch.get_num_threads())
-        return self.ready(x, None)
-
-
-def _with_parts_by(library, network):
-    copy = deepcopy(network)
-    for name in copy.part_names():
-        parent, _, child = name.rpartition(".")
-        part = copy.get_submodule(name)
-        if library is DenseCompiled:
-            part = part.to(memory_format=torch.channels_last)
-            part.compile(dynamic=False, fullgraph=True, options={"freezing": True})
-        elif library is DenseEager:
-            part = part.to(memory_format=torch.channels_last)
-        elif not isinstance(part, nn.Linear):
-            part = _Part(library, part)
-        setattr(copy.get_submodule(parent), child, part)
-    if library is DenseCompiled:
-        torch.compiler.reset()  # the code of earlier networks counts against a limit
-    return copy
