@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 .PHONY: test demo bench lint clean
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 demo: $(INSTALLED)
 	$(BIN)/dynexec demo

@@ -1,10 +1,8 @@
 """Small AdaMML networks, what they must compute, and the parameter names in published checkpoints."""
 
-from pathlib import Path
-
+import official_keys
 import torch
 import torch.nn.functional as F
-from official_keys import expand
 from toys import finish
 
 from dynexec.models.adamml import AdaMML
@@ -133,15 +131,8 @@ def policy_logits(policy, inputs):
 
 
 def network_shapes(section, channels):
-    """Name to shape of one network, as tests/data/adamml_keys.txt has it."""
-    text = (Path(__file__).parent / "data" / "adamml_keys.txt").read_text()
-    shapes = {}
-    for line in text.split(f"[{section}]\n")[1].split("\n\n")[0].splitlines():
-        pattern, *sizes = line.split()
-        for name in expand(pattern):
-            assert name not in shapes, name
-            shapes[name] = () if sizes == ["-"] else tuple(channels if n == "C" else int(n) for n in sizes)
-    return shapes
+    """Name to shape of one network."""
+    return official_keys.official_shapes(section, "adamml", channels)
 
 
 def official_shapes(modalities):

@@ -8,15 +8,16 @@ import torch
 DATA = Path(__file__).parent / "data"
 
 
-def official_shapes(section, system="blockdrop"):
-    """Name to shape, for a section such as ``"resnet32_cifar10 policy"``."""
+def official_shapes(section, system="blockdrop", channels=None):
+    """Name to shape, for a section such as ``"resnet32_cifar10 policy"``; ``channels`` is what C stands for."""
     text = (DATA / f"{system}_keys.txt").read_text().split(f"[{section}]\n")[1].split("\n\n")[0]
     shapes = {}
     for line in text.splitlines():
         pattern, *sizes = line.split()
+        shape = () if sizes == ["-"] else tuple(channels if size == "C" else int(size) for size in sizes)
         for name in expand(pattern):
             assert name not in shapes, name
-            shapes[name] = () if sizes == ["-"] else tuple(map(int, sizes))
+            shapes[name] = shape
     return shapes
 
 

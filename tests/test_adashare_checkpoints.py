@@ -1,15 +1,12 @@
 """Published AdaShare checkpoints: names, layouts, misfits."""
 
-from pathlib import Path
-
+import official_keys
 import pytest
 import torch
-from official_keys import expand
 
 from dynexec.models import load_official
 from dynexec.models.adashare import adashare_resnet
 
-KEYS = Path(__file__).parent / "data" / "adashare_keys.txt"
 # Official name: depth, channels of the tasks.
 PUBLISHED = {
     "cityscapes_2task": (34, (19, 1)),
@@ -27,14 +24,11 @@ def make(depth=18, **options):
 
 def official_shapes(*sections):
     """Name to shape, of the sections of a checkpoint together."""
-    text, shapes = KEYS.read_text(), {}
-    for section in sections:
-        for line in text.split(f"[{section}]\n")[1].split("\n\n")[0].splitlines():
-            pattern, *sizes = line.split()
-            for name in expand(pattern):
-                assert name not in shapes, name
-                shapes[name] = () if sizes == ["-"] else tuple(map(int, sizes))
-    return shapes
+    return {
+        name: shape
+        for section in sections
+        for name, shape in official_keys.official_shapes(section, "adashare").items()
+    }
 
 
 def meta_state(shapes):

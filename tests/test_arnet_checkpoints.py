@@ -1,35 +1,19 @@
 """AR-Net's published checkpoints: names and shapes, every layout, nothing half loaded."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from official_keys import expand
+from official_keys import official_shapes
 
 from dynexec.models import load_official
 from dynexec.models.arnet import PUBLISHED, build_arnet
 from dynexec.models.mobilenet import MobileNetV2
-
-PATH = Path(__file__).parent / "data" / "arnet_keys.txt"
-
-
-def official_shapes(section):
-    """Name to shape, of ``"resnet"`` or ``"efficientnet"``."""
-    text = PATH.read_text().split(f"[{section}]\n")[1].split("\n\n")[0]
-    shapes = {}
-    for line in text.splitlines():
-        pattern, *sizes = line.split()
-        for name in expand(pattern):
-            assert name not in shapes, name
-            shapes[name] = () if sizes == ["-"] else tuple(map(int, sizes))
-    return shapes
 
 
 def official_state(section, prefix=""):
     """Random values under the official names that begin with ``prefix``, which is taken away."""
     return {
         name.removeprefix(prefix): torch.tensor(7) if name.endswith("tracked") else torch.rand(shape) * 0.1 + 0.01
-        for name, shape in official_shapes(section).items()
+        for name, shape in official_shapes(section, "arnet").items()
         if name.startswith(prefix)
     }
 
@@ -84,7 +68,7 @@ def net():
 def test_parameters_are_those_of_the_published_checkpoints(name):
     with torch.device("meta"):
         network = build_arnet(**PUBLISHED[name])
-    expected = own_names(official_shapes(name.removeprefix("arnet_")))
+    expected = own_names(official_shapes(name.removeprefix("arnet_"), "arnet"))
     assert len(expected) == {"arnet_resnet": 980, "arnet_efficientnet": 1762}[name]
     assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == expected
 
