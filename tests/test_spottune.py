@@ -74,6 +74,11 @@ def test_traps():
             assert relative_error(masked_forward(net, images, decisions.float(), **trap), y) > 0.02
 
 
+def test_soft_decisions_of_another_shape():
+    with pytest.raises(ValueError, match=r"expected float \[N, 5\]"):
+        small()(torch.randn(2, 3, 16, 16), soft_decisions=torch.rand(2, 3))
+
+
 def test_soft_decisions_train_the_policy():
     """Gradients reach the policy through the weights, as through the published arithmetic."""
     net = small().train()
@@ -176,10 +181,31 @@ def test_wrong_decisions(decisions, error, message):
         dynexec.freeze(net, images)(images, decisions)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 20, 16), (2, 3, 16, 9), (3, 16, 16)])
-def test_images_that_cannot_be_halved(shape):
+@pytest.mark.parametrize("shape", [(2, 3, 20, 16), (2, 3, 16, 9), (3, 16, 16), (2, 1, 16, 16), (2, 4, 16, 16)])
+def test_images_that_do_not_fit(shape):
     with pytest.raises(ValueError, match="images must be .* multiples of 8"):
         small()(torch.randn(shape))
+
+
+@pytest.mark.parametrize("executor", ["resident", "fused", "compact", "masked", "grouped"])
+def test_images_that_do_not_fit_a_frozen_network(executor):
+    """Neither other channels nor a size at which a block's two branches differ give any logits."""
+    frozen = dynexec.freeze(small(), torch.randn(2, 3, 16, 16), executor=executor)
+    for shape in ((2, 4, 16, 16), (2, 1, 16, 16), (2, 2, 16, 16), (2, 3, 20, 16), (2, 3, 17, 33)):
+        with pytest.raises((ValueError, RuntimeError)):
+            frozen(torch.randn(shape), torch.rand(shape[0], 5) < 0.5)
+
+
+@pytest.mark.parametrize("images", [torch.ones(1, 3, 16, 16).byte(), [1, 2], None])
+def test_what_is_no_image(images):
+    with pytest.raises(TypeError, match="images must be a floating-point tensor"):
+        small()(images)
+
+
+@pytest.mark.parametrize("wrong", [{"num_classes": 0}, {"blocks": (1, 2), "widths": (8,)}, {"blocks": (1, 0, 1)}])
+def test_sizes_that_are_none(wrong):
+    with pytest.raises(ValueError, match="blocks and widths need one positive entry"):
+        models.spottune_resnet26(**wrong)
 
 
 def test_policy_must_fit():

@@ -227,18 +227,18 @@ def inert_module(**attributes):
     return module
 
 
-def test_what_is_no_tree_of_modules():
-    loop = inert_module()
+def test_modules_that_hold_each_other():
+    loop, leaf = inert_module(), inert_module(_parameters={"weight": torch.ones(1)})
     loop.attributes["_modules"]["again"] = loop
-    leaf = inert_module()
-    for module in (
-        loop,
-        inert_module(_modules={"a": leaf, "b": leaf}),
-        inert_module(_buffers=3),
-        inert_module(_modules={1: leaf}),
-    ):
+    for module in (loop, inert_module(_buffers=3), inert_module(_modules={1: leaf})):
         with pytest.raises(ValueError, match="a pickled module must"):
             state_of(module)
+    many = leaf
+    for _ in range(20):  # a million in a few bytes
+        many = inert_module(_modules={"a": many, "b": many})
+    with pytest.raises(ValueError, match="nor 10000 others"):
+        state_of(many)
+    assert state_of(inert_module(_modules={"a": leaf, "b": leaf})).keys() == {"a.weight", "b.weight"}
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -80,7 +80,7 @@ class Builder:
         before = [padding[d] + zeros[d] for d in (0, 1)]
         after = [padding[d] + zeros[d + 2] for d in (0, 1)]
         size = _output_size(x, kernel, stride, dilation, before, after)
-        if min(size) < 1 or (other is not None and other.shape != (channels, *size)):
+        if min(size) < 1 or depth * groups != x.channels or (other is not None and other.shape != (channels, *size)):
             return None
         if groups != 1 and not (depthwise and other is None):
             return None

@@ -89,4 +89,7 @@ class PackedConv:
         if other is None:
             return self._unary(x, *self._constants, *self._activation)
         first, second = (other, x) if self.overwrites_other else (x, other)
-        return self._binary(first, second, *self._constants, *self._addition)
+        y = self._binary(first, second, *self._constants, *self._addition)
+        if y.shape != other.shape:  # which oneDNN does not mind
+            raise ValueError(f"x does not fit this network: {tuple(y.shape)} and {tuple(other.shape)} cannot be added")
+        return y

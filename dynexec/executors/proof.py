@@ -8,6 +8,7 @@ import torch
 from dynexec.nn.context import decide
 
 PROOF_SAMPLES = 3
+_LARGEST_ROUNDING = 0.1  # of the original's own: with more, it is not the same from call to call
 _ROUNDING_RATIO = 10  # of Winograd's rounding errors to those of direct sums
 
 #: Largest difference allowed, relative to the largest value of the original's output, by what is computed in. Folding
@@ -121,4 +122,4 @@ def is_rounding(actual, expected, run_exactly):
     except RuntimeError:  # it insists on its dtype
         return False
     own = relative_error(expected, exact)
-    return math.isfinite(own) and relative_error(actual, exact) <= _ROUNDING_RATIO * own
+    return own <= _LARGEST_ROUNDING and relative_error(actual, exact) <= _ROUNDING_RATIO * own

@@ -20,7 +20,16 @@ class FrozenRouted(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs, decisions=None, **options):
-        """As the network's own forward, without gradients; ``options`` are its other arguments."""
+        """As the network's own forward, without gradients; ``options`` are its other arguments.
+
+        Inputs of another floating-point type are converted.
+        """
+        for tensor in tensors_of(inputs):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise TypeError(f"inputs must be of floating-point tensors, got {kind}")
+            if tensor.device != self.device:
+                raise ValueError(f"inputs are on {tensor.device}, but the network was frozen on {self.device}")
         with dispatch.on_device(self.device):
             return self.network(convert_inputs(inputs, self.dtype), decisions, **options)
 

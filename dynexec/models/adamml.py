@@ -106,6 +106,9 @@ class ModalityFlops:
         -------
         float64 tensor ``[N]`` or scalar
         """
+        if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.bool:
+            kind = decisions.dtype if isinstance(decisions, torch.Tensor) else type(decisions).__name__
+            raise TypeError(f"decisions must be bool [N, {self.segments}, {len(self.main)}], got {kind}")
         if decisions.shape[-2:] != (self.segments, len(self.main)):
             raise ValueError(
                 f"decisions must be bool [N, {self.segments}, {len(self.main)}], got shape {tuple(decisions.shape)}"
@@ -167,6 +170,10 @@ class AdaMML(RoutedNetwork):
         self.modalities = _check_modalities(modalities)
         if num_frames not in FRAMES:
             raise ValueError(f"num_frames must be one of {FRAMES}, so that pooling leaves one, got {num_frames!r}")
+        if not all(isinstance(count, int) and count > 0 for count in (num_classes, num_segments)):
+            raise ValueError(
+                f"num_classes and num_segments must be positive ints, got {num_classes!r} and {num_segments!r}"
+            )
         if flow_policy not in ("rgbdiff", "flow"):
             raise ValueError(f"flow_policy must be 'rgbdiff' or 'flow', got {flow_policy!r}")
         self.num_classes, self.num_segments, self.num_frames = num_classes, num_segments, num_frames
@@ -242,6 +249,7 @@ class AdaMML(RoutedNetwork):
         return total.unflatten(0, (samples, segments)).mean(1)
 
     def part_names(self):
+        """Each modality's network, and what the policy looks at it with."""
         columns = range(len(self.modalities))
         return [f"{nets}.{column}" for nets in ("main_net.nets", "policy.joint_net.nets") for column in columns]
 

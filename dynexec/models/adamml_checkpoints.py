@@ -1,6 +1,7 @@
 """What AdaMML's authors published: trained networks, and networks of one modality."""
 
 import torch
+from torch import nn
 
 from dynexec.models.adamml_policy import CHANNELS
 from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
@@ -21,8 +22,8 @@ def read_checkpoint(net, checkpoint, given):
             absent.append(part)
     if not parts:
         return _read_unimodal(net, state, info, given)
-    if stray := [key for key in state if not key.startswith(PREFIXES)]:
-        raise ValueError(f"{given} holds beside policy_net.* and main_net.* what belongs to neither: {shorten(stray)}")
+    if stray := {key: value for key, value in state.items() if not key.startswith(PREFIXES)}:
+        parts["neither"] = nn.Module(), stray  # which has no place for them: they are listed with all else
     return Checkpoint(parts, tuple(absent), [], info)
 
 

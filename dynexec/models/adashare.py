@@ -165,6 +165,9 @@ class AdaShare(RoutedNetwork):
             raise ValueError(
                 f"images must have shape [N, {self.in_channels}, H, W] with N at least 1, got {tuple(inputs.shape)}"
             )
+        dtype = next((parameter.dtype for parameter in self.parameters()), inputs.dtype)
+        if inputs.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type):
+            raise TypeError(f"images must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
         """:class:`AdaShareFlops` of one image like those of ``inputs``, of which only shape and dtype matter."""

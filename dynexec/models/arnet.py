@@ -53,6 +53,7 @@ class ARNet(RoutedNetwork):
             nn.init.zeros_(linear.bias)
 
     def forward(self, frames, decisions=None, *, return_decisions=False, soft_decisions=None):
+        """Logits ``[N, classes]`` of frames ``[N, T, 3, H, W]``; see the class. Or a pair, with what was decided."""
         self.check_inputs(frames)
         if soft_decisions is not None:
             if decisions is not None:
@@ -136,12 +137,18 @@ class ARNet(RoutedNetwork):
 
     def check_inputs(self, inputs):
         """Raise unless ``inputs`` are frames ``[N, T, 3, H, W]`` with N at least 1 and all else as constructed."""
-        check_frames(inputs, ("N", self.num_frames, 3, self.resolutions[0], self.resolutions[0]))
+        self._check_shape(inputs)
+        dtype = self.policy.rnn.weight_ih.dtype
+        if inputs.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type):
+            raise TypeError(f"frames must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
         """The :class:`ARNetFlops` of one video of ``inputs``."""
-        self.check_inputs(inputs)
+        self._check_shape(inputs)
         return count_arnet(self)
+
+    def _check_shape(self, frames):
+        check_frames(frames, ("N", self.num_frames, 3, self.resolutions[0], self.resolutions[0]))
 
     def read_official(self, checkpoint, given):
         """The :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
@@ -259,6 +266,8 @@ def build_arnet(
         )
     if not all(_is_count(skip) for skip in skips):
         raise ValueError(f"skips must be numbers of frames, at least 1, got {skips}")
+    if not (_is_count(num_frames) and _is_count(num_classes)):
+        raise ValueError(f"num_frames and num_classes must be positive ints, got {num_frames!r} and {num_classes!r}")
     if policy_mode not in ("exact", "cheap"):
         raise ValueError(f"policy_mode must be 'exact' or 'cheap', got {policy_mode!r}")
     policy = ARNetPolicy(

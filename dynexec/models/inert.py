@@ -167,18 +167,18 @@ def state_of(module):
     Raises
     ------
     ValueError
-        If the pickled one is no tree of modules.
+        If the pickled one holds itself, or is not made as modules are.
     """
     if isinstance(module, nn.Module):
         return module.state_dict()
     if not isinstance(module, Inert) or "_parameters" not in module.attributes:
         return None
-    state, seen, waiting = {}, set(), [("", module)]
+    state, waiting, visits = {}, [("", module)], 0
     while waiting:
         prefix, module = waiting.pop()
-        if id(module) in seen or len(seen) > _MOST_MODULES:
-            raise ValueError("a pickled module must be a tree, of which each part has one place")
-        seen.add(id(module))
+        visits += 1
+        if visits > _MOST_MODULES:
+            raise ValueError(f"a pickled module must not hold itself, nor {_MOST_MODULES} others")
         for kind in ("_parameters", "_buffers", "_modules"):
             entries = module.attributes.get(kind, {}) if isinstance(module, Inert) else {}
             if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):

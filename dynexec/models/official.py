@@ -37,7 +37,7 @@ class LoadReport:
 def load_official(net, source, *, weights_only=True):
     """Load a published checkpoint into a network, all of it or nothing.
 
-    Every layout that the authors published is understood, see ``read_official`` of each system's class. ``module.``
+    See ``read_official`` of each system's class for the layouts that are understood. ``module.``
     prefixes are stripped, and ``num_batches_tracked``, which PyTorch 0.3 did not have, may be missing.
 
     Parameters
@@ -66,7 +66,10 @@ def load_official(net, source, *, weights_only=True):
         the network: every missing, unexpected and misshapen parameter is listed, and the network is left untouched.
     """
     if not hasattr(net, "read_official"):
-        raise TypeError(f"net must be one of the networks of dynexec.models, got {type(net).__name__}")
+        raise TypeError(
+            "net must be one of the networks of dynexec.models whose authors published checkpoints for PyTorch, got "
+            f"{type(net).__name__}"
+        )
     given = "source"
     if isinstance(source, Mapping):
         checkpoint = source

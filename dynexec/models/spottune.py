@@ -165,11 +165,14 @@ class SpotTune(DynamicNetwork):
 
     def forward(self, images, decisions=None, **options):
         """As :meth:`dynexec.nn.DynamicNetwork.forward`, for images ``[N, C, H, W]`` that every segment can halve."""
-        step = 2 ** len(self.backbone.blocks)
-        if images.dim() != 4 or images.shape[2] % step or images.shape[3] % step:
+        step, channels = 2 ** len(self.backbone.blocks), self.backbone.conv1.in_channels
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor [N, {channels}, H, W], got {kind}")
+        if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % step or images.shape[3] % step:
             raise ValueError(
-                f"images must be [N, C, H, W] with H and W multiples of {step}, as each segment halves them, got "
-                f"{tuple(images.shape)}"
+                f"images must be [N, {channels}, H, W] with H and W multiples of {step}, as each segment halves them, "
+                f"got {tuple(images.shape)}"
             )
         return super().forward(images, decisions, **options)
 
@@ -266,6 +269,11 @@ def spottune_resnet26(*, num_classes=10, blocks=(4, 4, 4), widths=WIDTHS, stem_w
     SpotTune
         Untrained: both sets of weights are drawn independently.
     """
+    if len(blocks) != len(widths) or min((*blocks, *widths, num_classes)) < 1:
+        raise ValueError(
+            "blocks and widths need one positive entry per segment, and num_classes must be positive; got "
+            f"{tuple(blocks)}, {tuple(widths)} and {num_classes}"
+        )
     like = {"stem_width": stem_width, "in_channels": in_channels}
     backbone = SpotTuneResNet(blocks, widths, num_classes, **like)
     policy = SpotTuneResNet([1] * len(widths), widths, 2 * sum(blocks), choices=False, **like)

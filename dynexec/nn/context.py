@@ -110,15 +110,16 @@ class decide:
     def check(self, x, num_columns):
         """Raise ValueError unless the decisions fit input ``x`` and a model of ``num_columns`` dynamic blocks."""
         shape, device = tuple(self.decisions.shape), self.decisions.device
+        kind = "float" if self.mode == "soft" else "bool"
         if shape[-1] != num_columns:
             raise ValueError(
                 f"decisions has {shape[-1]} columns (shape {shape}), but this model has {num_columns} dynamic blocks: "
-                f"expected bool [N, {num_columns}]"
+                f"expected {kind} [N, {num_columns}]"
             )
         if len(shape) == 2 and shape[0] != x.shape[0]:
             raise ValueError(
                 f"decisions has {shape[0]} rows (shape {shape}), but a block got a batch of {x.shape[0]} samples: "
-                f"expected bool [{x.shape[0]}, {num_columns}]"
+                f"expected {kind} [{x.shape[0]}, {num_columns}]"
             )
         if device != x.device:
             raise ValueError(f"decisions is on {device}, but a block got its input on {x.device}: move it there")

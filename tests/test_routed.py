@@ -1,0 +1,117 @@
+"""Networks of parts: each part runs on its rows, frozen parts are compared, and nothing is frozen that would differ."""
+
+import pickle
+
+import pytest
+import torch
+import toys
+from torch import nn
+
+import dynexec
+from dynexec.executors.proof import relative_error
+from dynexec.measure import count_call
+from dynexec.nn import RoutedNetwork
+
+
+def part(width, classes=5):
+    layers = [nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(1), nn.Linear(width, classes))
+
+
+class Choice(RoutedNetwork):
+    """One of two parts per sample; ``reached`` are the decisions that freezing tries."""
+
+    def __init__(self, first=None, reached=(0, 1)):
+        super().__init__()
+        self.nets, self.reached = nn.ModuleList([first or part(8), part(20)]), reached
+
+    def part_names(self):
+        return ["nets.0", "nets.1"]
+
+    def example_decisions(self, inputs):
+        return [torch.full((len(inputs),), choice) for choice in self.reached]
+
+    def check_inputs(self, inputs):
+        if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
+            raise ValueError("inputs must be images")
+
+    def forward(self, inputs, decisions=None):
+        self.check_inputs(inputs)
+        output = inputs.new_zeros(len(inputs), 5)
+        for number, net in enumerate(self.nets):
+            rows = (decisions == number).nonzero().flatten()
+            if len(rows):
+                output[rows] = net(inputs[rows])
+        return output
+
+
+def choice(**options):
+    return toys.finish(Choice(**options))
+
+
+@pytest.mark.parametrize("executor", [None, "fused", "compact"])
+@pytest.mark.parametrize("samples", [1, 5])
+def test_frozen_parts_give_the_same(samples, executor):
+    net = choice()
+    frozen = dynexec.freeze(net, toys.images(4), executor=executor)
+    for size in (13, 21):
+        x = toys.images(samples, size)
+        for decisions in (torch.zeros(samples).long(), torch.ones(samples).long(), torch.arange(samples) % 2):
+            with torch.no_grad():
+                assert relative_error(frozen(x, decisions), net(x, decisions)) <= 1e-5
+    lines = frozen.explain().splitlines()
+    assert [line.split(":")[0] for line in lines] == net.part_names()
+    assert all(("by layer" in line) == (executor == "compact") for line in lines if executor)
+
+
+def test_the_original_stays_as_it_was():
+    net = choice().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    dynexec.freeze(net, toys.images(3))
+    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-6), (torch.bfloat16, 6e-2)])
+def test_other_dtypes(dtype, most):
+    net, x, decisions = choice(), toys.images(4), torch.tensor([0, 1, 1, 0])
+    y = dynexec.freeze(net, x, dtype=dtype)(x, decisions)
+    assert y.dtype == dtype and relative_error(y.float(), net(x, decisions).detach()) <= most
+
+
+class Forgetful(nn.Module):
+    """Gives something else in every call, as nothing that is frozen may."""
+
+    num_calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.body = part(4)
+
+    def forward(self, x):
+        Forgetful.num_calls += 1
+        return self.body(x) + 0.3 * Forgetful.num_calls
+
+
+def test_what_cannot_be_frozen():
+    with pytest.raises(RuntimeError, match="no example decisions reach its part nets.1"):
+        dynexec.freeze(choice(reached=(0,)), toys.images(2))
+    with pytest.raises(RuntimeError, match="its output differs by"):
+        dynexec.freeze(choice(first=Forgetful()), toys.images(2))
+    with pytest.raises(ValueError, match="policy must be None"):
+        dynexec.freeze(choice(), toys.images(2), policy=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="inputs must be images"):
+        dynexec.freeze(choice(), torch.rand(3))
+
+
+def test_wrong_inputs_and_copies():
+    frozen = dynexec.freeze(choice(), toys.images(2))
+    for wrong, kind in ((toys.images(2).byte(), "uint8"), ([1.0], "list"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"inputs must be of floating-point tensors, got .*{kind}"):
+            frozen(wrong, torch.zeros(2).long())
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        pickle.dumps(frozen)
+
+
+def test_flops_of_a_call():
+    assert count_call(part(8), 2, 3, 16, 16) == 2 * 2 * (8 * 8 * 8 * 27 + 8 * 5)
