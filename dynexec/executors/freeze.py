@@ -54,13 +54,14 @@ def freeze(
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
 
-    Layers that neither knows run as they are.
+    Layers that neither knows run as they are. Of a :class:`dynexec.nn.RoutedNetwork` (AdaShare, AR-Net, AdaMML, feature
+    sharing) each part becomes the faster of engine, or kernels, and layers; its forward stays.
 
     Parameters
     ----------
     model : nn.Module
-        A converted model, a :class:`DynamicNetwork` or one of ``dynexec.models``.
-    example_input : tensor ``[N, C, H, W]``
+        A converted model, a :class:`DynamicNetwork`, a RoutedNetwork, or one of ``dynexec.models``.
+    example_input : tensor ``[N, C, H, W]``, or what a RoutedNetwork takes
         Of the size and about the batch size that will be used; other batch sizes work as well.
     dtype : torch.dtype, optional
         Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``. On a GPU float16
@@ -85,7 +86,7 @@ def freeze(
 
     Returns
     -------
-    FrozenNetwork
+    FrozenNetwork, or FrozenRouted for a RoutedNetwork
 
     Raises
     ------

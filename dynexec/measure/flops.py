@@ -61,12 +61,13 @@ def count_flops(model, example_input):
     model : nn.Module
         A :class:`dynexec.nn.DynamicNetwork`, a converted model, or any other (which has no blocks, all is fixed).
         Left as it is; counted in evaluation mode.
-    example_input : tensor ``[N, ...]``
+    example_input : tensor ``[N, ...]``, or what a network of :mod:`dynexec.models` takes
         Only its shape, dtype and device matter; N may be anything but 0, one image is counted.
 
     Returns
     -------
     Flops
+        Or what the network's own ``count_flops`` gives, with ``dense``, ``policy`` and ``of`` as well.
 
     Raises
     ------
