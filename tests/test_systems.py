@@ -1,6 +1,8 @@
 """The bench of systems that choose among parts: fair candidates, honest rows, decisions at the published rates."""
 
 import argparse
+import functools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,13 +54,24 @@ def _adamml():
     return System(adamml_cases.make, inputs, _draw(draw), lambda d: d.float(), 41)
 
 
+def _feature_sharing():
+    tree = [[[0, 1, 2]]] * 12 + [[[0], [1, 2]]] * 3
+    return replace(
+        SYSTEMS["feature_sharing_8_tasks"],
+        build=lambda: models.feature_sharing_vgg16([2, 3, 2], tree=tree, width=4, image_size=32),
+        inputs=lambda batch: torch.randn(batch, 3, 32, 32),
+        draw=lambda network, inputs, generator: [torch.ones(3).bool()],
+        other=lambda network, inputs: torch.arange(3) > 0,
+    )
+
+
 SMALL = {"adashare": _adashare, "arnet": _arnet, "adamml": _adamml}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "feature_sharing"])
 def test_a_row(name):
-    system = SMALL[name]()
-    network = system.build()
+    system = (SMALL | {"feature_sharing": _feature_sharing})[name]()
+    network = systems.build_system(system) if name == "feature_sharing" else system.build()
     libraries = (baselines.DenseEager, baselines.OnnxRuntime) if name == "arnet" else (baselines.DenseEager,)
     (row,) = systems_experiment.run_system(network, system, 2, name=name, libraries=libraries, seconds=0)
     assert check_row(row)["failed"] == [] and row["net"] == name and row["batch"] == 2
@@ -66,6 +79,9 @@ def test_a_row(name):
     assert names <= row["milliseconds"].keys() and max(row["max_error"].values()) < 1e-4
     assert row["strongest_dense"] in ("dense eager", "ONNX Runtime")
     assert row["theoretical"] == pytest.approx(row["flops_dense"] / row["flops_needed"])
+    causes = dict(row["losses"])
+    assert causes.pop("total") == pytest.approx(sum(causes.values()))
+    assert causes.keys() == {"parts of unequal speed", "fewer rows at once", "rest"}
 
 
 def test_whole_graphs_and_a_fixed_policy():
@@ -174,3 +190,37 @@ def test_every_model_has_a_name():
 def test_the_table_of_models_is_what_they_are():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     assert markdown_table(HEADINGS, model_rows()) in text, "run python bench/tables.py"
+
+
+def test_losses_of_parts_of_unequal_speed():
+    """Two parts of as many FLOPs, one of which takes three times as long: choosing that one alone loses half again."""
+
+    class Part:
+        def __init__(self, seconds):
+            self.function = lambda x: time.sleep(seconds * len(x)) or x
+
+    class Network:
+        parts = {"slow": Part(0.03), "fast": Part(0.01)}
+
+        def part_names(self):
+            return list(self.parts)
+
+        def get_submodule(self, name):
+            return self.parts[name]
+
+    class Frozen:
+        network = Network()
+
+    def dense(frozen, decisions):
+        for part in frozen.network.parts.values():
+            part.function(torch.zeros(2))
+
+    def chosen(decisions):
+        Frozen.network.parts["slow"].function(torch.zeros(2))
+
+    row = {"flops_needed": 1.0, "flops_dense": 2.0}
+    row["milliseconds"] = {"dynexec": {"median": 60.0}, "dense frozen": {"median": 80.0}}
+    candidates = {"dense frozen": functools.partial(dense, Frozen()), "dynexec": chosen}
+    losses = systems_experiment._losses(row, candidates, [None])
+    assert losses["total"] == pytest.approx(20.0)
+    assert losses["parts of unequal speed"] == pytest.approx(20.0, abs=4) and abs(losses["fewer rows at once"]) < 4

@@ -5,10 +5,7 @@ A baseline is prepared once for a network and a batch size, then called with ima
 """
 
 import importlib.util
-import io
-import logging
 import shutil
-import warnings
 from copy import deepcopy
 from functools import lru_cache, partial
 
@@ -22,6 +19,7 @@ from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.segment import make_segments
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import apply_layers, dynamic_blocks
+from dynexec.report.libraries import export_module, open_in_onnx_runtime, open_in_openvino
 
 
 class Baseline:
@@ -293,46 +291,6 @@ BASELINES = (
 )
 
 
-def open_in_onnx_runtime(content, threads):
-    """An ONNX file (bytes) as a function of tensors, which gives a list of tensors; all graph optimisations on."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Its threads may spin while it runs, but not into the neighbour's turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-
-    def run(*tensors):
-        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(output) for output in session.run(None, given)]
-
-    return run
-
-
-def open_in_openvino(content, threads):
-    """The same by OpenVINO, set for latency, float32."""
-    import openvino
-
-    core = openvino.Core()
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would take bfloat16 by themselves
-    }
-    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
-    request = network.create_infer_request()
-
-    def run(*tensors):
-        found = request.infer([tensor.numpy() for tensor in tensors], share_inputs=True)
-        return [torch.from_numpy(found[output]) for output in network.outputs]
-
-    return run
-
-
 def static_network(model):
     """A copy of the backbone of ``model`` that knows nothing of decisions, as if all were True."""
     static = deepcopy(_backbone(model))
@@ -357,21 +315,6 @@ def _backbone(model):
 def export_onnx(model, shape):
     """The static network of ``model`` as an ONNX file (bytes), for float32 input of one shape."""
     return export_module(static_network(model), torch.zeros(shape))
-
-
-def export_module(module, *inputs):
-    """A module as an ONNX file (bytes), for inputs of these shapes."""
-    file = io.BytesIO()
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(module, inputs, file, dynamo=True, verbose=False)
-    finally:
-        logger.setLevel(level)
-    return file.getvalue()
 
 
 def _full(block, x, shortcut, args, kwargs):

@@ -134,7 +134,7 @@ def bench_sections(rows, folder):
     if any(row["realised"] is not None for row in rows):
         plot = plot_speed_up(rows, folder / "speed_up.png")
         text = "On the diagonal, the time saved follows the FLOPs saved."
-        caption = "Hollow: decisions drawn like those of the trained policy, its network included."
+        caption = "Hollow: decisions like those of the trained policy, its network included."
         sections.append(Section("Theoretical against realised speed-up", text, figures=((str(plot), caption),)))
     for title, members in group_rows(rows):
         failed = tuple(number for number, row in enumerate(members) if row["failed"])

@@ -29,8 +29,8 @@ SCHEMA = {
     "image_size": int,
     "batch": int,
     "keep": float,  # asked for
-    "kept": float,  # share of (sample, block) pairs really kept
-    "decisions": str,  # "bernoulli" or "published": like those of a trained policy, whose network then runs too
+    "kept": float,  # share of (sample, block) pairs really kept, or of (row, part) pairs computed
+    "decisions": str,  # "bernoulli" or "published": at the rates of a trained policy, whose network then runs too
     "seed": int,
     "draws": int,  # different decisions cycled through in every timed call
     "rounds": int,

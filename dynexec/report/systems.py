@@ -1,6 +1,7 @@
-"""The bench of systems that choose among parts: AdaShare, AR-Net, AdaMML, at the decision rates that were published.
+"""The bench of networks of parts: AdaShare, AR-Net and AdaMML at their published decision rates, and a tree of trunks.
 
-Their dense network is every part computed for every row, as published code does before it multiplies by a mask.
+Their dense network is every part computed for every row, as published code does before it multiplies by a mask; of
+feature sharing it is one network per task.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,10 @@ DRAWS = 2
 
 def _mean(network, decisions):
     return decisions.double().mean().item()
+
+
+def _first_example(network, inputs):
+    return network.example_decisions(inputs)[0]
 
 
 def _obey(policy, decisions):
@@ -48,7 +53,7 @@ class System:
     draw : callable
         ``draw(network, inputs, generator)``: :data:`DRAWS` decisions that together are at the published rates.
     weights : callable
-        ``weights(decisions)``: the soft decisions that stand for them.
+        ``weights(decisions)``: the soft decisions that stand for them, or None where there are none.
     size : int
         Height and width of its images.
     batches : tuple of int
@@ -60,6 +65,10 @@ class System:
     whole : type, optional
         ``whole(network)(inputs, weights)``: masked execution as one module for a library, where the parts would cut a
         network into pieces. ``whole(network, decisions)(inputs)``: one for these decisions alone.
+    masked : callable
+        ``masked(network, inputs, decisions)``: what published code computes, which is everything.
+    other : callable
+        ``other(network, inputs)``: decisions that give another output.
     obey : callable
         ``obey(policy, decisions)`` gives a function in place of ``policy.decide`` that computes all that this does, and
         decides as it is told.
@@ -74,7 +83,15 @@ class System:
     policy: bool = True
     kept: Callable = _mean
     whole: type | None = None
+    masked: Callable | None = None
+    other: Callable = _first_example
     obey: Callable = _obey
+
+    def run_masked(self, network, inputs, decisions):
+        """What published code computes."""
+        if self.masked is not None:
+            return self.masked(network, inputs, decisions)
+        return network(inputs, None, soft_decisions=self.weights(decisions))
 
     def missing(self):
         """Why it cannot be built here, or None."""
@@ -190,6 +207,28 @@ def _adamml(modalities, shares, **options):
     )
 
 
+# A tree for eight tasks: nobody published one as a checkpoint.
+_TREE = [[list(range(8))]] * 9 + [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3 + [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 3
+
+
+def _task_by_task(network, inputs, decisions):
+    """What separate networks compute: the way of every task alone; those of unwanted tasks give zeros."""
+    rows = torch.eye(len(decisions), dtype=torch.bool, device=decisions.device)
+    return [network(inputs, row)[task] * decisions[task] for task, row in enumerate(rows)]
+
+
+_FEATURE_SHARING = System(
+    lambda: create_model("feature_sharing_vgg16", num_classes=[2] * 8, tree=_TREE, width=64),
+    lambda batch: make_images(batch, 224),
+    lambda network, inputs, generator: [torch.ones(8, dtype=torch.bool)],
+    None,
+    224,
+    policy=False,
+    kept=lambda network, decisions: sum(map(len, _TREE)) / (8 * len(_TREE)),
+    masked=_task_by_task,
+    other=lambda network, inputs: torch.arange(8) > 0,
+)
+
 #: Name to system. Rates: AdaShare's published policies; AdaMML's usage of RGB, flow and sound on Kinetics-Sounds.
 SYSTEMS = {
     "adashare_cityscapes": _adashare("adashare_resnet34", "cityscapes_2_tasks_resnet34", [19, 1]),
@@ -197,6 +236,7 @@ SYSTEMS = {
     **{name: _arnet(name, cost) for name, cost in ARNET_COSTS.items()},
     "adamml_rgb_flow_sound": _adamml(("rgb", "flow", "sound"), (0.5506, 0.2682, 0.9512)),
     "adamml_rgb_sound": _adamml(("rgb", "sound"), (0.5506, 0.9512)),
+    "feature_sharing_8_tasks": _FEATURE_SHARING,
 }
 
 
@@ -204,19 +244,12 @@ def build_system(system, *, seed=0):
     """Build a system of the bench in evaluation mode, the same every time; see :func:`dynexec.report.nets.build`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network, inputs = system.build(), system.inputs(1)
-        everything = _everything(system, network, inputs)
+        network, inputs = system.build(), system.inputs(2)  # of one, maps of one pixel have no statistics
 
         def run():
-            network(inputs, soft_decisions=everything)
+            system.run_masked(network, inputs, network.example_decisions(inputs)[0])
             if system.policy:
                 network.policy.decide(inputs)
 
         draw_batch_norm(network, run)
     return network.eval().requires_grad_(False)
-
-
-def _everything(system, network, inputs):
-    """Weights of soft decisions under which every part counts."""
-    decisions = network.example_decisions(inputs)[0]
-    return torch.full_like(system.weights(decisions), 0.5)

@@ -1,6 +1,7 @@
 """One row of the bench of a system: candidates, equal outputs first, then times."""
 
 import math
+import time
 from copy import deepcopy
 from functools import partial
 
@@ -11,16 +12,9 @@ from dynexec.executors import freeze
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.routed import convert_inputs
 from dynexec.measure.timing import compare
-from dynexec.report.baselines import (
-    DenseCompiled,
-    DenseEager,
-    OnnxRuntime,
-    OpenVino,
-    export_module,
-    open_in_onnx_runtime,
-    open_in_openvino,
-)
+from dynexec.report.baselines import DenseCompiled, DenseEager, OnnxRuntime, OpenVino
 from dynexec.report.experiment import PUBLISHED, allowed_error
+from dynexec.report.libraries import export_module, open_in_onnx_runtime, open_in_openvino
 from dynexec.report.rows import environment, now, speed_up
 
 LIBRARIES = (DenseEager, DenseCompiled, OnnxRuntime, OpenVino)
@@ -54,7 +48,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
         candidates, unavailable = _prepare(given, system, narrow, draws, libraries, progress)
         progress(0.0, "comparing outputs")
         outputs = [_masked(network, system, inputs, False, draw) for draw in draws]
-        other = network.example_decisions(inputs)[0].to(device)
+        other = system.other(network, inputs).to(device)
         if relative_error(_masked(network, system, inputs, False, other), outputs[0]) <= 3 * TOLERANCE[dtype]:
             raise ValueError("the decisions must change the network's output, or equal outputs would prove nothing")
         errors = {
@@ -102,7 +96,62 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
         **speed_up(times, flops.dense, needed, [library.name for library in libraries]),
         "losses": {},
     }
+    if not {"dynexec", "dense frozen"} & set(failed):
+        row["losses"] = _losses(row, candidates, draws)
     return [row]
+
+
+def _losses(row, candidates, draws):
+    """Milliseconds per forward that dynexec takes above its own dense time for the same FLOPs, by cause.
+
+    Parts of unequal speed: what the parts that ran take per FLOP in the dense run, against what all of them take. Fewer
+    rows at once: what they took above that.
+    """
+    network = candidates["dense frozen"].args[0].network
+    dense = _time_parts(network, partial(candidates["dense frozen"], draws[0]))
+    causes = {"parts of unequal speed": 0.0, "fewer rows at once": 0.0}
+    share = row["flops_needed"] / row["flops_dense"]
+    causes["parts of unequal speed"] -= share * sum(seconds for _, seconds in dense.values())
+    for draw in draws:
+        for name, (rows, seconds) in _time_parts(network, partial(candidates["dynexec"], draw)).items():
+            of_all, needed = dense.get(name, (rows, seconds))  # a policy's part runs alike wherever it does
+            alike = rows * needed / of_all
+            causes["parts of unequal speed"] += alike / len(draws)
+            causes["fewer rows at once"] += (seconds - alike) / len(draws)
+    times = row["milliseconds"]
+    total = times["dynexec"]["median"] - share * times["dense frozen"]["median"]
+    causes = {cause: 1e3 * seconds for cause, seconds in causes.items()}
+    return {"total": total, **causes, "rest": total - sum(causes.values())}
+
+
+def _time_parts(network, run):
+    """{part: (rows, seconds)} of a run of a frozen network, the faster of two."""
+    best, wait = {}, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    functions = {name: network.get_submodule(name).function for name in network.part_names()}
+
+    def timed(name, found):
+        def call(x):
+            wait()
+            before = time.perf_counter()
+            y = functions[name](x)
+            wait()
+            rows, seconds = found.get(name, (0, 0.0))
+            found[name] = rows + len(x), seconds + time.perf_counter() - before
+            return y
+
+        return call
+
+    try:
+        for _ in range(2):
+            found = {}
+            for name in functions:
+                network.get_submodule(name).function = timed(name, found)
+            run()
+            best = {name: min(found[name], best.get(name, found[name]), key=lambda pair: pair[1]) for name in found}
+    finally:
+        for name, function in functions.items():
+            network.get_submodule(name).function = function
+    return best
 
 
 def _numbers(timing):
@@ -121,8 +170,8 @@ def _prepare(network, system, inputs, draws, libraries, progress):
     frozen = freeze(network, inputs)
     candidates = {
         "masked eager": partial(_masked, eager, system, inputs, system.policy),
-        "naive gather": partial(_follow, eager, eager.policy, system, inputs),
-        "dynexec": partial(_follow, frozen, frozen.network.policy, system, inputs),
+        "naive gather": partial(_follow, eager, getattr(eager, "policy", None), system, inputs),
+        "dynexec": partial(_follow, frozen, getattr(frozen.network, "policy", None), system, inputs),
         "dense frozen": partial(_masked, frozen, system, inputs, False),
     }
     unavailable = {}
@@ -172,11 +221,13 @@ def _masked(network, system, inputs, policy, decisions):
     """Everything, weighted; after the policy, if it is asked for."""
     if policy:
         network.policy.decide(inputs)
-    return network(inputs, None, soft_decisions=system.weights(decisions))
+    return system.run_masked(network, inputs, decisions)
 
 
 def _follow(network, policy, system, inputs, decisions):
-    """The network with its policy, which decides as it is told."""
+    """The network with its policy, if it has one, which decides as it is told."""
+    if policy is None:
+        return network(inputs, decisions)
     policy.decide = system.obey(policy, decisions)
     try:
         return network(inputs)
@@ -202,12 +253,14 @@ def _with_parts_by(library, network):
     for name in copy.part_names():
         parent, _, child = name.rpartition(".")
         part = copy.get_submodule(name)
+        if isinstance(part, nn.Linear):
+            continue  # torch compiles none of its own layers alone, and a session for it would cost more than it does
         if library is DenseCompiled:
             part = part.to(memory_format=torch.channels_last)
             part.compile(dynamic=False, fullgraph=True, options={"freezing": True})
         elif library is DenseEager:
             part = part.to(memory_format=torch.channels_last)
-        elif not isinstance(part, nn.Linear):
+        else:
             part = _Part(library, part)
         setattr(copy.get_submodule(parent), child, part)
     return copy

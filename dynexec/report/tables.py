@@ -26,7 +26,8 @@ COLUMNS = {
 
 #: What the columns mean, for readers of a table.
 LEGEND = (
-    "keep: share of blocks kept (* drawn like the decisions of the trained policy, whose network is charged). ms: "
+    "keep: share of blocks kept, or of all rows and parts that are computed (* like the decisions of the trained "
+    "policy: drawn at its rates, or AdaShare's own; its network is charged). ms: "
     "dynexec, per batch. theoretical: FLOPs of the dense network / FLOPs needed. realised: time of the strongest "
     "dense baseline / time of dynexec. efficiency: realised / theoretical; own efficiency: the same against dynexec "
     "at keep 1. saved share: of the FLOPs removed, how much of the time left. own dense: time of the strongest "
@@ -90,8 +91,9 @@ def markdown(rows):
         headings, table = candidate_table(members)
         parts.append("Milliseconds per batch, median (90th percentile):\n")
         parts.append(markdown_table(headings, table))
-        parts.append("What dynexec loses against its own dense time for the same FLOPs, milliseconds per batch:\n")
-        parts.append(markdown_table(*loss_table(members)))
+        if any(row["losses"] for row in members):
+            parts.append("What dynexec loses against its own dense time for the same FLOPs, milliseconds per batch:\n")
+            parts.append(markdown_table(*loss_table(members)))
     return "\n".join(parts)
 
 
