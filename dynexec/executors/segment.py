@@ -89,7 +89,8 @@ class Segment:
         values = {self.source: builder.load(*shape)}
         if not emit_nodes(builder, self.nodes, self.modules, values):
             raise ValueError(
-                f"x {[None, *shape]} does not fit this network: too small, or not what its classifier needs"
+                f"x {[None, *shape]} does not fit this network: of other channels, too small, or not what its "
+                "classifier needs"
             )
         result = values[self.result]
         self.flat = isinstance(result, Flat)
