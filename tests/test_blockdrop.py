@@ -79,7 +79,7 @@ def test_parameters_are_those_of_the_published_checkpoints(name):
 def test_create_model_overrides_and_errors():
     net = models.create_model("blockdrop_resnet32_cifar10", num_classes=7, in_channels=1)
     assert net(torch.rand(2, 1, 32, 32)).shape == (2, 7)
-    with pytest.raises(ValueError, match="name must be one of blockdrop_resnet101_imagenet.*got 'resnet'"):
+    with pytest.raises(ValueError, match="name must be one of adamml.*got 'resnet'"):
         models.create_model("resnet")
 
 
