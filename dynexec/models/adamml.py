@@ -1,4 +1,4 @@
-"""AdaMML: videos whose segments are looked at in those modalities only that help (Panda et al., ICCV 2021)."""
+"""AdaMML: videos, segments of which are seen in those modalities that help (Panda et al., ICCV 2021, section 3)."""
 
 from dataclasses import dataclass
 

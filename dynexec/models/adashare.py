@@ -1,4 +1,4 @@
-"""AdaShare: tasks that each run their own blocks of one shared network (Sun et al., NeurIPS 2020)."""
+"""AdaShare: tasks that each run their own blocks of one shared network (Sun et al., NeurIPS 2020, section 3)."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""AR-Net: per video frame a resolution and a backbone for it, or a jump over frames (Meng et al., ECCV 2020)."""
+"""AR-Net: per video frame a resolution and a backbone, or a jump over frames (Meng et al., ECCV 2020, section 3)."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Fully-adaptive feature sharing: many tasks on a tree of shared trunks (Lu et al., CVPR 2017)."""
+"""Fully-adaptive feature sharing: many tasks on a tree of shared trunks (Lu et al., CVPR 2017, section 3)."""
 
 import copy
 from dataclasses import dataclass
