@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hostile import Effect
 
 from dynexec.models.adashare_policy import (
     PUBLISHED_POLICIES,
@@ -109,28 +110,14 @@ def test_read_policy(tmp_path, protocol):
         read_policy([content])
 
 
-class Effect:
-    """Something that acts when it is unpickled."""
-
-    happened = False
-
-    def __reduce__(self):
-        return Effect.act, ()
-
-    @staticmethod
-    def act():
-        Effect.happened = True
-        return torch.tensor([[1, 0]])
-
-
 def test_reading_a_policy_runs_no_code(tmp_path):
     path = tmp_path / "acts.pickle"
-    path.write_bytes(pickle.dumps({"task1_policy": Effect()}))
-    with pytest.raises(ValueError, match=r"acts.pickle' is not a policy file.*Effect.act is not allowed"):
+    path.write_bytes(pickle.dumps({"task1_policy": Effect(torch.tensor([[1, 0]]))}))
+    with pytest.raises(ValueError, match=r"acts.pickle' is not a policy file.*hostile.act is not allowed"):
         read_policy(path)
     storage = tmp_path / "nested.pickle"  # a storage is a file of torch.save inside
     inner = tmp_path / "inner.pt"
-    torch.save(Effect(), inner)
+    torch.save(Effect(torch.tensor([[1, 0]])), inner)
 
     class Nested:
         def __reduce__(self):

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from hostile import Effect
 from official_keys import official_state
 from torch import nn
 
@@ -140,20 +141,6 @@ def write_as_python2(checkpoint, path):
     torch.save(checkpoint, path, pickle_module=module, pickle_protocol=2, _use_new_zipfile_serialization=False)
 
 
-class Effect:
-    """What a hostile file would carry: something that acts when it is unpickled."""
-
-    happened = False
-
-    def __reduce__(self):
-        return Effect.act, ()
-
-    @staticmethod
-    def act():
-        Effect.happened = True
-        return 0.5
-
-
 def test_a_python2_file(net, backbone, policy, tmp_path):
     path = tmp_path / "old.t7"
     source = {"agent": without_counters(policy), "resnet": without_counters(backbone), "acc": 0.9}
@@ -171,10 +158,9 @@ def test_a_python2_file(net, backbone, policy, tmp_path):
 @pytest.mark.parametrize("python2", [True, False])
 def test_code_runs_only_when_asked(net, backbone, policy, tmp_path, python2):
     path = tmp_path / "acts.t7"
-    source = {"agent": policy, "resnet": backbone, "acc": Effect()}
+    source = {"agent": policy, "resnet": backbone, "acc": Effect(0.5)}
     write_as_python2(source, path) if python2 else torch.save(source, path)
     before = snapshot(net)
-    Effect.happened = False
     with pytest.raises(ValueError, match=r"If you trust it.*weights_only=False.*: GLOBAL \S+ was not an allowed"):
         load_official(net, path)
     assert not Effect.happened

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from hostile import Effect
 from official_keys import official_shapes, official_state
 from torch import nn
 
@@ -77,17 +78,6 @@ def authors_code():
     yield
     sys.modules.pop("spottune_models", None)
     Pickled.__module__, Pickled.__qualname__ = before
-
-
-class Effect:
-    happened = False
-
-    def __reduce__(self):
-        return Effect.act, ()
-
-    @staticmethod
-    def act():
-        Effect.happened = True
 
 
 @pytest.mark.parametrize("parallel", [False, True])
