@@ -33,6 +33,8 @@ from dynexec.report.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 TESTS = [f"tests/test_{name}.py" for name in ("graphs", "conditional", "resident", "experts", "launches", "kernels")]
+# Not those that compile or emulate what shall run on a GPU: other machines run these.
+ON_A_GPU = "test_graphs or test_launches or test_kernels or a_gpu or kernels or switch or if_runs"
 KEEPS = (0.5, 0.25, 0.75, 0.9, 1.0)
 # Network and batch size, the most important first.
 HEADLINE = [
@@ -46,9 +48,10 @@ COMPILED = [("resnet110", 128)]
 SHARDS = 8
 
 
-def tests(folder, dry):
+def tests(folder, dry, seconds):
     """The tests of the kernels and of what runs them, in several processes; their compiled kernels are cached."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", ON_A_GPU]
+    deadline = time.monotonic() + seconds - 10.0
     # The interpreter is slow: a few of them show that they run.
     shards = [f"{number}/{40 if dry else SHARDS}" for number in range(1 if dry else SHARDS)]
     files = TESTS[-1:] if dry else TESTS
@@ -57,12 +60,21 @@ def tests(folder, dry):
             subprocess.Popen([*command, "--shard", shard, *files], cwd=ROOT, stdout=file, stderr=file)
             for shard in shards
         ]
-        codes = [process.wait() for process in processes]
+        codes = [wait(process, deadline) for process in processes]
     print("tests, exit status of each shard:", codes, flush=True)
     return int(any(codes))
 
 
-def warm_up(folder, dry):
+def wait(process, deadline):
+    """The exit status of pytest; from the deadline on it is interrupted, and says what has failed until then."""
+    try:
+        return process.wait(max(deadline - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        return process.wait()
+
+
+def warm_up(folder, dry, seconds):
     """Compile the kernels of all networks, several at once: each compilation takes one core for a second."""
     queue, running = list(HEADLINE), []
     while (queue or running) and not dry:
@@ -83,17 +95,17 @@ def freeze_once(net, batch):
             freeze(model, make_images(batch, NETS[net].size).to("cuda").half(), executor=executor)
 
 
-def rates(folder, dry):
+def rates(folder, dry, seconds):
     """Rates of the GPU, and of the kernels against the library's."""
     return subprocess.call([sys.executable, Path(__file__).parent / "gpu_rates.py", folder, *["--dry"] * dry])
 
 
-def headline(folder, dry):
+def headline(folder, dry, seconds):
     """Networks against all baselines but ``torch.compile``, which takes minutes."""
     return networks(folder, dry, [("tiny", 3)] if dry else HEADLINE, compiled=False)
 
 
-def systems(folder, dry):
+def systems(folder, dry, seconds):
     """Systems that choose among parts, at the published rates."""
     failed = 0
     for name, batch in [("tiny", 2)] if dry else PARTS:
@@ -108,7 +120,7 @@ def measure_system(folder, dry, name, batch):
     if path.exists() and any((row["net"], row["batch"]) == (name, batch) for row in read_rows(path)):
         return 0
     system = tiny_system() if dry else SYSTEMS[name]
-    how = {"dtype": torch.float32 if dry else torch.float16, "seconds": 0.0 if dry else 8.0, "libraries": (DenseEager,)}
+    how = {"dtype": torch.float32 if dry else torch.float16, "seconds": 0.0 if dry else 4.0, "libraries": (DenseEager,)}
     (row,) = run_system(build_system(system).to("cpu" if dry else "cuda"), system, batch, name=name, **how)
     append_row(path, row)
     times = ", ".join(f"{key} {value['median']:.3f} ms" for key, value in row["milliseconds"].items())
@@ -116,7 +128,7 @@ def measure_system(folder, dry, name, batch):
     return int(bool(row["failed"]))
 
 
-def compiled(folder, dry):
+def compiled(folder, dry, seconds):
     """Two networks against all baselines."""
     return networks(folder, dry, [] if dry else COMPILED, compiled=True)
 
@@ -168,7 +180,7 @@ def measure_network(folder, dry, net, batch, names):
 
     baselines = [baseline for baseline in BASELINES if baseline.name in names]
     baselines = [KeptDense if baseline is DenseFrozen else baseline for baseline in baselines]
-    how = {"baselines": baselines, "executor": Kept, "dtype": dtype, "seconds": 0.0 if dry else 4.0}
+    how = {"baselines": baselines, "executor": Kept, "dtype": dtype, "seconds": 0.0 if dry else 2.0}
     failed = False
     for row in run_experiment(model, images, settings, name=net, **how):
         append_row(folder / "gpu.jsonl", row)
@@ -238,14 +250,15 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--network", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--system", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = {step.__name__: step for line, _ in STEPS for step in line}
     if args.step:
-        return steps[args.step](args.folder, args.dry)
+        name, seconds = args.step
+        return steps[name](args.folder, args.dry, float(seconds))
     if args.network:
         net, batch, *names = args.network
         return measure_network(args.folder, args.dry, net, int(batch), names)
@@ -263,7 +276,9 @@ def main():
         left -= share
         command = [sys.executable, __file__, args.folder, *["--dry"] * args.dry, "--step"]
         running = {
-            step.__name__: subprocess.Popen([*command, step.__name__], env=environment, start_new_session=True)
+            step.__name__: subprocess.Popen(
+                [*command, step.__name__, f"{seconds:.0f}"], env=environment, start_new_session=True
+            )
             for step in line
         }
         deadline = time.monotonic() + seconds

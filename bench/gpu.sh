@@ -6,6 +6,10 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+# Native code for the GPU that is here alone, which takes less time.
+if capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null); then
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(echo "$capability" | head -1)}
+fi
 if ! "$python" -c "import dynexec._C" 2>/dev/null; then
   "$python" -m pip install -v --no-build-isolation --no-deps -e . >"$out/install.txt" 2>&1 ||
     tail -50 "$out/install.txt"

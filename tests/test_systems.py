@@ -195,28 +195,32 @@ def test_the_table_of_models_is_what_they_are():
 def test_losses_of_parts_of_unequal_speed():
     """Two parts of as many FLOPs, one of which takes three times as long: choosing that one alone loses half again."""
 
-    class Part:
+    class Part(torch.nn.Module):
         def __init__(self, seconds):
-            self.function = lambda x: time.sleep(seconds * len(x)) or x
+            super().__init__()
+            self.seconds = seconds
 
-    class Network:
-        parts = {"slow": Part(0.03), "fast": Part(0.01)}
+        def forward(self, x):
+            time.sleep(self.seconds * len(x))
+            return x
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slow, self.fast = Part(0.03), Part(0.01)
 
         def part_names(self):
-            return list(self.parts)
-
-        def get_submodule(self, name):
-            return self.parts[name]
+            return ["slow", "fast"]
 
     class Frozen:
         network = Network()
 
     def dense(frozen, decisions):
-        for part in frozen.network.parts.values():
-            part.function(torch.zeros(2))
+        for part in (frozen.network.slow, frozen.network.fast):
+            part(torch.zeros(2))
 
     def chosen(decisions):
-        Frozen.network.parts["slow"].function(torch.zeros(2))
+        Frozen.network.slow(torch.zeros(2))
 
     row = {"flops_needed": 1.0, "flops_dense": 2.0}
     row["milliseconds"] = {"dynexec": {"median": 60.0}, "dense frozen": {"median": 80.0}}

@@ -23,7 +23,7 @@ constexpr int64_t kBytesPerThread = 64 * 1024;
 // Uninitialised, on the CPU.
 inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0,
       &handle));

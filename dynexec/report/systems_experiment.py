@@ -127,30 +127,28 @@ def _losses(row, candidates, draws):
 def _time_parts(network, run):
     """{part: (rows, seconds)} of a run of a frozen network, the faster of two."""
     best, wait = {}, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    functions = {name: network.get_submodule(name).function for name in network.part_names()}
+    begun = {}
 
-    def timed(name, found):
-        def call(x):
-            wait()
-            before = time.perf_counter()
-            y = functions[name](x)
-            wait()
-            rows, seconds = found.get(name, (0, 0.0))
-            found[name] = rows + len(x), seconds + time.perf_counter() - before
-            return y
+    def begin(part, arguments):
+        wait()
+        begun[part] = time.perf_counter()
 
-        return call
+    def end(name, found, part, arguments, output):
+        wait()
+        rows, seconds = found.get(name, (0, 0.0))
+        found[name] = rows + len(arguments[0]), seconds + time.perf_counter() - begun[part]
 
-    try:
-        for _ in range(2):
-            found = {}
-            for name in functions:
-                network.get_submodule(name).function = timed(name, found)
+    for _ in range(2):
+        found = {}
+        parts = {name: network.get_submodule(name) for name in network.part_names()}
+        hooks = [part.register_forward_pre_hook(begin) for part in parts.values()]
+        hooks += [part.register_forward_hook(partial(end, name, found)) for name, part in parts.items()]
+        try:
             run()
-            best = {name: min(found[name], best.get(name, found[name]), key=lambda pair: pair[1]) for name in found}
-    finally:
-        for name, function in functions.items():
-            network.get_submodule(name).function = function
+        finally:
+            for hook in hooks:
+                hook.remove()
+        best = {name: min(found[name], best.get(name, found[name]), key=lambda pair: pair[1]) for name in found}
     return best
 
 
