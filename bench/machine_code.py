@@ -89,15 +89,19 @@ def add_rest(found, architecture):
     found["copy, all samples"] = partial(combine, x, x), None
     found["more channels, odd ones, all samples"] = partial(combine, tensor(64, 15, 9, 9), tensor(64, 31, 9, 9)), None
     for name, n, c, k in (("all samples", 64, 256, 256), ("odd channels, all samples", 64, 15, 31)):
-        tile = choose_tile(n * 196, k, c, HALF, architecture)
+        tile = choose_tile(n * 196, k, 9, c, HALF, architecture)
         out = tensor(n, k, 14, 14)
         call = partial(
             conv, tensor(n, c, 14, 14), tensor(k, c, 3, 3), floats(k), out, padding=(1, 1), residual=out, tile=tile
         )
         found[f"3x3, {c} to {k} channels, {name}, {label(tile)}, float16"] = call, tile if c == 256 else None
+    few = partial(conv, tensor(64, 2048, 7, 7), tensor(4, 2048, 1, 1), floats(4), tensor(64, 4, 7, 7),
+                  workspace=Workspace(torch.device("meta")), **some_rows(64))  # fmt: skip
+    if architecture >= 90:  # fewer than a tile holds, of sums that are shared
+        found["1x1, 2048 to 4 channels, float16"] = few, None
     one = partial(depthwise, tensor(1, 15, 9, 9), tensor(15, 1, 3, 3), floats(15), tensor(1, 15, 9, 9), padding=(1, 1))
     found["depthwise 3x3, 15 channels, one sample"] = one, None
-    tile = choose_pair_tile(20, 20, HALF, architecture)
+    tile = choose_pair_tile(81, 20, 20, HALF, architecture)
     found["3x3 and 1x1, odd channels, one sample"] = partial(
         conv_pair, tensor(1, 20, 9, 9), tensor(20, 20, 3, 3), floats(20), tensor(31, 20, 1, 1), floats(31),
         tensor(1, 31, 9, 9), padding=(1, 1), tile=tile,
@@ -118,7 +122,7 @@ CONVOLUTIONS = [
 
 
 def add_conv(found, architecture, dtype, n, c, k, kernel, stride, size):
-    tile = choose_tile(n * size * size, k, c, dtype, architecture)
+    tile = choose_tile(n * size * size, k, kernel**2, c, dtype, architecture)
     adds = kernel == 1 and k > c
     out = tensor(n, k, size, size, dtype=dtype)
     call = partial(
@@ -131,7 +135,7 @@ def add_conv(found, architecture, dtype, n, c, k, kernel, stride, size):
 
 
 def add_pair(found, architecture, dtype, middle, size):
-    tile = choose_pair_tile(middle, middle, dtype, architecture)
+    tile = choose_pair_tile(64 * size * size, middle, middle, dtype, architecture)
     out = tensor(64, 4 * middle, size, size, dtype=dtype)
     call = partial(
         conv_pair, tensor(64, middle, size, size, dtype=dtype), tensor(middle, middle, 3, 3, dtype=dtype),
@@ -141,7 +145,7 @@ def add_pair(found, architecture, dtype, middle, size):
     found[f"3x3 and 1x1, {middle} to {4 * middle} channels, {label(tile)}, {short(dtype)}"] = call, tile
     if middle == 128:
         x, groups = tensor(64 * size * size, middle, dtype=dtype), numbers(4, 7)
-        tile = choose_tile(len(x), middle, middle, dtype, architecture)
+        tile = choose_tile(len(x), middle, 9, middle, dtype, architecture)
         call = partial(
             grouped_conv, x, tensor(2, middle, middle, 3, 3, dtype=dtype), floats(2, middle), x, groups,
             numbers(64), numbers(5), padding=(1, 1), activation="relu", tile=tile,

@@ -125,7 +125,7 @@ def conv_pair(
     k, (oh, ow) = out.shape[1], out.shape[2:]
     if n == 0:
         return out
-    tile = tile or choose_pair_tile(m, c, x.dtype, architecture(x.device))
+    tile = tile or choose_pair_tile(n * oh * ow, m, c, x.dtype, architecture(x.device))
     grid = fill(x.device, triton.cdiv(n * oh * ow, tile.bm), tile.programs)
     middle = max(16, triton.next_power_of_2(m))
     _conv_pair[grid](

@@ -1,12 +1,12 @@
-"""Sizes of tiles, from small tables: nothing is tuned while a network runs.
-
-Their values are estimates, by what the machine code uses and what the roofline model expects (docs/gpu-notes.md), not
-yet by time on a GPU: with sums shared by several programs, large tiles win down to about a thousand pixels.
-"""
+"""Sizes of tiles, from tables: nothing is tuned while a network runs."""
 
 from dataclasses import dataclass, replace
+from functools import cache
+from math import log2
 
 import torch
+
+from dynexec.kernels.measured_tiles import CONVOLUTIONS, PAIRS
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,8 @@ class Tile:
     programs: int  # that a multiprocessor runs at once
 
 
-# {largest number of output channels: {largest number of pixels: tile}}, None: more. For 16-bit numbers.
-_HOPPER = {
-    16: {None: Tile(128, 16, 64, 4, 4, 3)},
-    32: {None: Tile(128, 32, 64, 4, 4, 3)},
-    64: {4096: Tile(64, 64, 64, 4, 4, 3), None: Tile(128, 64, 64, 4, 4, 2)},
-    None: {1024: Tile(64, 64, 64, 4, 4, 3), None: Tile(128, 128, 64, 8, 4, 1)},
-}
+# {largest number of output channels: {largest number of pixels: tile}}, None: more. For 16-bit numbers; estimates, by
+# what the machine code uses.
 _AMPERE = {
     16: {None: Tile(128, 16, 32, 4, 4, 3)},
     32: {None: Tile(128, 32, 32, 4, 4, 2)},
@@ -35,22 +30,50 @@ _AMPERE = {
     None: {1024: Tile(64, 64, 32, 4, 4, 2), None: Tile(128, 128, 32, 8, 4, 1)},
 }
 # {largest number of channels between two convolutions: tile}.
-_HOPPER_PAIRS = {64: Tile(128, 64, 64, 8, 4, 2), 128: Tile(128, 64, 64, 8, 3, 1), 256: Tile(64, 64, 64, 8, 3, 1)}
 _AMPERE_PAIRS = {64: Tile(64, 64, 32, 4, 3, 2), 128: Tile(64, 64, 32, 4, 3, 1), 256: Tile(64, 32, 32, 8, 3, 1)}
 
 
-def choose_tile(pixels, channels, depth, dtype, architecture):
-    """The tile for a convolution of up to ``pixels`` output pixels from ``depth`` to ``channels`` channels.
+def choose_tile(pixels, channels, taps, depth, dtype, architecture):
+    """The tile for a convolution from ``depth`` to ``channels`` channels with ``taps`` weights for each pair of them.
 
-    ``architecture``: 80 and 86 for Ampere, 90 for Hopper.
+    ``pixels``: of the output, if all samples keep the block. ``architecture``: 80 and 86 for Ampere, 90 for Hopper,
+    where the tile is that of the most similar convolution that was measured.
     """
-    return _narrow(_find(_find(_HOPPER if architecture >= 90 else _AMPERE, channels), pixels), depth, dtype)
+    if architecture < 90:
+        tile = _find(_find(_AMPERE, channels), pixels)
+    else:
+        tile = _nearest(taps > 1, pixels, channels, taps * depth)
+    if dtype == torch.float32 and architecture >= 90:
+        wide = tile.bm * tile.bn >= 128 * 128  # which is more than the registers hold
+        tile = replace(tile, bn=tile.bn // 2 if wide else tile.bn, programs=min(tile.programs, 2))
+    return _narrow(tile, depth, dtype)
 
 
-def choose_pair_tile(middle, depth, dtype, architecture):
+def choose_pair_tile(pixels, middle, depth, dtype, architecture):
     """The tile for two convolutions in one kernel with up to 256 channels between them."""
-    tile = _narrow(_find(_HOPPER_PAIRS if architecture >= 90 else _AMPERE_PAIRS, middle), depth, dtype)
+    if architecture < 90:
+        tile = _find(_AMPERE_PAIRS, middle)
+    else:
+        tile = _nearest_pair(pixels, middle)
+    tile = _narrow(tile, depth, dtype)
     return replace(tile, bn=tile.bn // 2, stages=2, programs=1) if dtype == torch.float32 else tile
+
+
+@cache
+def _nearest(window, *sizes):
+    """Of the measured convolutions, with a window of several pixels or without, the one whose sizes differ least."""
+    rows = [row for row in CONVOLUTIONS if (row[0] > 1) == window]
+    return Tile(*min(rows, key=lambda row: _distance((row[1], row[2], row[0] * row[3]), sizes))[4])
+
+
+@cache
+def _nearest_pair(pixels, middle):
+    middle = min((row[1] for row in PAIRS if row[1] >= middle), default=256)  # a tile holds them all
+    return Tile(*min((row for row in PAIRS if row[1] == middle), key=lambda row: _distance(row[:1], (pixels,)))[2])
+
+
+def _distance(measured, sizes):
+    return sum(log2(a / b) ** 2 for a, b in zip(measured, sizes, strict=True))
 
 
 def _find(table, size):

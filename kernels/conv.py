@@ -19,7 +19,8 @@ from dynexec.kernels.device import (
 from dynexec.kernels.tiles import finish_tile, sum_taps
 
 MAX_SPLIT = 8  # programs that share one tile's sum
-MOST_PROGRAMS, CELLS = 16, 128 * 128  # that a multiprocessor runs at once, and of all their tiles
+TERMS = 1024  # of a sum that each of them should have at least
+CELLS = 128 * 128  # of a tile that is shared
 MAX_TAPS = 31  # of a window: a bit of an int32 each
 
 
@@ -35,6 +36,8 @@ def _conv(
     partial_ptr,  # float32 [programs, BM, BN]: parts of sums
     arrived_ptr,  # int32 [programs]: how many parts of a tile are there; 0 before and after
     samples,  # N
+    most,  # programs that share one tile's sum
+    multiprocessors,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -52,7 +55,7 @@ def _conv(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
     GATHERED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -68,7 +71,7 @@ def _conv(
     tiles = tl.cdiv(pixels, BM) * tiles_n
     # Few tiles leave multiprocessors idle: then several programs share the sum of each. It depends on the number of
     # kept samples how many, and so does the order of the additions.
-    split = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(tiles, 1), 1), min(SPLIT, steps))
+    split = tl.minimum(tl.maximum(multiprocessors // tl.maximum(tiles, 1), 1), most)
     for unit in tl.range(tl.program_id(0), tiles * split, tl.num_programs(0)):
         tile = unit // split
         part = unit - tile * split
@@ -82,6 +85,7 @@ def _conv(
             bits = valid.to(tl.int32)
         else:
             bits = tl.where(valid, inside_bits(top, left, H, W, KH, KW, DH, DW), 0)
+        place = (sample * (OH * OW) + pixel) * K
         acc = sum_taps(
             tl.zeros((BM, BN), tl.float32),
             x_ptr + sample * (H * W * C) + (top * W + left) * C,
@@ -92,15 +96,11 @@ def _conv(
             steps * (part + 1) // split,
             W, C, KH, KW, DH, DW, BK, all_columns, PRECISION,
         )  # fmt: skip
-        last = True
-        if SPLIT > 1:
+        if SHARED:
             if split > 1:
                 acc, last = _add_parts(acc, partial_ptr, arrived_ptr, tile, part, split, BM, BN)
-        if last:
-            place = (sample * (OH * OW) + pixel) * K
-            finish_tile(
-                acc, bias_ptr, residual_ptr, out_ptr, place, valid, columns, K, RESIDUAL, ACTIVATION, all_columns
-            )
+                valid = valid & last  # a branch around what follows is more than Triton 3.6 compiles for few channels
+        finish_tile(acc, bias_ptr, residual_ptr, out_ptr, place, valid, columns, K, RESIDUAL, ACTIVATION, all_columns)
 
 
 @triton.jit
@@ -111,11 +111,10 @@ def _add_parts(acc, partial_ptr, arrived_ptr, tile, part, split, BM: tl.constexp
     tl.store(first_ptr + part * (BM * BN), acc)
     tl.debug_barrier()  # all threads' stores come before the one atomic that announces them
     last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == split - 1
-    if last:
-        acc = tl.zeros((BM, BN), tl.float32)
-        for other in range(0, split):
-            acc += tl.load(first_ptr + other * (BM * BN))
-        tl.store(arrived_ptr + tile, 0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for other in range(0, tl.where(last, split, 0)):
+        acc += tl.load(first_ptr + other * (BM * BN))
+    tl.store(arrived_ptr + tile, 0, mask=last)
     return acc, last
 
 
@@ -166,16 +165,17 @@ def conv(
     assert kh * kw <= MAX_TAPS, f"a window of {kh * kw} taps"
     if n == 0:
         return out
-    tile = tile or choose_tile(n * oh * ow, k, c, x.dtype, architecture(x.device))
-    grid = fill(x.device, triton.cdiv(n * oh * ow, tile.bm) * triton.cdiv(k, tile.bn) * MAX_SPLIT, tile.programs)
-    split, partial, arrived = 1, None, None
-    if workspace is not None:
-        split = MAX_SPLIT
-        partial, arrived = workspace.take(grid[0], tile.bm * tile.bn)
+    tile = tile or choose_tile(n * oh * ow, k, kh * kw, c, x.dtype, architecture(x.device))
+    most, partial, arrived = 1, None, None
+    if workspace is not None and tile.bm * tile.bn <= CELLS:
+        most = min(max(kh * kw * c // TERMS, 1), MAX_SPLIT)
+    if most > 1:
+        partial, arrived = workspace.partial, workspace.arrived
+    grid = fill(x.device, triton.cdiv(n * oh * ow, tile.bm) * triton.cdiv(k, tile.bn) * most, tile.programs)
     _conv[grid](
-        x, weight, bias, residual, out, index, offset, partial, arrived, n,
+        x, weight, bias, residual, out, index, offset, partial, arrived, n, most, multiprocessors(x.device),
         h, w, c, k, oh, ow, kh, kw, *stride, *padding, *dilation,
-        tile.bm, tile.bn, tile.bk, split, index is not None, residual is not None, activation, precision,
+        tile.bm, tile.bn, tile.bk, most > 1, index is not None, residual is not None, activation, precision,
         num_warps=tile.warps, num_stages=tile.stages, **launch_options(x.device),
     )  # fmt: skip
     return out
@@ -188,11 +188,6 @@ class Workspace:
     """
 
     def __init__(self, device):
-        programs = MOST_PROGRAMS * multiprocessors(device)
-        self._partial = torch.empty(CELLS * multiprocessors(device), device=device)
-        self._arrived = torch.zeros(programs, dtype=torch.int32, device=device)
-
-    def take(self, programs, cells):
-        """float32 of ``programs`` times ``cells``, and zeroed int32 of ``programs``."""
-        assert programs * cells <= self._partial.numel() and programs <= self._arrived.numel()
-        return self._partial, self._arrived
+        # Sums are shared while all their parts are worked on at once, one by each multiprocessor.
+        self.partial = torch.empty(CELLS * multiprocessors(device), device=device)
+        self.arrived = torch.zeros(multiprocessors(device), dtype=torch.int32, device=device)

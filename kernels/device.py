@@ -8,8 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-# For ``triton.jit``: one compilation for all numbers of samples, and for offsets of any block: every fourth is aligned.
-ONCE = {"do_not_specialize": ["samples"], "do_not_specialize_on_alignment": ["index_ptr", "offset_ptr"]}
+# For ``triton.jit``: one compilation for all numbers, and for offsets of any block: every fourth is aligned.
+ONCE = {
+    "do_not_specialize": ["samples", "most", "multiprocessors"],
+    "do_not_specialize_on_alignment": ["index_ptr", "offset_ptr"],
+}
 
 
 @triton.jit

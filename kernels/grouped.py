@@ -146,7 +146,7 @@ def grouped_conv(
     (_, c), (_, k, _, kh, kw) = x.shape, weight.shape
     if len(index) == 0 or len(groups) == 0:
         return out
-    tile = tile or choose_tile(len(out), k, c, x.dtype, architecture(x.device))
+    tile = tile or choose_tile(len(out), k, kh * kw, c, x.dtype, architecture(x.device))
     grid = fill(x.device, (triton.cdiv(len(out), tile.bm) + len(groups)) * triton.cdiv(k, tile.bn), tile.programs)
     _grouped_conv[grid](
         x, weight, bias, residual, out, index, offset, groups, len(groups),

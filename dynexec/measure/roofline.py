@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 _EMPTY = 0.3e-6  # seconds of a kernel that finds nothing to do
-_MAX_SPLIT = 8
+_MAX_SPLIT, _TERMS = 8, 1024  # as of kernels/conv.py
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,21 @@ class Gpu:
         rates = {rate: share * getattr(self, rate) for rate in ("flops", "bandwidth", "cache_bandwidth", "cache_bytes")}
         return replace(self, name=name, multiprocessors=multiprocessors, clusters=clusters, **rates)
 
-    def calibrate(self, measured):
-        """With the rates that a dict of measured ones names."""
-        return replace(self, **{name: value for name, value in measured.items() if hasattr(self, name)})
 
-
-#: An H100 SXM. The first two rates were measured on one; the others are estimates until bench/gpu.sh has measured them.
+#: An H100 or H200 SXM. The rate of large products was measured on an H100; the others are fitted to convolutions that
+#: were measured on an H200 (bench/tiles.jsonl), which the model then gives with an error of 19 % (root mean square).
 H100 = Gpu(
     name="H100 SXM",
     multiprocessors=132,
     flops=798e12,
-    bandwidth=3.0e12,
-    cache_bandwidth=5.0e12,
-    cache_bytes=40e6,
+    bandwidth=3.2e12,
+    cache_bandwidth=2.7e12,
+    cache_bytes=60e6,
     launch=1.3e-6,
     dependent_launch=0.6e-6,
-    fill=1.2e-6,
+    fill=2.6e-6,
     clusters=True,
-    efficiency=((128 * 128, 0.85), (128 * 64, 0.70), (64 * 64, 0.52), (128 * 32, 0.40), (0, 0.22)),
+    efficiency=((128 * 128, 0.67), (128 * 64, 0.58), (64 * 64, 0.52), (128 * 32, 0.40), (0, 0.33)),
 )
 
 
@@ -122,7 +119,7 @@ def _arithmetic(gpu, layer, samples):
 def _tiled(gpu, layer, samples, rows, columns, together):
     places = gpu.multiprocessors * together
     tiles = ceil(samples * layer.pixels / rows) * ceil(layer.channels / columns)
-    split = min(max(places // tiles, 1), _MAX_SPLIT)
+    split = min(max(gpu.multiprocessors // tiles, 1), max(layer.reduction // _TERMS, 1), _MAX_SPLIT)
     share = next(share for outputs, share in gpu.efficiency if rows * columns >= outputs)
     rounds = ceil(tiles * split / places)
     seconds = rounds * 2 * rows * columns * layer.reduction / split / (share * gpu.flops / places)

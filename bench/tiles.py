@@ -1,0 +1,249 @@
+"""Times tiles of the convolution kernels on a GPU, and makes the table that they are chosen from.
+
+    python bench/tiles.py FOLDER [--dry]               # measure: rows go to FOLDER/tiles.jsonl
+    python bench/tiles.py --write bench/tiles.jsonl    # write kernels/measured_tiles.py
+
+A row: per layer, batch size, keep rate and tile the microseconds of a launch, median of replays of a CUDA graph with 20
+that need each other; and those of cuDNN's convolution of a batch of just the kept samples. Outputs are compared before
+anything is timed. Kernels are compiled first, on all cores. ``--dry`` measures tiny layers in Triton's interpreter.
+
+The table has for each layer and batch size the tile with the least geometric mean over the keep rates.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from math import log
+from pathlib import Path
+
+import torch
+from gpu_rates import LAYERS, TOLERANCE, Rates
+
+from dynexec import reference
+from dynexec.kernels.bottleneck import conv_pair
+from dynexec.kernels.configs import Tile
+from dynexec.kernels.conv import Workspace, conv
+from dynexec.kernels.offline import compile_launches
+
+TABLE = Path(__file__).parents[1] / "kernels" / "measured_tiles.py"
+# Tiles by what they are tried for: output channels, or 1x1 convolutions with short sums.
+TILES = {
+    16: [(128, 16, 16, 4, 4, 6), (128, 16, 32, 4, 4, 4), (256, 16, 16, 4, 6, 3)],
+    32: [(128, 32, 32, 4, 4, 4), (128, 32, 64, 4, 4, 2), (64, 32, 64, 4, 3, 4)],
+    64: [
+        (128, 64, 64, 4, 4, 2), (128, 64, 64, 8, 3, 3), (64, 64, 64, 4, 4, 3), (64, 64, 64, 4, 3, 4),
+        (64, 32, 64, 4, 4, 4),
+    ],
+    "short": [
+        (64, 64, 64, 4, 3, 4), (64, 64, 64, 4, 2, 4), (64, 128, 64, 4, 2, 3), (128, 64, 64, 4, 2, 3),
+        (128, 128, 64, 8, 4, 1), (128, 128, 64, 8, 3, 1),
+    ],
+    "long": [
+        (128, 128, 64, 8, 4, 1), (64, 128, 128, 4, 3, 1), (64, 128, 64, 4, 4, 2), (64, 64, 128, 4, 4, 1),
+        (64, 64, 128, 4, 3, 2), (64, 256, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (64, 64, 64, 4, 4, 3),
+    ],
+}  # fmt: skip
+PAIR_TILES = {
+    64: [(128, 64, 64, 8, 3, 2), (64, 64, 64, 4, 3, 3), (64, 128, 64, 8, 3, 2)],
+    128: [(64, 64, 64, 4, 3, 3), (64, 128, 64, 4, 3, 2), (128, 128, 64, 8, 3, 1), (128, 64, 64, 8, 4, 1)],
+    256: [(64, 64, 64, 8, 3, 1)],
+}  # fmt: skip
+# Beside the bottlenecks': of the small ResNets, and of EfficientNet-lite.
+MORE = [
+    *((16, 16, 3, 1, 32), (32, 32, 3, 1, 16), (64, 64, 3, 1, 8), (144, 24, 1, 1, 56), (24, 144, 1, 1, 56)),
+    *((240, 40, 1, 1, 28), (40, 240, 1, 1, 28), (480, 112, 1, 1, 14), (112, 672, 1, 1, 14)),
+]
+PAIRS = [(64, 56), (128, 28), (256, 14)]  # channels between, size
+BATCHES, KEEPS = (128, 32, 64, 8), (1.0, 0.5, 0.25)
+
+
+def tiles_for(layer):
+    c, k, kernel, _, _ = layer
+    if k <= 64:
+        found = TILES[min(size for size in (16, 32, 64) if size >= k)]
+    else:
+        found = TILES["short"] if kernel**2 * c <= 256 else TILES["long"]
+    return [Tile(*tile) for tile in found]
+
+
+def pair_tiles(middle):
+    return [Tile(*tile) for tile in PAIR_TILES[middle]]
+
+
+class Tiles(Rates):
+    """Measures tiles and writes rows."""
+
+    def __init__(self, folder, dry):
+        super().__init__(folder, dry)
+        self.path, self.known = folder / "tiles.jsonl", set()
+        self.workspace = Workspace(self.device)
+
+    def conv(self, layer, batch):
+        c, k, kernel, stride, size = layer
+        out_size = (size - 1) // stride + 1
+        x, out = self._images(batch, c, size), self._images(batch, k, out_size)
+        weight, bias = self._images(k, c, kernel) / (c * kernel**2) ** 0.5, torch.randn(k, device=self.device)
+        residual = self._images(batch, k, out_size) if adds(layer) else None
+        geometry = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2)}
+        for keep in KEEPS:
+            kept, rows = self.rows(batch, keep)
+            few, few_residual = (None if t is None else channels_last(t[kept]) for t in (x, residual))
+            library = self._library(few, weight, bias, few_residual, geometry)
+            name = {"layer": layer, "batch": batch, "keep": keep}
+            self.write(**name, library_us=1e6 * self.seconds(library))
+            run = partial(conv, x, weight, bias, out, residual=residual, activation="relu", workspace=self.workspace,
+                          **geometry, **rows)  # fmt: skip
+            self.race(name, run, tiles_for(layer), kept, library())
+
+    def pair(self, pair, batch):
+        middle, size = pair
+        x, out, h = (self._images(batch, c, size) for c in (middle, 4 * middle, middle))
+        residual = self._images(batch, 4 * middle, size)
+        first, last = (self._images(k, middle, n) / (n * middle**0.5) for k, n in ((middle, 3), (4 * middle, 1)))
+        biases = [torch.randn(k, device=self.device) for k in (middle, 4 * middle)]
+        for keep in KEEPS:
+            kept, rows = self.rows(batch, keep)
+            conv(x, first, biases[0], h, padding=(1, 1), activation="relu", **rows)
+            wanted = conv(h, last, biases[1], out, residual=residual, activation="relu", **rows)[kept]
+            run = partial(conv_pair, x, first, biases[0], last, biases[1], out, padding=(1, 1), residual=residual,
+                          activation="relu", **rows)  # fmt: skip
+            self.race({"pair": pair, "batch": batch, "keep": keep}, run, pair_tiles(middle), kept, wanted)
+
+    def rows(self, batch, keep):
+        mask = torch.arange(batch, device=self.device) % 4 < 4 * keep
+        index, offset = reference.plan(torch.stack([~mask, mask], 1), 2)
+        return mask.nonzero().flatten(), {"index": index[1], "offset": offset[1, 1:]}
+
+    def race(self, name, run, tiles, kept, wanted):
+        for tile in tiles:
+            row = {**name, "tile": list(vars(tile).values())}
+            try:
+                error = float((run(tile=tile)[kept] - wanted).abs().max() / wanted.abs().max())
+                row |= {"error": error}
+                if error < TOLERANCE:
+                    row |= {"us": 1e6 * self.seconds(partial(run, tile=tile))}
+            except Exception as problem:  # the others are worth having
+                row |= {"failed": f"{type(problem).__name__}: {problem}"[:200]}
+            self.write(**row)
+
+    def write(self, **row):
+        device = "cpu" if self.dry else torch.cuda.get_device_name()
+        with self.path.open("a") as file:
+            file.write(json.dumps({"device": device, **row}) + "\n")
+
+
+def adds(layer):
+    return layer[2] == 1 and layer[1] > layer[0]
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def compile_one(job):
+    """Compile a kernel, into Triton's cache."""
+    layer, tile = job
+    meta = torch.device("meta")
+
+    def tensor(*shape):
+        return torch.empty(shape, dtype=torch.float16, device=meta).to(memory_format=torch.channels_last)
+
+    rows = {name: torch.empty(n, dtype=torch.int32, device=meta) for name, n in (("index", 4), ("offset", 2))}
+
+    def launch():
+        if len(layer) == 2:
+            m, size = layer
+            out, bias = tensor(4, 4 * m, size, size), torch.empty(4 * m, device=meta)
+            conv_pair(tensor(4, m, size, size), tensor(m, m, 3, 3), bias[:m], tensor(4 * m, m, 1, 1), bias, out,
+                      padding=(1, 1), residual=out, activation="relu", tile=tile, **rows)  # fmt: skip
+            return
+        c, k, kernel, stride, size = layer
+        out_size = (size - 1) // stride + 1
+        out = tensor(4, k, out_size, out_size)
+        conv(tensor(4, c, size, size), tensor(k, c, kernel, kernel), torch.empty(k, device=meta), out,
+             residual=out if adds(layer) else None, activation="relu", tile=tile, stride=(stride, stride),
+             padding=(kernel // 2, kernel // 2), workspace=Workspace(meta), **rows)  # fmt: skip
+
+    compile_launches(launch, 90)
+
+
+def measure(folder, dry, seconds):
+    start = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    layers, pairs, batches = (
+        ([(64, 256, 1, 1, 4), (32, 16, 3, 1, 4)], [], [4]) if dry else (LAYERS + MORE, PAIRS, BATCHES)
+    )
+    if not dry:
+        jobs = [(layer, tile) for layer in layers for tile in tiles_for(layer)]
+        jobs += [(pair, tile) for pair in pairs for tile in pair_tiles(pair[0])]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, jobs))
+        print(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s", flush=True)
+        torch.backends.cudnn.benchmark = True
+    tiles = Tiles(folder, dry)
+    with torch.inference_mode():
+        for batch in batches:
+            for layer in layers:
+                tiles.conv(layer, batch)
+            for pair in pairs:
+                tiles.pair(pair, batch)
+            print(f"batch {batch}: {time.monotonic() - start:.0f} s", flush=True)
+            if time.monotonic() - start > seconds:
+                break
+
+
+def write_table(path, table):
+    """kernels/measured_tiles.py from the rows of a file."""
+    times = defaultdict(lambda: defaultdict(list))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if "us" in row:
+            times[(*row.get("layer", row.get("pair")), row["batch"])][tuple(row["tile"])].append(log(row["us"]))
+    convolutions, pairs = [], []
+    for (*sizes, batch), found in times.items():
+        complete = {tile: sum(logs) for tile, logs in found.items() if len(logs) == len(KEEPS)}
+        tile = min(complete, key=complete.get, default=None)
+        if tile is None:
+            continue
+        if len(sizes) == 2:
+            pairs.append((batch * sizes[1] ** 2, sizes[0], tile))
+        else:
+            c, k, kernel, stride, size = sizes
+            if stride == 1:
+                convolutions.append((kernel**2, batch * size**2, k, c, tile))
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    lines = [
+        '"""Tiles that were the fastest for some layers; written by bench/tiles.py, which measures them."""\n',
+        f"# On {devices}, float16. Taps, pixels of the output, its channels, those of the input, fields of the Tile.",
+        "CONVOLUTIONS = [",
+        *(f"    {row}," for row in sorted(convolutions)),
+        "]",
+        "# A 3x3 and a 1x1 convolution in one kernel: pixels, channels between them, fields of the Tile.",
+        "PAIRS = [",
+        *(f"    {row}," for row in sorted(pairs)),
+        "]",
+    ]
+    table.write_text("\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--write", type=Path, metavar="ROWS")
+    args = parser.parse_args()
+    if args.write is not None:
+        return write_table(args.write, TABLE)
+    if args.folder is None:
+        parser.error("where shall the rows go?")
+    return measure(args.folder, args.dry, args.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The table that tiles are chosen from."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_cases  # noqa: F401 - skips where there is no Triton
+import pytest
+import torch
+
+from dynexec.kernels import measured_tiles
+from dynexec.kernels.configs import Tile, choose_pair_tile, choose_tile
+
+ROOT = Path(__file__).parents[1]
+in_the_source_tree = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import tiles
+
+    return tiles
+
+
+@in_the_source_tree
+def test_the_table_is_what_was_measured(tiles, tmp_path):
+    tiles.write_table(ROOT / "bench" / "tiles.jsonl", tmp_path / "table.py")
+    written = {}
+    exec((tmp_path / "table.py").read_text(), written)
+    assert written["CONVOLUTIONS"] == measured_tiles.CONVOLUTIONS
+    assert written["PAIRS"] == measured_tiles.PAIRS
+
+
+@in_the_source_tree
+def test_the_fastest_tile_is_written(tiles, tmp_path):
+    """The least geometric mean over the keep rates, of those that were measured at all of them and were right."""
+    fast, even, partly = [64, 64, 64, 4, 3, 4], [128, 64, 64, 4, 4, 2], [64, 32, 64, 4, 4, 4]
+    times = {(1.0, 0): 1.0, (0.5, 0): 9.0, (0.25, 0): 9.0, (1.0, 1): 4.0, (0.5, 1): 4.0, (0.25, 1): 4.0, (1.0, 2): 0.1}
+    rows = [
+        f'{{"device": "a GPU", "layer": [8, 16, 3, 1, 10], "batch": 2, "keep": {keep}, "tile": {tile}, "us": {us}}}\n'
+        for (keep, number), us in times.items()
+        for tile in ((fast, even, partly)[number],)
+    ]
+    (tmp_path / "rows").write_text("".join(rows))
+    tiles.write_table(tmp_path / "rows", tmp_path / "table.py")
+    written = {}
+    exec((tmp_path / "table.py").read_text(), written)
+    assert written["CONVOLUTIONS"] == [(9, 200, 16, 8, tuple(even))] and written["PAIRS"] == []
+
+
+def test_the_most_similar_layer_decides():
+    row = next(row for row in measured_tiles.CONVOLUTIONS if row[:4] == (9, 25088, 256, 256))
+    for pixels, channels, depth in ((25088, 256, 256), (25000, 250, 260)):
+        assert choose_tile(pixels, channels, 9, depth, torch.float16, 90) == Tile(*row[4])
+    wide = choose_tile(25088, 256, 9, 256, torch.float32, 90)  # twice the bytes
+    assert (wide.bn, wide.bk) == (row[4][1] // 2, row[4][2] // 2)
+    assert choose_tile(25088, 256, 9, 20, torch.float16, 90).bk == 32  # there are no 64 channels
+    pair = next(row for row in measured_tiles.PAIRS if row[1] == 128)
+    assert choose_pair_tile(pair[0], 100, 128, torch.float16, 90) == Tile(*pair[2])
+
+
+@in_the_source_tree
+def test_measuring_to_its_end(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "tiles.py", tmp_path, "--dry"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "tiles.jsonl").read_text()
+    assert text.count('"us"') > 20 and "failed" not in text
