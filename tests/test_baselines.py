@@ -76,6 +76,33 @@ def test_compiled_baseline_computes_the_same():
         torch.testing.assert_close(output, model.backbone(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeypatch):
+    """And in one call each: with its bias, which BatchNorm is folded into, its addition and its ReLU."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from dynexec.executors import launches
+    from dynexec.kernels import conv
+
+    class AsItIs:  # no graph, which only a GPU has
+        def __init__(self, function, device):
+            self.function = function
+
+        def __call__(self, images, decisions, variant):
+            return self.function(images, decisions)
+
+    ran, run = [], launches._run_by_library
+    monkeypatch.setattr(baselines, "Graphs", AsItIs)
+    monkeypatch.setattr(launches, "_run_by_library", lambda step, *rest: ran.append(step) or run(step, *rest))
+    monkeypatch.setattr(conv, "conv", None)  # none of our own
+    network = model if own else converted("timm")[0]
+    backbone, images = getattr(network, "backbone", network), nets.make_images(3, 16)
+    with torch.inference_mode():
+        output = baselines.DenseLibrary(network, images, threads=1)(images, None)
+        torch.testing.assert_close(output, backbone(images), rtol=1e-4, atol=1e-4)
+    layers = sum(isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) for module in backbone.modules())
+    assert len(ran) == layers
+
+
 def test_missing_packages_and_failures_are_said(model, images):
     class Absent(baselines.DenseEager):
         name, needs = "absent", ("no_such_package",)

@@ -217,7 +217,7 @@ class DenseLibrary(Baseline):
         self.graphs = Graphs(lambda images, _: (module.forward(images),), images.device)
 
     def __call__(self, images, decisions):
-        return self.graphs(images, None)[0]
+        return self.graphs(images, None, "dense")[0]
 
 
 class OnnxRuntime(Baseline):
@@ -299,6 +299,8 @@ def static_network(model):
             parent, _, child = name.rpartition(".")
             setattr(static.get_submodule(parent), child, block.expert())
     revert(static)
+    for block in dynamic_blocks(static):
+        block.placement = None  # a layer like any other
     return static.eval()
 
 

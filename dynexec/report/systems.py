@@ -142,7 +142,7 @@ def _predicted(network, decisions):
 
 def _obey_on_frames(policy, decisions):
     """Of AR-Net, whose skips hold the state that lite predictions are made of."""
-    skipped = rule(decisions, policy.spans)[1]
+    skipped = rule(decisions.cpu(), policy.spans)[1]
 
     def decide(frames):
         hidden = policy.hidden_states(frames, torch.ones_like(skipped), skipped)
