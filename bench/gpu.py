@@ -15,12 +15,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from predict import program
 
 from dynexec import freeze
 from dynexec.executors.forecast import program_seconds
+from dynexec.kernels.offline import compile_launches
 from dynexec.measure.roofline import H100
 from dynexec.models import adashare_resnet
 from dynexec.report.baselines import BASELINES, DenseEager, DenseFrozen
@@ -38,9 +44,9 @@ ON_A_GPU = "test_graphs or test_launches or test_kernels or a_gpu or kernels or 
 KEEPS = (0.5, 0.25, 0.75, 0.9, 1.0)
 # Network and batch size, the most important first.
 HEADLINE = [
-    *(("resnet101", 32), ("resnet110", 128), ("resnet101", 128), ("resnet110", 32), ("resnet101", 64)),
-    *(("resnet110", 1024), ("resnet101", 256), ("resnet101", 1), ("resnet50", 64), ("resnet32", 128)),
-    *(("resnet101", 8), ("resnet110", 1), ("efficientnet_lite0", 64), ("spottune", 64)),
+    *(("resnet101", 32), ("resnet101", 128), ("resnet110", 128), ("resnet101", 64), ("resnet110", 32)),
+    *(("spottune", 64), ("resnet101", 8), ("resnet101", 256), ("resnet110", 1024), ("resnet101", 1)),
+    *(("resnet50", 64), ("resnet32", 128), ("resnet110", 1), ("efficientnet_lite0", 64)),
 ]
 # Systems that choose among parts, and how many of their samples.
 PARTS = [("arnet_resnet", 4), ("adamml_rgb_flow_sound", 1), ("adashare_nyu_v2", 2)]
@@ -75,24 +81,39 @@ def wait(process, deadline):
 
 
 def warm_up(folder, dry, seconds):
-    """Compile the kernels of all networks, several at once: each compilation takes one core for a second."""
-    queue, running = list(HEADLINE), []
-    while (queue or running) and not dry:
-        running = [process for process in running if process.poll() is None]
-        while queue and len(running) < SHARDS:
-            net, batch = queue.pop(0)
-            code = f"import gpu; gpu.freeze_once({net!r}, {batch})"
-            running.append(subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent))
-        time.sleep(0.5)
-    return 0
+    """Compile the kernels of all networks, on all cores: each compilation takes one of them for a second."""
+    if dry:
+        return 0
+    cores = os.cpu_count()
+    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
+        failed = [text for texts in pool.map(compile_share, range(cores), [cores] * cores) for text in texts]
+    print(*failed, sep="\n", flush=True)
+    return len(failed)
 
 
-def freeze_once(net, batch):
-    """Freeze a network, for the kernels that this compiles."""
-    if NETS[net].missing() is None:
-        model = build(NETS[net]).to("cuda").half()
+def compile_share(first, step):
+    """Compile some of the kernels of all networks for the GPU that is here; a list of what failed."""
+    architecture, meta, failed = choose_architecture(), torch.device("meta"), []
+    for net, batch in HEADLINE:
+        if NETS[net].missing() is not None:
+            continue
+        columns, found = program(net, meta)
+        x = torch.empty(batch, 3, NETS[net].size, NETS[net].size, dtype=torch.float16, device=meta)
+        index, offset = (torch.empty(columns, n, dtype=torch.int32, device=meta) for n in (batch, 3))
+        route = SimpleNamespace(index=index, offset=offset)
         for executor in ("fused", "dense"):
-            freeze(model, make_images(batch, NETS[net].size).to("cuda").half(), executor=executor)
+            try:
+                with torch.inference_mode():
+                    compile_launches(partial(found, x, route, executor=executor), architecture, (first, step))
+            except Exception as error:  # the others are worth having
+                failed.append(f"{net}, batch {batch}, {executor}: {type(error).__name__}: {error}")
+    return failed
+
+
+def choose_architecture():
+    """Of the GPU; 90 where there is none."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
 
 
 def rates(folder, dry, seconds):
@@ -180,12 +201,12 @@ def measure_network(folder, dry, net, batch, names):
 
     baselines = [baseline for baseline in BASELINES if baseline.name in names]
     baselines = [KeptDense if baseline is DenseFrozen else baseline for baseline in baselines]
-    how = {"baselines": baselines, "executor": Kept, "dtype": dtype, "seconds": 0.0 if dry else 2.0}
+    how = {"baselines": baselines, "executor": Kept, "dtype": dtype, "seconds": 0.0 if dry else 1.0}
     failed = False
     for row in run_experiment(model, images, settings, name=net, **how):
         append_row(folder / "gpu.jsonl", row)
         failed |= bool(row["failed"])
-        expected = predict(folder, frozen[0], row, settings, dtype)
+        expected = predict(frozen[0], row, settings, dtype)
         print(
             f"{net} batch {batch} keep {row['keep']}: "
             + ", ".join(f"{name} {times['median']:.3f} ms" for name, times in row["milliseconds"].items())
@@ -197,16 +218,12 @@ def measure_network(folder, dry, net, batch, names):
     return int(failed)
 
 
-def predict(folder, frozen, row, settings, dtype):
-    """Milliseconds that the model expects of segments, by the rates that were measured if there are some."""
-    path, rates = folder / "rates.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        rate = json.loads(line)
-        rates |= {rate["name"]: rate["value"]} if "value" in rate else {}
+def predict(frozen, row, settings, dtype):
+    """Milliseconds that the model expects of segments."""
     setting = next(setting for setting in settings if setting.keep == row["keep"])
     programs = [program for segment in frozen.segments for program in segment.programs.values()]
     seconds = [
-        program_seconds(H100.calibrate(rates), program, row["batch"], draw.sum(0).tolist(), dtype, frozen.executor)
+        program_seconds(H100, program, row["batch"], draw.sum(0).tolist(), dtype, frozen.executor)
         for program in programs
         for draw in setting.draws
     ]
