@@ -8,6 +8,7 @@ import toys
 from torch import nn
 
 import dynexec
+from dynexec.executors import routed
 from dynexec.executors.proof import relative_error
 from dynexec.measure import count_call
 from dynexec.nn import RoutedNetwork
@@ -115,3 +116,26 @@ def test_wrong_inputs_and_copies():
 
 def test_flops_of_a_call():
     assert count_call(part(8), 2, 3, 16, 16) == 2 * 2 * (8 * 8 * 8 * 27 + 8 * 5)
+
+
+def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
+    """A graph has one shape: eight of them serve every number of rows up to the example's, and what is more."""
+    shapes = []
+
+    class AsItIs:  # no graph, which only a GPU has
+        def __init__(self, function, device):
+            self.function = function
+
+        def __call__(self, x, decisions, variant):
+            shapes.append(tuple(x.shape))
+            return self.function(x, decisions)
+
+    monkeypatch.setattr(routed, "Graphs", AsItIs)
+    net = toys.finish(part(8))
+    run = routed.InGraphs(net, 20, torch.device("cpu"))
+    x = toys.images(50).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for rows in range(51):
+            torch.testing.assert_close(run(x[:rows]), net(x[:rows]), rtol=1e-5, atol=1e-5)
+    assert {shape[0] for shape in shapes if shape[0] <= 24} == {3, 6, 9, 12, 15, 18, 21, 24} and len(shapes) == 50
+    assert routed.FrozenPart(net, run).explain() == "as it is, in CUDA graphs"

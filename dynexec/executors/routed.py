@@ -8,6 +8,8 @@ from torch import fx, nn
 
 from dynexec import dispatch
 from dynexec.executors.function import freeze_function
+from dynexec.executors.graphs import Graphs
+from dynexec.executors.launches import BUCKETS
 from dynexec.executors.proof import is_rounding, relative_error, tolerance
 
 
@@ -43,17 +45,21 @@ class FrozenRouted(nn.Module):
 
 
 class FrozenPart(nn.Module):
-    """A part as the function that :func:`freeze_function` made of it."""
+    """A part as the function that :func:`freeze_function` made of it; ``run`` calls it, perhaps in graphs."""
 
-    def __init__(self, function):
+    def __init__(self, function, run=None):
         super().__init__()
-        self.function = function
+        self.function, self.run = function, run or function
 
     def forward(self, x):
-        return self.function(x)
+        return self.run(x)
 
     def explain(self):
         """What runs it, as text."""
+        in_graphs = ", in CUDA graphs" if isinstance(self.run, InGraphs) else ""
+        return self._explain_function() + in_graphs
+
+    def _explain_function(self):
         module = getattr(self.function, "__self__", None)
         if not isinstance(module, fx.GraphModule):
             return "as it is"
@@ -65,6 +71,26 @@ class FrozenPart(nn.Module):
         return (
             f"{len(segments)} segments of {instructions} instructions, {len(calls) - len(segments)} layers beside them"
         )
+
+
+class InGraphs:
+    """A part in CUDA graphs, since launching its layers one by one takes the host longer than they run.
+
+    How many rows there are, only the decisions tell; there are graphs for an eighth of the ``most``, two eighths and so
+    on, and rows of zeros fill the last one up.
+    """
+
+    def __init__(self, function, most, device):
+        self.function, self.step = function, -(-most // BUCKETS)
+        self.graphs = Graphs(lambda x, _: function(x), device)
+
+    def __call__(self, x):
+        rows = len(x)
+        if rows == 0:
+            return self.function(x)
+        if more := -rows % self.step:
+            x = torch.cat([x, x.new_zeros(more, *x.shape[1:])])
+        return self.graphs(x, None, "rows")[:rows]
 
 
 def freeze_routed(model, inputs, dtype, executor, backend, cache):
@@ -87,10 +113,11 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
         for name in network.part_names():
             if name not in examples:
                 raise RuntimeError(f"model cannot be frozen: no example decisions reach its part {name}")
-            part = network.get_submodule(name)
-            function = freeze_function(part, examples.pop(name), executor, backend, cache, in_graph=False)
+            part, example, graphs = network.get_submodule(name), examples.pop(name), device.type == "cuda"
+            function = freeze_function(part, example, executor, backend, cache, in_graph=graphs)
+            run = InGraphs(function, len(example), device) if graphs else None
             parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, FrozenPart(function))
+            setattr(network.get_submodule(parent), child, FrozenPart(function, run))
         for decisions, expected in cases:
             actual = network(inputs, decisions)
             error = relative_error(actual, expected)
