@@ -2,14 +2,20 @@
 
 The recipe of BlockDrop (Wu et al., CVPR 2018, section 3) for any :class:`dynexec.nn.DynamicNetwork`. Where there are
 no labels, the full network's predictions serve in their place: the reward is then agreement with it.
+
+Several processes train one network, each on its own images, if backbone and policy are wrapped apart:
+``DynamicNetwork(DistributedDataParallel(backbone), DistributedDataParallel(policy))``. What is reported is then the
+mean over processes.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from dynexec.measure import evaluation_mode
+from dynexec.models.training_checkpoint import TrainingCheckpoint, check_same_settings, training_group
 from dynexec.nn import DynamicNetwork, dynamic_blocks
 from dynexec.policy import (
     curriculum_loss,
@@ -70,15 +76,18 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
         Below 1, blocks are dropped at random with this keep rate in every step: the control for what a policy
         gains over a network that merely got used to missing blocks.
     **options
-        ``generator``, ``augment`` and ``on_epoch``, see :func:`train_policy`.
+        ``generator``, ``augment``, ``on_epoch`` and ``checkpoint``, see :func:`train_policy`.
 
     Returns
     -------
     list of dict
         Per epoch: loss and accuracy on the augmented training images.
     """
+    settings = dict(
+        stage="train_dense", epochs=epochs, batch_size=batch_size, learning_rate=float(learning_rate), keep=keep
+    )
     optimizer = torch.optim.SGD(
-        net.backbone.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        net.backbone.parameters(), settings["learning_rate"], momentum=0.9, nesterov=True, weight_decay=5e-4
     )
 
     def step(x, y, epoch, generator):
@@ -87,7 +96,7 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
         return F.cross_entropy(logits, y), {"accuracy": (logits.argmax(1) == y).float().mean()}
 
     net.backbone.train()
-    return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+    return _train(net, step, optimizer, images, labels, settings, **options)
 
 
 def train_policy(
@@ -122,7 +131,10 @@ def train_policy(
         Of Adam.
     **options
         ``generator``: a CPU torch.Generator for the order of images and the sampling; ``augment(images, generator)``:
-        applied to every batch; ``on_epoch(record)``: called after each epoch with what is returned.
+        applied to every batch; ``on_epoch(record)``: called after each epoch with what is returned; ``checkpoint``:
+        path of a file that is written after each epoch, in one step. Where it exists already, the training goes on from
+        it bit for bit as if it had not been interrupted, and one that was finished is not repeated. It holds network,
+        optimizer, schedule, epoch and the states of ``generator`` and of PyTorch's own; give the same arguments again.
 
     Returns
     -------
@@ -132,10 +144,15 @@ def train_policy(
     Raises
     ------
     TypeError, ValueError
-        If ``net`` is no DynamicNetwork, or has no policy.
+        If ``net`` is no DynamicNetwork, or has no policy; if ``checkpoint`` is damaged or of another training: the file
+        and the network are left as they are then.
     """
     _check_policy(net)
-    optimizer = torch.optim.Adam(net.policy.parameters(), learning_rate)
+    settings = dict(
+        stage="train_policy", epochs=epochs, batch_size=batch_size, learning_rate=float(learning_rate),
+        blocks_per_epoch=blocks_per_epoch, penalty=penalty, exploration=exploration, entropy=entropy,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.policy.parameters(), settings["learning_rate"])
 
     def step(x, y, epoch, generator):
         trained = curriculum_mask(num_blocks(net.backbone), epoch, blocks_per_epoch=blocks_per_epoch)
@@ -152,7 +169,7 @@ def train_policy(
 
     net.backbone.eval()
     net.policy.train()
-    return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+    return _train(net, step, optimizer, images, labels, settings, **options)
 
 
 def fine_tune(
@@ -164,7 +181,11 @@ def fine_tune(
     batch, kept or dropped, and from both the sampled and the thresholded path, as published.
     """
     _check_policy(net)
-    optimizer = torch.optim.Adam(net.parameters(), learning_rate)
+    settings = dict(
+        stage="fine_tune", epochs=epochs, batch_size=batch_size, learning_rate=float(learning_rate),
+        penalty=penalty, exploration=exploration,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters(), settings["learning_rate"])
 
     def step(x, y, epoch, generator):
         probabilities = net.policy(x)
@@ -178,7 +199,7 @@ def fine_tune(
         return loss, metrics
 
     net.train()
-    return _train(step, optimizer, images, labels, epochs, batch_size, **options)
+    return _train(net, step, optimizer, images, labels, settings, **options)
 
 
 def _check_policy(net):
@@ -196,12 +217,23 @@ def _rewards(drawn_logits, greedy_logits, drawn, greedy, labels, penalty):
     return reward, baseline, metrics
 
 
-def _train(step, optimizer, images, labels, epochs, batch_size, *, generator=None, augment=None, on_epoch=None):
+def _train(
+    net, step, optimizer, images, labels, settings, *, generator=None, augment=None, on_epoch=None, checkpoint=None
+):
     """Minimise ``step(x, y, epoch, generator) -> (loss, metrics)`` over shuffled batches; one cosine cycle."""
+    # Of Python's own types: NumPy's numbers would not be read again without executing code.
+    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
+    settings["images"] = len(images)
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
     steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    history = []
-    for epoch in range(epochs):
+    group, saved, history = training_group(net), None, []
+    if group is not None:
+        check_same_settings(settings, group)
+    if checkpoint is not None:
+        saved = TrainingCheckpoint(checkpoint, settings, net, optimizer, schedule, generator, group)
+        history = saved.start()
+    for epoch in range(len(history), epochs):
         order = torch.randperm(len(images), generator=generator).to(images.device)
         totals = {}
         for rows in order.split(batch_size):
@@ -215,10 +247,21 @@ def _train(step, optimizer, images, labels, epochs, batch_size, *, generator=Non
             schedule.step()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.item() * len(rows) / len(images)
-        history.append({"epoch": epoch, **totals})
+        history.append({"epoch": epoch, **_mean(totals, group, images.device)})
+        if saved is not None:
+            saved.save(history)
         if on_epoch is not None:
             on_epoch(history[-1])
     return history
+
+
+def _mean(metrics, group, device):
+    """The metrics, averaged over the processes of ``group``."""
+    if group is None:
+        return metrics
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values, group=group)
+    return dict(zip(metrics, (values / group.size()).tolist()))
 
 
 def num_blocks(model):

@@ -9,6 +9,7 @@ from dynexec.policy.efficiency import efficiency_loss, expected_cost, usage_imba
 from dynexec.policy.gumbel import draw, exponential_temperature, gumbel_softmax
 from dynexec.policy.losses import curriculum_loss, entropy_term, finetuning_loss, reinforce_loss
 from dynexec.policy.modalities import modality_cost, modality_loss
+from dynexec.policy.rates import keep_rates
 from dynexec.policy.rewards import usage_reward
 from dynexec.policy.sharing import open_untrained, sharing_loss, sparsity_loss
 
@@ -24,6 +25,7 @@ __all__ = [
     "finetuning_loss",
     "force_untrained",
     "gumbel_softmax",
+    "keep_rates",
     "log_probability",
     "modality_cost",
     "modality_loss",

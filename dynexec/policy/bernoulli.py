@@ -1,5 +1,7 @@
 """Independent Bernoulli decisions, one per sample and block."""
 
+from math import isnan
+
 import torch
 
 
@@ -21,8 +23,8 @@ def threshold(probabilities):
     TypeError
         If ``probabilities`` is not a floating-point tensor.
     ValueError
-        If one is NaN. Checked on the CPU only, because elsewhere it would wait for the device; there a NaN keeps
-        the block, so that a broken policy costs time and not accuracy.
+        If one is NaN, below 0 or above 1. Checked on the CPU only, because elsewhere it would wait for the device;
+        there a NaN keeps the block, so that a broken policy costs time and not accuracy.
     """
     check_probabilities(probabilities)
     return ~(probabilities < 0.5)
@@ -34,10 +36,17 @@ def explore(probabilities, exploration):
     Parameters
     ----------
     probabilities : float tensor
+        Between 0 and 1.
     exploration : float in [0, 1]
         ``a``; 1 leaves the probabilities as they are, 0.5 makes every decision a coin toss. The paper trains with
         0.8, that is, with p' between 0.2 and 0.8 (BlockDrop, section 3).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`threshold`, and if ``exploration`` is not between 0 and 1.
     """
+    check_probabilities(probabilities)
     if not 0.0 <= exploration <= 1.0:
         raise ValueError(f"exploration must be between 0 and 1, got {exploration}")
     return exploration * probabilities + (1.0 - exploration) * (1.0 - probabilities)
@@ -62,10 +71,9 @@ def sample(probabilities, *, generator=None, exploration=1.0):
     Raises
     ------
     TypeError, ValueError
-        As :func:`threshold`.
+        As :func:`explore`.
     """
-    check_probabilities(probabilities)
-    return torch.bernoulli(explore(probabilities.detach(), exploration), generator=generator).bool()
+    return torch.bernoulli(explore(probabilities, exploration).detach(), generator=generator).bool()
 
 
 def log_probability(probabilities, decisions, *, exploration=1.0):
@@ -84,37 +92,70 @@ def log_probability(probabilities, decisions, *, exploration=1.0):
     exactly 0 and 1 by the smallest step of their dtype.
 
     Equivalent to ``torch.distributions.Bernoulli(explore(probabilities, exploration)).log_prob(decisions)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`explore`, and if ``decisions`` is not bool of the same shape.
     """
-    if decisions.dtype != torch.bool or decisions.shape != probabilities.shape:
-        raise ValueError(
-            f"decisions must be bool {tuple(probabilities.shape)} like the probabilities, "
-            f"got {decisions.dtype} {tuple(decisions.shape)}"
-        )
     bounded = clamp_open(explore(probabilities, exploration))
+    check_drawn(decisions, tuple(probabilities.shape), " like the probabilities")
     return torch.where(decisions, bounded, 1.0 - bounded).log()
 
 
 def check_probabilities(probabilities):
-    """Raise unless ``probabilities`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
-    _check(probabilities, "probabilities", "[N, L] or [L]", "numbers between 0 and 1")
+    """Raise unless ``probabilities`` is a floating-point tensor, all in [0, 1] where that is seen without waiting."""
+    _check_type(probabilities, "probabilities", "[N, L] or [L]")
+    if not _readable(probabilities):
+        return
+    low, high = (bound.item() for bound in probabilities.detach().aminmax())  # NaN if there is one
+    if not 0.0 <= low <= high <= 1.0:
+        shape = tuple(probabilities.shape)
+        if isnan(low):
+            raise ValueError(f"probabilities {shape} hold NaN: expected numbers between 0 and 1 {_DIVERGED}")
+        raise ValueError(
+            f"probabilities {shape} hold {low if low < 0 else high:g}: expected numbers between 0 and 1 "
+            "(are these logits? take their sigmoid first)"
+        )
 
 
 def check_logits(logits):
-    """As :func:`check_probabilities`, for ``logits``."""
-    _check(logits, "logits", "[..., choices]", "numbers")
+    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
+    _check_type(logits, "logits", "[..., choices]")
+    if _readable(logits) and bool(logits.isnan().any()):
+        raise ValueError(f"logits {tuple(logits.shape)} hold NaN: expected numbers {_DIVERGED}")
 
 
-def _check(values, name, shape, expected):
+_DIVERGED = "(has the policy network diverged, or were its images NaN?)"
+
+
+def _check_type(values, name, shape):
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
         raise TypeError(f"{name} must be a floating-point tensor {shape}, got {kind}")
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if bool(values.isnan().any()):
+
+
+def _readable(values):
+    """Whether there are values that can be looked at without waiting for a device."""
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def check_drawn(decisions, shape, like=""):
+    """Raise unless ``decisions`` are bool of a shape, a tuple in which None stands for any size."""
+    if not isinstance(decisions, torch.Tensor):
+        raise TypeError(f"decisions must be a bool tensor {_text(shape)}, got {type(decisions).__name__}")
+    fits = len(shape) == decisions.dim() and all(a in (None, b) for a, b in zip(shape, decisions.shape))
+    if decisions.dtype != torch.bool or not fits:
+        hint = ""
+        if decisions.requires_grad:
+            hint = ", which require grad: drawn decisions pass none, see dynexec.policy.gumbel_softmax for some that do"
         raise ValueError(
-            f"{name} {tuple(values.shape)} hold NaN: expected {expected} "
-            "(has the policy network diverged, or were its images NaN?)"
+            f"decisions must be bool {_text(shape)}{like}, got {decisions.dtype} {tuple(decisions.shape)}{hint}"
         )
+
+
+def _text(shape):
+    return str(shape).replace("None", "N")
 
 
 def clamp_open(probabilities):

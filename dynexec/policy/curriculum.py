@@ -1,6 +1,10 @@
 """The curriculum over blocks: decide for the last blocks first (BlockDrop, section 3)."""
 
+from math import isfinite
+
 import torch
+
+from dynexec.policy.bernoulli import check_drawn
 
 
 def curriculum_mask(num_blocks, epoch, *, blocks_per_epoch=1):
@@ -19,9 +23,18 @@ def curriculum_mask(num_blocks, epoch, *, blocks_per_epoch=1):
     Returns
     -------
     bool tensor ``[L]``, True where trained; on the CPU
+
+    Raises
+    ------
+    ValueError
+        If ``num_blocks`` is below 1, or ``epoch`` or ``blocks_per_epoch`` below 0, infinite or NaN.
     """
-    if epoch < 0 or blocks_per_epoch < 0:
-        raise ValueError(f"epoch and blocks_per_epoch must be at least 0, got {epoch} and {blocks_per_epoch}")
+    if not num_blocks >= 1:
+        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+    if not (0 <= epoch and 0 <= blocks_per_epoch and isfinite(epoch * blocks_per_epoch)):
+        raise ValueError(
+            f"epoch and blocks_per_epoch must be finite and at least 0, got {epoch} and {blocks_per_epoch}"
+        )
     trained = min(num_blocks, 1 + int(epoch * blocks_per_epoch))
     return torch.arange(num_blocks) >= num_blocks - trained
 
@@ -34,5 +47,15 @@ def force_untrained(decisions, trained):
     decisions : bool tensor ``[N, L]``
     trained : bool tensor ``[L]``
         From :func:`curriculum_mask`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``decisions`` or ``trained`` is not bool, or their numbers of blocks differ.
     """
+    if not isinstance(trained, torch.Tensor) or trained.dtype != torch.bool or trained.dim() != 1:
+        kind = trained.dtype if isinstance(trained, torch.Tensor) else type(trained).__name__
+        shape = f" {tuple(trained.shape)}" if isinstance(trained, torch.Tensor) else ""
+        raise ValueError(f"trained must be bool [L], from curriculum_mask; got {kind}{shape}")
+    check_drawn(decisions, (None, len(trained)))
     return decisions | ~trained.to(decisions.device)

@@ -1,0 +1,155 @@
+"""The file from which an interrupted training goes on as if nothing had happened."""
+
+import os
+import pickle
+import zipfile
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dynexec.models.checkpoints import mismatches
+
+_FORMAT = "dynexec.models.training 1"
+_ENTRIES = {"format", "settings", "network", "optimizer", "schedule", "generators", "history"}
+
+
+class TrainingCheckpoint:
+    """Everything that the rest of a training depends on, and the file that holds it after each epoch.
+
+    Parameters
+    ----------
+    path : path
+        Its folder must exist. Of several processes the first one reads and writes it.
+    settings : dict
+        Numbers and names; a file with others belongs to another training.
+    net : nn.Module
+    optimizer, schedule
+        Of ``torch.optim``.
+    generator : torch.Generator or None
+        Besides PyTorch's own, whose states are in the file, too.
+    group : torch.distributed.ProcessGroup or None
+        The processes that train together, see :func:`training_group`.
+    """
+
+    def __init__(self, path, settings, net, optimizer, schedule, generator, group):
+        self.path, self.settings, self.generator, self.group = path, settings, generator, group
+        self.parts = {"optimizer": optimizer, "schedule": schedule, "network": net}
+
+    def start(self):
+        """Go on from the file if there is one, else write it; return the history so far, a list of dict.
+
+        ValueError, in all processes, if it is damaged or another's: it is left as it is then, and so is the network.
+        """
+        saved, problem = None, None
+        if self._rank() == 0 and os.path.lexists(self.path):
+            saved = _read(self.path)
+            problem = saved if isinstance(saved, str) else self._misfit(saved)
+        if self.group is not None:
+            message = [saved, problem]
+            dist.broadcast_object_list(message, group=self.group, group_src=0)
+            saved, problem = message
+        if problem is not None:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} {problem}\nIt is left as it is: remove it or give another path"
+            )
+        if saved is None:
+            self.save([])
+            return []
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self._set_generators(saved["generators"][self._rank()])
+        return saved["history"]
+
+    def save(self, history):
+        """Replace the file in one step: whenever this is interrupted, the old or the new one is there, whole."""
+        generators = [self._generators()]
+        if self.group is not None:
+            mine, generators = generators[0], [None] * self.group.size()
+            dist.all_gather_object(generators, mine, group=self.group)
+        if self._rank() != 0:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"format": _FORMAT, "settings": self.settings, "generators": generators, "history": history}
+        partial = f"{self.path}.part"
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+    def _rank(self):
+        return 0 if self.group is None else self.group.rank()
+
+    def _misfit(self, saved):
+        """Why ``saved`` cannot be gone on from here, or None."""
+        if saved["settings"] != self.settings:
+            names = sorted(saved["settings"].keys() | self.settings.keys(), key=str)
+            pairs = [(name, saved["settings"].get(name), self.settings.get(name)) for name in names]
+            changed = [f"{name} {old!r} there and {new!r} here" for name, old, new in pairs if old != new]
+            return f"is of another training: {', '.join(changed)}"
+        processes = 1 if self.group is None else self.group.size()
+        if len(saved["generators"]) != processes:
+            return f"was written by {len(saved['generators'])} processes together, and these are {processes}"
+        had_one = saved["generators"][0]["own"] is not None
+        if had_one != (self.generator is not None):
+            return f"was written {'with' if had_one else 'without'} generator=, unlike this training"
+        problems = mismatches("network", self.parts["network"].state_dict(), saved["network"])
+        return "\n".join(["is of another network:", *problems]) if problems else None
+
+    def _generators(self):
+        """States of the random generators of this process, each a tensor or None."""
+        device = self._gpu()
+        return {
+            "own": None if self.generator is None else self.generator.get_state(),
+            "cpu": torch.get_rng_state(),
+            "gpu": None if device is None else torch.cuda.get_rng_state(device),
+        }
+
+    def _set_generators(self, states):
+        if self.generator is not None:
+            self.generator.set_state(states["own"])
+        torch.set_rng_state(states["cpu"])
+        if states["gpu"] is not None and (device := self._gpu()) is not None:
+            torch.cuda.set_rng_state(states["gpu"], device)
+
+    def _gpu(self):
+        device = next(self.parts["network"].parameters()).device
+        return device if device.type == "cuda" else None
+
+
+def training_group(net):
+    """The processes that train ``net`` together, those of its DistributedDataParallel parts; None where it has none."""
+    parts = [part for part in net.modules() if isinstance(part, DistributedDataParallel)]
+    return parts[0].process_group if parts else None
+
+
+def check_same_settings(settings, group):
+    """Raise ValueError in all processes of ``group`` unless all have the same settings: otherwise they would hang."""
+    everyones = [None] * group.size()
+    dist.all_gather_object(everyones, settings, group=group)
+    differing = [name for name in settings if any(other[name] != settings[name] for other in everyones)]
+    if differing:
+        found = "; ".join(f"{name}: {[other[name] for other in everyones]}" for name in differing)
+        raise ValueError(f"processes that train together need equal settings and numbers of images, got {found}")
+
+
+def _read(path):
+    """What a file holds, or why it cannot be used. Never executes code from it."""
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        return f"cannot be read ({error})"
+    with file:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not look at checksums
+                if (entry := archive.testzip()) is not None:
+                    return f"is damaged: the checksum of its entry {entry!r} is wrong"
+            file.seek(0)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged file raises depends on where the damage is
+            reason = "" if isinstance(error, pickle.UnpicklingError) else f": {error}".split("\n")[0]
+            return f"is damaged, or not a file of this training ({type(error).__name__}{reason})"
+    if not isinstance(saved, dict) or saved.get("format") != _FORMAT or saved.keys() != _ENTRIES:
+        return "is no file of dynexec.models.training, or of another version"
+    return saved

@@ -1,0 +1,33 @@
+"""How much is kept: scalars for a log."""
+
+import torch
+
+
+def keep_rates(decisions):
+    """Shares of samples that keep a block, as scalars by name for TensorBoard or any other log.
+
+    Waits for the device once.
+
+    Parameters
+    ----------
+    decisions : bool tensor ``[N, L]`` or ``[L]``, N and L at least 1
+
+    Returns
+    -------
+    dict of str to float
+        ``"keep_rate"``, the mean over samples and blocks, and ``"keep_rate/block_0"``, ``"keep_rate/block_1"``, ... per
+        block.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``decisions`` is not bool of one or two dimensions, or is empty.
+    """
+    if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.bool:
+        kind = decisions.dtype if isinstance(decisions, torch.Tensor) else type(decisions).__name__
+        raise TypeError(f"decisions must be a bool tensor [N, L] or [L], got {kind}")
+    if decisions.dim() not in (1, 2) or decisions.numel() == 0:
+        raise ValueError(f"decisions must be [N, L] or [L] and not empty, got shape {tuple(decisions.shape)}")
+    rates = torch.atleast_2d(decisions).double().mean(0).tolist()
+    by_block = {f"keep_rate/block_{block}": rate for block, rate in enumerate(rates)}
+    return {"keep_rate": sum(rates) / len(rates), **by_block}
