@@ -150,6 +150,8 @@ def check_decisions(decisions):
             hint = "; threshold probabilities first: probabilities >= 0.5"
             if not torch.compiler.is_compiling() and bool(decisions.isnan().any()):
                 hint += " (these hold NaN)"
+            if decisions.requires_grad:
+                hint += '; bool decisions pass no gradient on: to train what gave these, give weights in mode="soft"'
         elif not decisions.is_complex():
             hint = "; use decisions.bool() if 1 means keep"
         raise TypeError(f"decisions must be bool [N, L] or [L], got {decisions.dtype} {tuple(decisions.shape)}{hint}")

@@ -3,12 +3,11 @@
 import torch
 
 from dynexec import ops
+from dynexec.nn.batch_norm import explain_batch_norm, hold_batch_norm, uses_batch_statistics
 from dynexec.nn.residual import (
     DynamicBlock,
     choose,
     computes_all,
-    explain_batch_norm,
-    uses_batch_statistics,
     with_zero_gradients,
 )
 from dynexec.reference import empty_rows
@@ -18,8 +17,8 @@ class ExpertBlock(DynamicBlock):
     """Mixin for an ``nn.Module``: samples whose decision is True run another module of the same shapes in its place.
 
     Equivalent to ``torch.where(decisions[:, None, None, None], block.expert()(x), block.forward_dense(x))``. Outside
-    ``decide`` it is the block itself. In training mode BatchNorm takes its statistics over all samples or over those
-    that run it, as the block's placement says.
+    ``decide`` it is the block itself. In training mode BatchNorm takes its statistics over all samples, over those that
+    run it, or not at all, as the block's placement says.
     """
 
     chooses_weights = True  # for those who may not import this class
@@ -36,7 +35,9 @@ class ExpertBlock(DynamicBlock):
             )
         execution.check(x, self.placement.num_columns)
         column, expert = self.placement.column, self.expert()
-        trains = uses_batch_statistics(self) or uses_batch_statistics(expert)
+        if self.training and self.placement.batch_norm == "frozen":
+            hold_batch_norm(expert)  # it may be registered elsewhere
+        trains = uses_batch_statistics(self, expert)
         if computes_all(self, execution, x) or (trains and self.placement.batch_norm == "all"):
             # A branch may overwrite its input, which the other one needs.
             other = self.forward_dense(x.clone(), *args, **kwargs)

@@ -5,23 +5,30 @@ activation, for a dropped one (BlockDrop, Wu et al., CVPR 2018, section 3; Veit 
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from inspect import signature
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynexec import ops
 from dynexec.gradients import nested_tangents
+from dynexec.nn.batch_norm import (
+    HoldsBatchNorm,
+    explain_batch_norm,
+    hold_batch_norm,
+    meets_other_processes,
+    split_at_statistics,
+    uses_batch_statistics,
+)
 from dynexec.nn.context import active_execution
+from dynexec.nn.rows import merge_rows, split_rows
+from dynexec.nn.structure import TracedAdapter
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a block stands in its model: its column of the decisions, and how it treats batch statistics.
+    """Where a block stands in its model: its column of the decisions, and what its BatchNorm takes statistics over.
 
     ``by_convert``: ``dynexec.convert`` gave it, and ``dynexec.revert`` takes it away.
     """
@@ -32,13 +39,14 @@ class Placement:
     by_convert: bool = False
 
 
-class DynamicBlock:
+class DynamicBlock(HoldsBatchNorm):
     """Mixin for an ``nn.Module``: obeys the active ``decide`` once it has a ``placement``.
 
     A subclass says how it computes through three methods. ``residual_layers`` is the residual branch as callables
     applied in order (None: not known as a sequence, which needs an identity shortcut). ``shortcut_layers`` is the same
     for the shortcut (empty: identity). ``activation_layer`` is what follows the addition (None: nothing). A block with
-    an identity shortcut runs ``forward_dense`` on its kept samples, with every argument it was called with.
+    an identity shortcut runs ``forward_dense`` on its kept samples, with every argument it was called with, unless its
+    BatchNorm takes statistics over all samples: then layers before the last one that does are dense.
     """
 
     placement: Placement | None = None
@@ -58,6 +66,9 @@ class DynamicBlock:
 
     def forward(self, *args, **kwargs):
         execution = active_execution()
+        if self.training and self.placement is not None and self.placement.batch_norm == "frozen":
+            # What is registered in the block, ``train`` holds; a shortcut may be registered elsewhere.
+            hold_batch_norm(*self.shortcut_layers())
         if execution is None or self.placement is None:
             return self.forward_dense(*args, **kwargs)
         if not args:  # the input was given by name
@@ -81,31 +92,24 @@ def _run(block, execution, x, args, kwargs):
             f"inside decide a block takes one tensor, and other arguments only if its shortcut is the identity; the "
             f"{type(block).__name__} of column {placement.column} got {kinds}"
         )
-    all_samples = placement.batch_norm == "all"
     if computes_all(block, execution, x):
         return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
     route = execution.route(x.shape[0])
     kept = route.count(placement.column)
     if kept == x.shape[0] and kept:
         return block.forward_dense(x, *args, **kwargs)
-    if all_samples and uses_batch_statistics(block):
-        return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
+    index, dense, layers = route.group(placement.column), [], None
+    if placement.batch_norm == "all" and uses_batch_statistics(block):
+        split = None if others else _split(block, shortcuts)
+        if split is None or (kept and not split[1]):  # nothing is known to be left that could be skipped
+            return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
+        dense, layers = split
+    elif shortcuts or _is_plain(block):
+        layers = block.residual_layers()
     with explain_batch_norm(placement, f"{kept} of {x.shape[0]} samples kept by"):
-        return _compact(block, x, route.group(placement.column), kept, shortcuts, args, kwargs)
-
-
-@contextmanager
-def explain_batch_norm(placement, samples):
-    """Have an error of BatchNorm, that it cannot train on one value per channel, say which block has so few samples."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f'batch_norm="kept": {samples} the block of column {placement.column} give BatchNorm one value per '
-            f'channel, and it cannot train on that: keep more samples, or use "all" ({error})'
-        ) from error
+        if layers is None:
+            return _compact_whole(block, x, index, args, kwargs)
+        return _compact(block, x, index, shortcuts, dense, layers)
 
 
 def computes_all(block, execution, x):
@@ -116,7 +120,7 @@ def computes_all(block, execution, x):
         raise RuntimeError(
             f'batch_norm="kept" takes batch statistics over kept samples, but the block of column '
             f"{block.placement.column} computes all of them in capacity mode, in soft mode and where it is traced: use "
-            'exact mode in eager execution, batch_norm="all", or model.eval()'
+            'exact mode in eager execution, batch_norm="all" or "frozen", or model.eval()'
         )
     return True
 
@@ -146,29 +150,42 @@ def choose(decisions, chosen, other):
     return chosen * decisions + other * (1 - decisions)
 
 
-def _compact(block, x, index, kept, shortcuts, args, kwargs):
-    """Compute the kept samples only: gather, run, scatter. The result never shares memory with ``x``."""
-    shortcut = apply_layers(shortcuts, x)
-    if kept == 0:
+def _split(block, shortcuts):
+    """The residual branch as (layers that need every sample for their statistics, layers after them), or None."""
+    layers, adapter = block.residual_layers(), getattr(block, "_dynexec_adapter", None)
+    # An adapter that somebody wrote need not say what follows the addition of an identity.
+    if layers is None or not (shortcuts or adapter is None or isinstance(adapter, TracedAdapter)):
+        return None
+    return split_at_statistics(layers, block, shortcuts)
+
+
+def _compact(block, x, index, shortcuts, dense, layers):
+    """Compute ``dense`` layers on every sample, and ``layers`` behind them on the kept ones: gather, run, scatter.
+
+    The result never shares memory with ``x``.
+    """
+    shortcut, residual = apply_layers(shortcuts, x), apply_layers(dense, x)
+    if len(index) == 0 and not meets_other_processes(*dense, *layers):
         return with_zero_gradients(shortcut, block)
-    rows = ops.gather_rows(x, index)
-    if not shortcuts:
-        return _scatter(x, index, block.forward_dense(rows, *args, **kwargs))
-    rows, activation = apply_layers(block.residual_layers(), rows), block.activation_layer()
-    if rows.dtype == shortcut.dtype and (activation is None or _is_plain_relu(activation)):
-        return ops.scatter_rows(shortcut, index, rows, add=True, relu=activation is not None)
-    return _scatter(shortcut, index, _finish(block, rows + ops.gather_rows(shortcut, index)))
+    shortcut_rows, rest = split_rows(shortcut, index)
+    rows = shortcut_rows if residual is shortcut else split_rows(residual, index)[0]
+    rows, activation = apply_layers(layers, rows), block.activation_layer()
+    if activation is None or _is_plain_relu(activation):
+        return merge_rows(rest, index, rows, shortcut_rows, relu=activation is not None)
+    return merge_rows(rest, index, activation(rows + shortcut_rows))
+
+
+def _compact_whole(block, x, index, args, kwargs):
+    """The same with the block's own forward, of which it is only known that its shortcut is the identity."""
+    if len(index) == 0 and not meets_other_processes(block):
+        return with_zero_gradients(x, block)
+    rows, rest = split_rows(x, index)
+    return merge_rows(rest, index, block.forward_dense(rows, *args, **kwargs))
 
 
 def _finish(block, total):
     activation = block.activation_layer()
     return total if activation is None else activation(total)
-
-
-def _scatter(destination, index, rows):
-    # Under autocast a branch may be narrower than its shortcut; torch.where, the reference, widens too.
-    dtype = torch.promote_types(destination.dtype, rows.dtype)
-    return ops.scatter_rows(destination.to(dtype), index, rows.to(dtype))
 
 
 class ResidualBlock(DynamicBlock, nn.Module):
@@ -194,7 +211,7 @@ class ResidualBlock(DynamicBlock, nn.Module):
         return torch.relu
 
     def forward_dense(self, x):
-        return torch.relu(apply_layers(self.residual_layers(), x) + apply_layers(self.shortcut_layers(), x))
+        return _finish(self, apply_layers(self.residual_layers(), x) + apply_layers(self.shortcut_layers(), x))
 
 
 def apply_layers(layers, x):
@@ -219,12 +236,19 @@ def place(blocks, batch_norm="all", *, by_convert=False):
     check_batch_norm(batch_norm)
     for column, block in enumerate(blocks):
         block.placement = Placement(column, len(blocks), batch_norm, by_convert)
+        if batch_norm == "frozen":
+            hold_batch_norm(block)
 
 
 def check_batch_norm(batch_norm):
-    """Raise ValueError unless ``batch_norm`` names one of the two ways to take batch statistics."""
-    if batch_norm not in ("all", "kept"):
-        raise ValueError(f'batch_norm must be "all" or "kept" (samples), got {batch_norm!r}')
+    """Raise ValueError unless ``batch_norm`` names one of the ways to take batch statistics."""
+    if batch_norm not in ("all", "kept", "frozen"):
+        raise ValueError(f'batch_norm must be "all" or "kept" (samples), or "frozen", got {batch_norm!r}')
+
+
+def _is_plain(block):
+    """Whether ``forward_dense`` is what the layers say, and nothing else."""
+    return getattr(type(block), "forward_dense", None) is ResidualBlock.forward_dense
 
 
 def _is_plain_relu(layer):
@@ -239,14 +263,6 @@ def _is_plain_relu(layer):
 def _is_traced(x):
     """Whether the call has no values to read: sizes must not depend on decisions then."""
     return torch.compiler.is_compiling() or x.device.type == "meta" or torch.jit.is_tracing()
-
-
-def uses_batch_statistics(block):
-    """Whether a BatchNorm of the block takes statistics from the batch."""
-    return any(
-        isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-        for module in block.modules()
-    )
 
 
 class _ZeroGradients(torch.autograd.Function):

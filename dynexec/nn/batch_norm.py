@@ -1,0 +1,146 @@
+"""What BatchNorm takes its statistics over while only some samples run, and running statistics computed anew."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dynexec.measure import evaluation_mode
+
+
+def batch_norms(*parts):
+    """The BatchNorm layers (SyncBatchNorm is one) inside those of ``parts`` that are modules."""
+    modules = (module for part in parts if isinstance(part, nn.Module) for module in part.modules())
+    return [module for module in modules if isinstance(module, _BatchNorm)]
+
+
+def uses_batch_statistics(*parts):
+    """Whether a BatchNorm inside ``parts`` takes statistics from the batch."""
+    return any(norm.training or norm.running_mean is None for norm in batch_norms(*parts))
+
+
+def meets_other_processes(*parts):
+    """Whether a SyncBatchNorm inside ``parts`` waits for the other processes, in forward and in backward."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return any(isinstance(norm, nn.SyncBatchNorm) and norm.training for norm in batch_norms(*parts))
+
+
+def hold_batch_norm(*parts):
+    """Put the BatchNorm layers inside ``parts`` in evaluation mode."""
+    for norm in batch_norms(*parts):
+        if norm.training:
+            norm.eval()
+
+
+class HoldsBatchNorm:
+    """``train`` of a dynamic block: does not wake the BatchNorm layers that its placement says are frozen."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.placement is not None and self.placement.batch_norm == "frozen":
+            hold_batch_norm(self)
+        return self
+
+
+def split_at_statistics(layers, block, shortcuts):
+    """``layers`` as (those up to the last BatchNorm that takes batch statistics, those after it).
+
+    None where one of the block's is in none of ``layers`` or ``shortcuts``: it may be anywhere.
+    """
+    known = {norm for norm in batch_norms(*layers, *shortcuts)}
+    if any(norm not in known and uses_batch_statistics(norm) for norm in batch_norms(block)):
+        return None
+    last = max((number for number, layer in enumerate(layers, 1) if uses_batch_statistics(layer)), default=0)
+    return layers[:last], layers[last:]
+
+
+@contextmanager
+def explain_batch_norm(placement, samples):
+    """Have an error of BatchNorm, that it cannot train on one value per channel, say which block has so few samples."""
+    try:
+        yield
+    except ValueError as error:
+        if placement.batch_norm == "all" or "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f'batch_norm="{placement.batch_norm}": {samples} the block of column {placement.column} give BatchNorm one '
+            f'value per channel, and it cannot train on that: keep more samples, or use "all" ({error})'
+        ) from error
+
+
+def recompute_batch_norm(model, batches, forward=None):
+    """Compute the running statistics of BatchNorm anew, under the decisions that the network will run with.
+
+    A network that was trained with ``batch_norm="kept"``, whose decisions have changed since, or whose weights were
+    averaged has running statistics that are not those of the activations it sees at test time. Every other layer is in
+    evaluation mode meanwhile (no dropout) and nothing is learned. Afterwards each layer is in the mode it was in.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batches : iterable
+        What ``forward`` takes, one after the other: a data loader, or a part of it.
+    forward : callable, optional
+        ``forward(batch)`` runs the model, as with ``lambda batch: net(batch[0].to(device), decisions)``. None:
+        ``model(batch)``, of a list or tuple its first element; a :class:`dynexec.nn.DynamicNetwork` decides by its
+        policy then.
+
+    Raises
+    ------
+    ValueError
+        If ``batches`` is empty, or no BatchNorm of the model has running statistics. As after any other error, and
+        for a BatchNorm that no sample came to, the statistics are as before.
+
+    Notes
+    -----
+    Statistics are averaged with the number of values of each batch as weights: batches may differ in size, and so may
+    the samples that are kept. For equal batches that is :func:`torch.optim.swa_utils.update_bn`. Frozen BatchNorm is
+    computed anew as well; in its blocks statistics are over the kept samples, the only ones that run.
+    """
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
+    if not norms:
+        raise ValueError(f"model must have a BatchNorm with running statistics, got a {type(model).__name__} with none")
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    averages = [_Average(norm) for norm in norms]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for norm in norms:
+                norm.training = True
+            empty = True
+            for batch in batches:
+                empty = False
+                if forward is not None:
+                    forward(batch)
+                else:
+                    model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        if empty:
+            raise ValueError("batches must hold at least one batch, got none")
+    except BaseException:
+        for norm, buffers in zip(norms, before):
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)
+        raise
+    finally:
+        for average in averages:
+            average.remove()
+
+
+class _Average:
+    """While it is there, a BatchNorm averages the statistics of its batches, weighted with their numbers of values."""
+
+    def __init__(self, norm):
+        self.momentum, self.norm, self.values = norm.momentum, norm, 0
+        self.hook = norm.register_forward_pre_hook(self.weigh)
+
+    def weigh(self, norm, inputs):
+        if self.values == 0:
+            norm.reset_running_stats()
+        values = inputs[0].numel() // inputs[0].shape[1]
+        self.values += values
+        norm.momentum = values / max(self.values, 1)
+
+    def remove(self):
+        self.hook.remove()
+        self.norm.momentum = self.momentum

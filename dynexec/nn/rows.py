@@ -1,0 +1,84 @@
+"""Taking the kept samples out of a batch, and putting back what became of them, with one copy in the backward pass.
+
+The two belong together: the gradient of the kept rows is complete where they were taken out, and replaces there what
+came from behind. Two ops of :mod:`dynexec.ops`, each right by itself, must write zeros over those rows, and add two
+gradients of the whole batch.
+"""
+
+import torch
+from torch.autograd import Function, forward_ad
+
+from dynexec import ops
+from dynexec.gradients import _once, needed
+from dynexec.reference import empty_rows
+
+
+def split_rows(x, index):
+    """``(x[index], rest)``, no row twice; ``rest`` looks like ``x`` and is for :func:`merge_rows`, or for nothing."""
+    return _Split.apply(x, index) if _backward_only(x) else (ops.gather_rows(x, index), x)
+
+
+def merge_rows(rest, index, rows, shortcut=None, *, relu=False):
+    """A copy of the ``x`` of :func:`split_rows` in which ``rows`` take the place of the rows ``index``.
+
+    Where it is given, ``shortcut``, the other result of :func:`split_rows`, is added to ``rows``. ``relu`` applies a
+    ReLU to what is written.
+    """
+    # Under autocast a branch may be narrower than its shortcut; torch.where, the reference, widens too.
+    dtype = torch.promote_types(rest.dtype, rows.dtype)
+    rest, rows = rest.to(dtype), rows.to(dtype)
+    if not _backward_only(rest, rows):
+        return ops.scatter_rows(rest, index, rows, add=shortcut is not None, relu=relu)
+    return _Merge.apply(rest, index, rows, None if shortcut is None else shortcut.to(dtype), relu)
+
+
+def _backward_only(*tensors):
+    """Whether an ordinary backward pass may follow: no tangents, and no transform of ``torch.func``."""
+    plain = forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+    return plain and needed(*tensors)
+
+
+# Without setup_context, with which PyTorch inspects the signature of forward in every call. torch.func needs it, and
+# gets the ops instead.
+class _Split(Function):
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.num_samples = len(x)
+        ctx.set_materialize_grads(False)
+        return ops.gather_rows(x, index), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_rows, grad_rest):
+        (index,) = ctx.saved_tensors
+        with torch.no_grad():
+            if grad_rows is None:  # no gradient comes through the branch
+                grad_rows = empty_rows(grad_rest, len(index)).zero_()
+            if grad_rest is None:
+                grad = ops.scatter_rows_(empty_rows(grad_rows, ctx.num_samples).zero_(), index, grad_rows)
+            else:
+                grad = ops.scatter_rows(grad_rest, index, grad_rows)
+        return _once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
+
+
+class _Merge(Function):
+    @staticmethod
+    def forward(ctx, rest, index, rows, shortcut, relu):
+        output = ops.scatter_rows(rest, index, rows, add=shortcut is not None, relu=relu)
+        # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
+        # Compared with zero or filled where it is False, it would take ten times as long on a CPU.
+        ctx.save_for_backward(index, ops.gather_rows(output, index).bool() if relu else None)
+        ctx.adds = shortcut is not None
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, passed = ctx.saved_tensors
+        with torch.no_grad():
+            grad_rows = ops.gather_rows(grad, index)
+            if passed is not None:
+                passed = passed.view(torch.uint8).to(grad.dtype)
+                grad_rows = torch.ops.aten.threshold_backward(grad_rows, passed, 0)
+        grad_rows = _once(grad_rows, grad, "scatter_rows")
+        # The rows that split_rows took out are not zeroed in the gradient of the rest: it replaces them.
+        return grad, None, grad_rows, grad_rows if ctx.adds else None, None
