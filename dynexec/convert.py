@@ -6,9 +6,18 @@ from math import prod
 
 import torch
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
+from dynexec.nn.stochastic_depth import (
+    SubsetBranches,
+    drop_path_blocks,
+    make_subset,
+    read_branches,
+    subset_class,
+    undo_subset,
+)
 from dynexec.nn.structure import CONVOLUTIONS, Adapter, NoSkip, NotABlock, is_candidate, read_structure
 from dynexec.nn.swap import (
     FROZEN,
@@ -29,37 +38,51 @@ class Conversion:
     Attributes
     ----------
     converted : tuple of (column, name, class name, shortcut) rows
+        For stochastic depth (number, name, class name, names of its stochastic-depth modules).
     skipped : tuple of (name, class name, reason) rows
     fine_tune : str or None
         What of the first set of weights is frozen; None where there is one set.
+    stochastic_depth : bool
+        Whether blocks compute what stochastic depth keeps, and obey no decisions.
     """
 
     converted: tuple
     skipped: tuple
     fine_tune: str | None = None
+    stochastic_depth: bool = False
 
     @property
     def num_blocks(self):
-        """L, the number of columns that decisions must have."""
+        """How many blocks were converted: L, the number of columns that decisions must have, where blocks obey them."""
         return len(self.converted)
 
     def __str__(self):
+        lines = self._stochastic_depth_lines() if self.stochastic_depth else self._decision_lines()
+        if self.skipped:
+            lines += [f"{len(self.skipped)} not converted:", *_reason_lines(self.skipped)]
+        return "\n".join(lines)
+
+    def _stochastic_depth_lines(self):
+        lines = [f"{self.num_blocks} blocks converted: they train on the samples that stochastic depth keeps"]
+        for _, name, kind, drop_paths in self.converted:
+            lines.append(f"  {name or 'the model itself'} ({kind}): {', '.join(drop_paths)}")
+        return lines
+
+    def _decision_lines(self):
         lines = [f"{self.num_blocks} blocks converted: decisions are bool [N, {self.num_blocks}]"]
         if self.fine_tune is not None:
             lines.append(f"each has two sets of weights; frozen of the first: {self.fine_tune}")
         for column, name, kind, shortcut in self.converted:
             what = kind if self.fine_tune is not None else f"{kind}, {shortcut} shortcut"
             lines.append(f"  column {column:3d}  {name or 'the model itself'} ({what})")
-        if self.skipped:
-            lines += [f"{len(self.skipped)} not converted:", *_reason_lines(self.skipped)]
-        return "\n".join(lines)
+        return lines
 
 
 def _reason_lines(skipped):
     return [f"  {name or 'the model itself'} ({kind}): {reason}" for name, kind, reason in skipped]
 
 
-def convert(model, match=None, *, batch_norm="all", fine_tune=None):
+def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_depth=False):
     """Make the residual blocks of ``model`` obey :class:`dynexec.decide`, in place.
 
     Blocks are found by structure: modules whose forward is ``activation(residual(x) + shortcut(x))`` with convolutions
@@ -75,17 +98,23 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None):
         Which modules to convert: instances of a type; names that fit a shell pattern, such as ``"layer3.*"``;
         modules for which ``match(name, module)`` is true; or the blocks of an :class:`Adapter`, split as it says.
         None: every block that is found. In a list or tuple, the first that fits a module counts.
-    batch_norm : {"all", "kept"}
+    batch_norm : {"all", "kept", "frozen"}
         Which samples train-mode BatchNorm takes its statistics over. "all", as the published implementations do,
-        needs every sample computed and so saves nothing while BatchNorm trains. "kept" computes the residual branch of
-        the kept samples only and is a different function; it needs exact mode, and more than one value per channel
-        (one kept sample with 1x1 maps is an error). Evaluation-mode BatchNorm needs neither.
+        needs every sample computed up to the last BatchNorm of a branch, which is all of most branches. "kept" computes
+        the residual branch of the kept samples only and is a different function; it needs exact mode, and more than one
+        value per channel (one kept sample with 1x1 maps is an error). "frozen" holds the BatchNorm of the blocks in
+        evaluation mode, in which it needs neither, until :func:`revert`.
     fine_tune : {None, "convolutions", "all", "nothing"}
         None: blocks are kept or dropped. Otherwise every block gets a second set of weights, a copy of it that is its
         submodule ``fine_tuned``; a sample whose decision is True runs that one, others the block itself (SpotTune, Guo
         et al., CVPR 2019). Of the first set this much is frozen: the weights of its convolutions, as in the published
         code, where its BatchNorm goes on training; all of it, with BatchNorm in evaluation mode; or nothing. Copied as
         they are now: load pre-trained weights before.
+    stochastic_depth : bool
+        True: instead of obeying decisions, blocks with ``shortcut + drop_path(branch(x))`` in their forward, with the
+        DropPath of timm or a module like it, compute these branches in training for the samples that are kept only, as
+        :class:`dynexec.nn.SubsetDropPath` does. ``match`` says which blocks (no Adapter). Here ``batch_norm`` "all"
+        means that a branch with BatchNorm in training runs on all samples, as it does behind a DropPath.
 
     Returns
     -------
@@ -102,18 +131,30 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None):
     -----
     Constants that a block's forward reads from its attributes are read here, for blocks whose shortcut is not the
     identity. ``torch.jit.script`` needs the reverted model. To change a block's class by other means (parametrizations
-    of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`.
+    of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`. ``fine_tune`` comes before
+    ``DistributedDataParallel``.
     """
     _check_model(model)
     check_batch_norm(batch_norm)
+    if not isinstance(stochastic_depth, bool):
+        raise TypeError(f"stochastic_depth must be True or False, got {stochastic_depth!r}")
     if fine_tune not in (None, *FROZEN):
         raise ValueError(f"fine_tune must be None or one of {FROZEN}, got {fine_tune!r}")
+    if fine_tune is not None and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "fine_tune adds weights, which a DistributedDataParallel that is there already would never average: "
+            "convert the model before wrapping it"
+        )
     if any(block.placement for block in dynamic_blocks(model)):
         remedy = "call dynexec.revert(model) before converting it anew" if _reversible(model) else "as it was built to"
         raise ValueError(f"model obeys decisions already: {remedy}")
+    if _subset_blocks(model):
+        raise ValueError("model computes stochastic depth by subsets already: call dynexec.revert(model) before")
     rules = list(match) if isinstance(match, (list, tuple)) else [match]
     for rule in rules:
         _check_rule(rule)
+    if stochastic_depth:
+        return _convert_stochastic_depth(model, match, rules, batch_norm, fine_tune)
     found, skipped = _find(model, rules)
     if not found:
         wanted = "" if match is None else f" that fits match={match!r}"
@@ -135,6 +176,53 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None):
     return Conversion(tuple(rows), tuple(skipped), fine_tune)
 
 
+def _convert_stochastic_depth(model, match, rules, batch_norm, fine_tune):
+    if fine_tune is not None:
+        raise ValueError(f"fine_tune must be None with stochastic_depth=True, got {fine_tune!r}: convert does either")
+    if batch_norm == "frozen":
+        raise ValueError(
+            'batch_norm must be "all" or "kept" with stochastic_depth=True, got "frozen": put the BatchNorm layers in '
+            "evaluation mode, then branches with them run on the kept samples, too"
+        )
+    if any(isinstance(rule, Adapter) for rule in rules):
+        raise ValueError("match must not hold an Adapter with stochastic_depth=True: blocks are read from their trace")
+    found, skipped = _find_stochastic_depth(model, rules)
+    if not found:
+        wanted = "" if match is None else f" that fits match={match!r}"
+        raise ValueError("\n".join([f"model has no stochastic depth{wanted} to convert", *_reason_lines(skipped)]))
+    rows = []
+    for number, (name, branches) in enumerate(found.items()):
+        block = model.get_submodule(name)
+        drop_paths = tuple(dict.fromkeys(branch.drop_path for branch in branches.branches))
+        rows.append((number, name, type(block).__name__, drop_paths))
+        make_subset(block, branches, batch_norm)
+    return Conversion(tuple(rows), tuple(skipped), stochastic_depth=True)
+
+
+def _find_stochastic_depth(model, rules):
+    """What was read of the blocks to convert, by name, and why others, or some of their branches, are not."""
+    found, skipped = {}, []
+    for name, drop_paths in drop_path_blocks(model).items():
+        block = model.get_submodule(name)
+        if not any(_fits(rule, name, block) for rule in rules):
+            continue
+        try:
+            _check_swap(block, subset_class)
+            branches = read_branches(block)
+        except NotABlock as reason:
+            skipped.append((name, type(block).__name__, str(reason)))
+            continue
+        if branches.branches:
+            found[name] = branches
+        called = {branch.drop_path for branch in branches.branches}
+        for drop_path in drop_paths:
+            reason = branches.reasons.get(drop_path, "the forward of its block does not call it itself")
+            if drop_path in branches.reasons or drop_path not in called:
+                path = f"{name}.{drop_path}".removeprefix(".")
+                skipped.append((path, type(block.get_submodule(drop_path)).__name__, reason))
+    return found, skipped
+
+
 def revert(model):
     """Undo :func:`convert`, in place: the blocks that it changed get their own class back and obey no decisions.
 
@@ -154,16 +242,18 @@ def revert(model):
         If the class of a block was changed after :func:`convert`. Nothing is reverted then.
     """
     _check_model(model)
-    blocks = _reversible(model)
-    for block in blocks:
-        own = dynamic_class(block._dynexec_original, block._dynexec_base) if isinstance(block, Swapped) else None
-        if own not in (None, type(block)):
+    blocks, subsets = _reversible(model), _subset_blocks(model)
+    swapped = [(block, dynamic_class(block._dynexec_original, block._dynexec_base)) for block in _swapped(blocks)]
+    for block, own in [*swapped, *((block, subset_class(block._dynexec_original)) for block in subsets)]:
+        if own is not type(block):
             raise ValueError(f"a block is a {type(block).__name__} since it was converted: undo that change first")
     for block in blocks:
         del block.placement
-        if isinstance(block, Swapped):
-            undo(block)
-    return len(blocks)
+    for block in _swapped(blocks):
+        undo(block)
+    for block in subsets:
+        undo_subset(block)
+    return len(blocks) + len(subsets)
 
 
 def _check_model(model):
@@ -175,6 +265,14 @@ def _reversible(model):
     """The blocks that :func:`convert` changed: those of other classes, and our own that had no column before."""
     placed = [block for block in dynamic_blocks(model) if block.placement]
     return [block for block in placed if isinstance(block, Swapped) or block.placement.by_convert]
+
+
+def _swapped(blocks):
+    return [block for block in blocks if isinstance(block, Swapped)]
+
+
+def _subset_blocks(model):
+    return [module for module in model.modules() if isinstance(module, SubsetBranches)]
 
 
 def _find(model, rules):
@@ -242,27 +340,32 @@ def _worth_saying(modules, found, reasons):
 
 def _read(module, rule):
     """The adapter for a module that fits a rule."""
+    _check_swap(module, dynamic_class)
     adapter = isinstance(rule, Adapter)
-    if isinstance(module, _GRAPHS):
-        raise NotABlock("a traced or scripted graph has no blocks: convert the model before")
     if not adapter and not is_candidate(module):
         raise NotABlock("one of torch's own layers, or no convolution inside: it takes a dynexec.Adapter")
-    if "forward" in vars(module):
-        raise NotABlock("its forward is replaced on the object, not in its class")
     taken = next((name for name in _RESERVED if hasattr(module, name)), None)
     if taken is not None:
         raise NotABlock(f"it has an attribute {taken!r}, a name that dynexec needs")
-    original = type(module)
-    try:
-        module.__class__ = dynamic_class(original)
-        module.__class__ = original
-    except TypeError as error:
-        raise NotABlock(f"its class cannot be swapped ({error})") from error
     if not adapter:
         return read_structure(module)
     if rule.shortcut_layers(module) and rule.residual_layers(module) is None:
         raise ValueError(f"{type(rule).__name__} gives shortcut_layers, which need residual_layers, but gives none")
     return rule
+
+
+def _check_swap(module, swapped_class):
+    """Raise :class:`NotABlock` unless the class of ``module`` can be swapped for what ``swapped_class`` makes of it."""
+    if isinstance(module, _GRAPHS):
+        raise NotABlock("a traced or scripted graph has no blocks: convert the model before")
+    if "forward" in vars(module):
+        raise NotABlock("its forward is replaced on the object, not in its class")
+    original = type(module)
+    try:
+        module.__class__ = swapped_class(original)
+        module.__class__ = original
+    except TypeError as error:
+        raise NotABlock(f"its class cannot be swapped ({error})") from error
 
 
 _NO_RULE = object()

@@ -1,6 +1,8 @@
 """Blocks that obey decisions, and the ``decide`` context that they read them from."""
 
+from dynexec.nn.batch_norm import recompute_batch_norm
 from dynexec.nn.context import active_route, decide
+from dynexec.nn.drop_path import SubsetDropPath
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, Placement, ResidualBlock, assign_columns, dynamic_blocks
@@ -15,8 +17,10 @@ __all__ = [
     "Placement",
     "ResidualBlock",
     "RoutedNetwork",
+    "SubsetDropPath",
     "active_route",
     "assign_columns",
     "decide",
     "dynamic_blocks",
+    "recompute_batch_norm",
 ]

@@ -150,7 +150,7 @@ def read_structure(block):
     return TracedAdapter(type(block), None, (), None)
 
 
-class _OneInput(nn.Module):
+class OneInput(nn.Module):
     """Calls the block with one input, so that its other parameters keep their defaults as plain values."""
 
     def __init__(self, block):
@@ -161,7 +161,7 @@ class _OneInput(nn.Module):
         return self.block.forward(x)  # not its hooks: they stay on the block and run around its call
 
 
-class _BlockTracer(fx.Tracer):
+class BlockTracer(fx.Tracer):
     def __init__(self, block):
         super().__init__()
         self.block = block
@@ -172,7 +172,7 @@ class _BlockTracer(fx.Tracer):
 
 def _trace(block):
     try:
-        return _BlockTracer(block).trace(_OneInput(block))
+        return BlockTracer(block).trace(OneInput(block))
     except Exception as error:  # tracing runs the block's own Python on stand-ins: anything may be raised
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotABlock(f"its forward cannot be traced ({reason})") from error
@@ -182,12 +182,12 @@ def _split(block, graph):
     x = next(node for node in graph.nodes if node.op == "placeholder")
     node = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     activation = None
-    if isinstance(node, fx.Node) and not _is_addition(node) and (activation := _step(node)) is not None:
+    if isinstance(node, fx.Node) and not is_addition(node) and (activation := _step(node)) is not None:
         node = node.args[0]
-    if not (isinstance(node, fx.Node) and _is_addition(node)):
+    if not (isinstance(node, fx.Node) and is_addition(node)):
         raise NoSkip("no skip connection: its output is not residual(x) + shortcut(x), activated or not")
     first, second = (_branch(block, operand, x) for operand in node.args)
-    overwritten = any(_overwrites(block, user, x) for user in x.users)
+    overwritten = any(overwrites(block, user, x) for user in x.users)
     if () in (first, second):
         residual = second if first == () else first
         if residual == ():
@@ -206,7 +206,7 @@ def _split(block, graph):
     return TracedAdapter(type(block), residual, shortcut, activation)
 
 
-def _is_addition(node):
+def is_addition(node):
     return (
         node.op in ("call_function", "call_method")
         and node.target in _ADDITIONS
@@ -247,7 +247,7 @@ def _does_nothing(module):
     return type(module) is nn.Identity
 
 
-def _overwrites(block, node, x):
+def overwrites(block, node, x):
     """Whether ``node`` is an operation in place on ``x``."""
     if node.args[:1] != (x,):
         return False

@@ -1,0 +1,185 @@
+"""Stochastic depth that computes only the samples it keeps (Huang et al., ECCV 2016)."""
+
+from numbers import Real
+
+import torch
+from torch import nn
+
+from dynexec import ops
+from dynexec.nn.batch_norm import meets_other_processes
+from dynexec.nn.residual import with_zero_gradients
+
+DRAWS = ("bernoulli", "fixed")
+
+
+class SubsetDropPath(nn.Module):
+    """Stochastic depth on a residual branch, in training computed for the kept samples only.
+
+    ``drop_path(x, branch)`` is ``x + DropPath(drop_prob)(branch(x))``, with timm's DropPath: every sample keeps its
+    branch with probability ``1 - drop_prob``, and a kept one is divided by that. Where DropPath computes the branch for
+    all samples and multiplies by 0, this one gathers the kept samples, runs the branch on them, and adds the result
+    to their rows of a copy of ``x``. In evaluation mode and at rate 0 it is ``x + branch(x)``.
+
+    Parameters
+    ----------
+    drop_prob : float
+        Probability that a sample drops its branch, ``0 <= drop_prob < 1``. May be set anew at any time, by a schedule.
+    draw : {"bernoulli", "fixed"}
+        "bernoulli": independently for every sample, as DropPath draws. "fixed": always ``round(N * (1 - drop_prob))``
+        of N samples, at least one, chosen uniformly, and multiplied by N over their number: equal in expectation, and
+        every step costs the same (Oquab et al., "DINOv2", 2023, section 5).
+    generator : torch.Generator, optional
+        Of the CPU. None: torch's default one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be.
+
+    Notes
+    -----
+    *BatchNorm* inside the branch sees, and takes its training statistics over, the kept samples only, where behind a
+    DropPath it sees all: the one difference to DropPath but for rounding. Row i of the branch's output must depend on
+    row i of its input alone otherwise, and the branch must not write to its input.
+
+    *Draws* are made on the host, whatever the device, so that no step waits for one. On a CPU and with "bernoulli"
+    they are those that DropPath would make with the same seed, if the branch itself draws nothing.
+
+    *Fixed shapes*: ``torch.compile``, ``torch.export``, ``torch.jit.trace``, meta tensors and the capture of a CUDA
+    graph cannot follow sizes that are drawn. There the branch runs on all samples and is masked, as by DropPath.
+
+    *Activation checkpointing* runs the forward again and restores the default generator for it, so that it draws the
+    same. It does not know of a ``generator`` of one's own: drawing from that in a backward pass is a RuntimeError.
+    """
+
+    def __init__(self, drop_prob=0.0, *, draw="bernoulli", generator=None):
+        super().__init__()
+        _check_rate(drop_prob)
+        if draw not in DRAWS:
+            raise ValueError(f"draw must be one of {DRAWS}, got {draw!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator must be of the CPU, where draws are made, got one of {generator.device}")
+        self.drop_prob, self.draw, self.generator = drop_prob, draw, generator
+
+    def forward(self, x, branch=None):
+        """``x + branch(x)``, with stochastic depth.
+
+        Parameters
+        ----------
+        x : floating-point tensor ``[N, ...]``
+            N samples of any shape and memory layout: maps ``[N, C, H, W]``, tokens ``[N, T, D]``.
+        branch : nn.Module or other callable, optional
+            Takes some rows of ``x``, ``[M, ...]``, and gives as many of the same shape. Where no sample is kept, a
+            module is not called and its parameters get gradients of zeros, as DistributedDataParallel needs them;
+            another callable, whose parameters are not known, is called with no row (M = 0).
+            None: ``x`` is the output of a branch that ran already, and is masked and divided: then this is DropPath.
+
+        Returns
+        -------
+        tensor ``[N, ...]``
+            Laid out as ``x`` where samples are dropped, and of memory of its own.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the branch does not give what it should, if ``drop_prob`` was set out of range, or if the kept samples
+            give a BatchNorm one value per channel, on which it cannot train.
+        """
+        _check_rate(self.drop_prob)
+        if not self.training or self.drop_prob == 0:
+            return x if branch is None else x + _run(branch, x, x)
+        fixed_shapes = needs_fixed_shapes(x)
+        if self.generator is not None:
+            self._check_repeatable(fixed_shapes)
+        device = x.device if fixed_shapes else "cpu"
+        keep, scale = draw_samples(x.shape[0], self.drop_prob, self.draw, self.generator, device)
+        if branch is None:
+            return _mask(x, keep, scale)
+        if fixed_shapes:
+            return x + _mask(_run(branch, x, x), keep, scale)
+        return add_branch(x, x, branch, keep, scale)
+
+    def _check_repeatable(self, fixed_shapes):
+        if fixed_shapes:
+            raise RuntimeError("generator must be None where the forward is traced or captured: torch cannot follow it")
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "generator must be None under activation checkpointing: the forward that runs again in the backward "
+                "pass would draw other samples; of torch's default generator checkpointing restores the state"
+            )
+
+    def extra_repr(self):
+        return f"drop_prob={self.drop_prob:.3g}, draw={self.draw!r}"
+
+
+def _check_rate(drop_prob):
+    if not isinstance(drop_prob, Real):
+        raise TypeError(f"drop_prob must be a number, got {type(drop_prob).__name__}")
+    if not 0 <= drop_prob < 1:
+        raise ValueError(f"drop_prob must be 0 <= drop_prob < 1, got {drop_prob}")
+
+
+def needs_fixed_shapes(x):
+    """Whether sizes must not depend on a draw: ``x`` is traced or has no values, or a CUDA graph is captured."""
+    return (
+        torch.compiler.is_compiling()
+        or x.device.type == "meta"
+        or torch.jit.is_tracing()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def draw_samples(num_samples, drop_prob, draw="bernoulli", generator=None, device="cpu"):
+    """Which samples are kept, bool ``[N]``, and what makes up for the others: the factor of the kept ones' branch."""
+    if draw == "fixed":
+        count = max(1, round(num_samples * (1 - drop_prob)))
+        return torch.randperm(num_samples, generator=generator, device=device) < count, num_samples / count
+    # As DropPath draws: the same seed gives the same samples.
+    keep = torch.empty(num_samples, device=device).bernoulli_(1 - drop_prob, generator=generator)
+    return keep.bool(), 1 / (1 - drop_prob)
+
+
+def add_branch(shortcut, x, branch, keep, scale):
+    """``shortcut + scale * branch(x)`` for the samples that ``keep``, ``shortcut`` for others; never its own memory.
+
+    ``shortcut`` and ``x`` are ``[N, ...]``; ``keep`` is bool ``[N]`` on the host. ``branch`` is called with the kept
+    rows of ``x``.
+    """
+    index = keep.nonzero().flatten()
+    kept = len(index)
+    if kept == 0 and hasattr(branch, "parameters") and not meets_other_processes(*branch.modules()):
+        return with_zero_gradients(shortcut, branch)
+    if kept and kept == len(keep):
+        return shortcut + _run(branch, x, shortcut) * scale
+    index = index.to(x.device, non_blocking=True)
+    rows = _run(branch, ops.gather_rows(x, index), shortcut) * scale
+    # Under autocast a branch may be narrower than its shortcut; the sum of the two has the wider type.
+    dtype = torch.promote_types(shortcut.dtype, rows.dtype)
+    return ops.scatter_rows(shortcut.to(dtype), index, rows.to(dtype), add=True)
+
+
+def _run(branch, rows, shortcut):
+    """``branch(rows)``, checked to be what can be added to rows of ``shortcut``."""
+    try:
+        output = branch(rows)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"the branch got {len(rows)} of {len(shortcut)} samples, which give its BatchNorm one value per channel, "
+            f"and it cannot train on that: take larger batches or a smaller drop_prob ({error})"
+        ) from error
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"branch must give a tensor, got {type(output).__name__}")
+    expected = (len(rows), *shortcut.shape[1:])
+    if output.shape != expected:
+        raise ValueError(f"branch must give {expected}, rows to be added to the shortcut, got {tuple(output.shape)}")
+    return output
+
+
+def _mask(rows, keep, scale):
+    """What DropPath makes of ``rows``: the kept ones times ``scale``, the others times 0."""
+    factor = keep.to(rows.device, rows.dtype, non_blocking=True) * scale
+    return rows * factor.reshape(-1, *[1] * (rows.dim() - 1))

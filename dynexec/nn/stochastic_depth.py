@@ -1,0 +1,306 @@
+"""Finds ``shortcut + drop_path(branch(x))`` in blocks of existing models, and computes only what is kept of it.
+
+No third-party imports: a stochastic-depth module is one whose class is named as timm's or torchvision's and has their
+attributes; where it is added is read from the traced forward of the block that calls it.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import fx
+
+from dynexec.nn.batch_norm import uses_batch_statistics
+from dynexec.nn.drop_path import SubsetDropPath, add_branch, draw_samples, needs_fixed_shapes
+from dynexec.nn.structure import BlockTracer, NotABlock, OneInput, is_addition, overwrites
+
+
+def read_rate(module):
+    """(drop probability, whether kept samples are divided by the keep probability); None: no stochastic depth.
+
+    timm's DropPath has ``drop_prob`` and ``scale_by_keep``, torchvision's StochasticDepth ``p``, and ``mode``, which
+    must be "row".
+    """
+    if not type(module).__name__.endswith(("DropPath", "StochasticDepth")) or isinstance(module, SubsetDropPath):
+        return None
+    rate = getattr(module, "drop_prob", getattr(module, "p", None))
+    return rate or 0.0, getattr(module, "scale_by_keep", True)
+
+
+def drop_path_blocks(model):
+    """Names of the modules that hold stochastic depth, with the names of it inside them.
+
+    torch's own containers, such as ``ModuleList``, are passed over for what holds them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found, names = {}, {}
+    for name, module in modules.items():
+        if name and read_rate(module) is not None:
+            block = name.rpartition(".")[0]
+            while block and (type(modules[block]).forward.__module__ or "").startswith("torch.nn."):
+                block = block.rpartition(".")[0]
+            first = names.setdefault(modules[block], block)  # a block may be registered under two names
+            if first == block:
+                found.setdefault(block, []).append(name.removeprefix(f"{block}."))
+    return found
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch that may be dropped: ``function(block, rows)``, and the names of what it uses of the block."""
+
+    drop_path: str
+    function: Callable
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What was read of a block.
+
+    ``run(block, x, block)`` is its forward, in which each of ``branches`` and its addition is a call of the block's
+    ``_dynexec_add_branch``. ``defaults`` are its forward's other parameters, with which it was traced; ``reasons`` say
+    by name which stochastic depth stays as it is and why.
+    """
+
+    branches: tuple[Branch, ...]
+    reasons: dict[str, str]
+    defaults: dict[str, object]
+    run: Callable
+
+    def __reduce__(self):
+        return _unread, ()  # functions made from a graph cannot be pickled: a copied block reads itself anew
+
+
+def _unread():
+    return None
+
+
+def read_branches(block):
+    """Trace ``block`` in training mode and return its :class:`Branches`; :class:`NotABlock` if that cannot be."""
+    own = getattr(type(block), "_dynexec_original", type(block))
+    parameters = list(inspect.signature(own.forward).parameters.values())[2:]  # without the block and its input
+    graph = _training_graph(block)
+    holder = _add_input(graph)
+    branches, reasons = [], {}
+    for node in list(graph.nodes):
+        if node.op != "call_module" or read_rate(_module(block, node)) is None:
+            continue
+        try:
+            addition, shortcut = _addition(block, node)
+            nodes, x = _branch_nodes(block, node)
+        except NotABlock as reason:
+            reasons[_path(node)] = str(reason)
+            continue
+        with graph.inserting_before(addition):
+            arguments = holder, len(branches), shortcut, x
+            addition.replace_all_uses_with(graph.call_method("_dynexec_add_branch", arguments))
+        branches.append(_branch(block, node, nodes, x))
+        for done in (addition, node, *reversed(nodes)):
+            graph.erase_node(done)
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return Branches(tuple(branches), reasons, defaults, _compile(block, graph))
+
+
+def _training_graph(block):
+    modes = {module: module.training for module in block.modules()}
+    attributes = dict(vars(block))
+    try:
+        for module in modes:
+            module.training = True
+        return _Tracer(block).trace(OneInput(block))
+    except Exception as error:  # tracing runs the block's own Python on stand-ins: anything may be raised
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotABlock(f"its forward cannot be traced ({reason})") from error
+    finally:
+        vars(block).clear()  # a forward may store what it computes, here the tracer's stand-ins
+        vars(block).update(attributes)
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Tracer(BlockTracer):
+    """Records operators in place as such, where others see ``x = x + y`` for ``x += y``."""
+
+    def proxy(self, node):
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    def __iadd__(self, other):
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other):
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other):
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other):
+        return self._record(operator.itruediv, other)
+
+    def _record(self, target, other):
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+def _add_input(graph):
+    """A second input of the graph, for the block whose ``_dynexec_add_branch`` it calls."""
+    x = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(x):
+        return graph.placeholder("block")
+
+
+def _addition(block, drop_path):
+    """(the addition behind ``drop_path``, its other operand)."""
+    module = _module(block, drop_path)
+    if getattr(module, "mode", "row") != "row":
+        raise NotABlock(f"its mode is {module.mode!r}, which does not drop samples")
+    if len(drop_path.users) != 1 or not is_addition(addition := next(iter(drop_path.users))):
+        raise NotABlock("its output is not added to a shortcut, or is used elsewhere, too")
+    first, second = addition.args
+    if first is not drop_path and addition.target in (operator.iadd, "add_"):
+        raise NotABlock("it is added to its shortcut in place")
+    return addition, second if first is drop_path else first
+
+
+def _branch_nodes(block, drop_path):
+    """(the nodes that only lead to ``drop_path``, in order, the one value that they start from)."""
+    inside = {drop_path}
+    for node in reversed(list(drop_path.graph.nodes)):
+        if node.op != "placeholder" and node.users and all(user in inside for user in node.users):
+            inside.add(node)
+    nodes = [node for node in drop_path.graph.nodes if node in inside and node is not drop_path]
+    if not drop_path.args or drop_path.args[0] not in nodes:
+        raise NotABlock("what it drops is used elsewhere, too")
+    starts = {start for node in nodes for start in node.all_input_nodes if start.op != "get_attr"} - inside
+    if len(starts) != 1:
+        raise NotABlock(f"its branch starts from {len(starts)} values of its block, not from one")
+    (x,) = starts
+    if any(overwrites(block, user, x) for user in x.users):
+        raise NotABlock("an operation in place overwrites what its branch starts from")
+    return nodes, x
+
+
+def _branch(block, drop_path, nodes, x):
+    """The nodes of a branch as a graph of its own."""
+    graph = fx.Graph()
+    copies = {x: graph.placeholder("x")}
+
+    def copy(node):
+        if node not in copies:  # in order, all but parameters that others use, too, are there already
+            copies[node] = graph.node_copy(node, copy)
+        return copies[node]
+
+    for node in nodes:
+        copy(node)
+    graph.output(copies[drop_path.args[0]])
+    used = {kind: tuple({_path(n) for n in graph.nodes if n.op == kind}) for kind in ("call_module", "get_attr")}
+    return Branch(_path(drop_path), _compile(block, graph), used["call_module"], used["get_attr"])
+
+
+def _compile(block, graph):
+    """The graph as a function of the block and the graph's inputs."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = _path(node)
+    return type(fx.GraphModule(block, graph)).forward
+
+
+def _path(node):
+    return node.target.removeprefix("block.")
+
+
+def _module(block, node):
+    return block.get_submodule(_path(node))
+
+
+class _BoundBranch:
+    """A branch of a certain block, as far like a module as it takes."""
+
+    def __init__(self, block, branch):
+        self.block, self.branch = block, branch
+
+    def __call__(self, rows):
+        return self.branch.function(self.block, rows)
+
+    def modules(self):
+        return [self.block.get_submodule(name) for name in self.branch.modules]
+
+    def parameters(self):
+        yield from (parameter for module in self.modules() for parameter in module.parameters())
+        yield from (operator.attrgetter(name)(self.block) for name in self.branch.parameters)
+
+
+class SubsetBranches:
+    """Stands before a block's own class in the bases of the class it is swapped to."""
+
+    def forward(self, *args, **kwargs):
+        if not (self.training and args and isinstance(args[0], torch.Tensor)) or needs_fixed_shapes(args[0]):
+            return super().forward(*args, **kwargs)
+        if self._dynexec_branches is None:
+            self._dynexec_branches = read_branches(self)
+        if not _as_traced(self._dynexec_branches.defaults, args[1:], kwargs):
+            return super().forward(*args, **kwargs)
+        return self._dynexec_branches.run(self, args[0], self)
+
+    def _dynexec_add_branch(self, number, shortcut, x):
+        branch = _BoundBranch(self, self._dynexec_branches.branches[number])
+        drop_path = self.get_submodule(branch.branch.drop_path)
+        rate, divides = read_rate(drop_path) or (0.0, False)
+        all_samples = self._dynexec_batch_norm == "all" and uses_batch_statistics(*branch.modules())
+        if all_samples or not drop_path.training or not 0 < rate < 1:
+            return shortcut + drop_path(branch(x))
+        keep, scale = draw_samples(x.shape[0], rate)
+        return add_branch(shortcut, x, branch, keep, scale if divides else 1.0)
+
+    def __reduce_ex__(self, protocol):
+        # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        arguments = tuple(self._dynexec_original if argument is type(self) else argument for argument in arguments)
+        return _rebuild, (function, arguments), *state
+
+
+def _as_traced(defaults, others, kwargs):
+    """Whether a block is called with nothing but its input, or with what its parameters are by default."""
+    given = dict(zip(defaults, others)) | kwargs
+    known = len(others) <= len(defaults)
+    return known and all(name in defaults and value is defaults[name] for name, value in given.items())
+
+
+def make_subset(block, branches, batch_norm):
+    """Swap the class of ``block`` for one that computes the kept samples of ``branches``."""
+    block.__class__ = subset_class(type(block))
+    vars(block).update(_dynexec_branches=branches, _dynexec_batch_norm=batch_norm)
+    return block
+
+
+def undo_subset(block):
+    """Give a block its own class back."""
+    block.__class__ = block._dynexec_original
+    del block._dynexec_branches, block._dynexec_batch_norm
+
+
+@cache
+def subset_class(original):
+    """The class for blocks of class ``original``."""
+    namespace = {"__module__": original.__module__, "_dynexec_original": original}
+    if hasattr(original, "__deepcopy__"):
+        namespace["__deepcopy__"] = _deepcopy
+    return type(f"Subset{original.__name__}", (SubsetBranches, original), namespace)
+
+
+def _deepcopy(block, memo):
+    """Let the block copy itself in its own way, which may make one of its own class, and convert the copy."""
+    copied = block._dynexec_original.__deepcopy__(block, memo)
+    copied.__class__ = block._dynexec_original
+    return make_subset(copied, None, block._dynexec_batch_norm)
+
+
+def _rebuild(function, arguments):
+    block = function(*arguments)
+    block.__class__ = subset_class(type(block))
+    return block
