@@ -204,9 +204,9 @@ def test_interrupted_by_a_signal(name, photos, monkeypatch):
     assert sum(batches) == len(computed)
 
 
-def torchrun(output, *options):
+def torchrun(output):
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          EXAMPLES / "train_distributed.py", "--output", output, "--epochs", "1", "2", "1", "--timeout", "60"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -217,24 +217,28 @@ def children(process):
 
 
 @needs_torchrun
-def test_a_killed_process_is_started_again_and_training_goes_on_bit_for_bit(tmp_path):
+def test_after_a_killed_process_the_same_command_goes_on_bit_for_bit(tmp_path):
     pytest.importorskip("sklearn")
-    whole, torn = torchrun(tmp_path / "whole"), None
+    whole, torn, again = torchrun(tmp_path / "whole"), None, None
     try:
-        printed = whole.communicate(timeout=120)[0]
+        printed = whole.communicate(timeout=240)[0]
         assert whole.returncode == 0, printed
-        torn = torchrun(tmp_path / "torn", "--max-restarts", "1")
+        torn = torchrun(tmp_path / "torn")
         lines = []
         while "policy 1/2" not in (line := torn.stdout.readline()):
             assert line, "".join(lines)
             lines.append(line)
         os.kill(children(torn)[-1], signal.SIGKILL)
-        printed_again = "".join(lines) + torn.communicate(timeout=120)[0]
+        printed_again = "".join(lines) + torn.communicate(timeout=240)[0]
+        assert torn.returncode != 0, printed_again
+        again = torchrun(tmp_path / "torn")
+        printed_again += again.communicate(timeout=240)[0]
     finally:
-        for process in (whole, torn):
+        for process in (whole, torn, again):
             if process is not None:
                 process.terminate()  # and torchrun its workers
-    assert torn.returncode == 0, printed_again
+    assert again.returncode == 0, printed_again
+    assert "network 1/1" not in printed_again.partition("policy 1/2")[2]  # it was not trained anew
     assert re.search(r"Connection closed by peer|Connection reset|exitcode.*-9|Signal 9", printed_again), printed_again
     for report in re.findall(r"test: accuracy.*", printed):
         assert report in printed_again
