@@ -75,6 +75,19 @@ def train_alone(net, batches, progress):
         schedule.step()
 
 
+def train_control(net, batches, progress):
+    """For comparison: the largest backbone alone, on all frames, for as many epochs more as the policy gets."""
+    epochs = TOGETHER + AFTERWARDS
+    optimizer = torch.optim.Adam([*net.base_model_list[0].parameters(), *net.new_fc_list[0].parameters()], RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    net.train()
+    for _ in progress.epochs("control", epochs):
+        for clips in batches():
+            md.step(optimizer, F.cross_entropy(net(clips.inputs, constant(net, clips, 0)), clips.labels))
+        schedule.step()
+    return net.eval()
+
+
 def train_together(net, batches, generator, progress):
     """Then: predictions and policy, under drawn decisions."""
     costs = net.count_flops(next(batches()).inputs).costs
@@ -104,7 +117,7 @@ def train_predictions(net, batches, progress):
 
 
 @torch.no_grad()
-def compare_quality(net, before, clips, generator):
+def compare_quality(net, before, control, clips, generator):
     """Rows: accuracy, FLOPs per clip, and how many frames each action got per clip."""
     flops = net.count_flops(clips.inputs)
     decided = net.policy.decide(clips.inputs)[0]
@@ -125,7 +138,7 @@ def compare_quality(net, before, clips, generator):
         return actions[torch.randperm(len(actions), generator=generator)].view_as(decided)
 
     def reassigned():
-        actions, looked = decided.clone(), decided < skip
+        actions, looked = decided.clone(), decided < skip - 1  # by a backbone
         chosen = decided[looked]
         actions[looked] = chosen[torch.randperm(len(chosen), generator=generator)]
         return actions
@@ -137,12 +150,13 @@ def compare_quality(net, before, clips, generator):
     constructed = torch.where(clips.told, clips.kind.new_tensor([2, 1, 0])[clips.kind][:, None], skip)
     return [
         row("policy", net, lambda: decided, policy=True),
-        row("all frames at 32, its own network", before, lambda: largest),
+        row("all frames at 32, before the policy", before, lambda: largest),
+        row("all frames at 32, trained as long", control, lambda: largest),
         row("all frames at 32, after the policy", net, lambda: largest),
         *(row(f"all frames at {RESOLUTIONS[k]}", before, lambda k=k: constant(net, clips, k)) for k in (1, 2, 3)),
-        row("every second frame at 32", before, lambda: half),
+        row("every second frame at 32", control, lambda: half),
         row("random, at the policy's rates", net, shuffled, draws=DRAWS),
-        row("its frames, at each other's resolution", net, reassigned, draws=DRAWS),
+        row("its frames, resolutions exchanged", net, reassigned, draws=DRAWS),
         row("random, network before the policy", before, shuffled, draws=DRAWS),
         row("policy of another clip", net, exchanged, draws=DRAWS),
         row("told by construction", before, lambda: constructed),
@@ -210,7 +224,8 @@ def run_seed(seed):
     train_together(net, batches, generator, progress)
     train_predictions(net, batches, progress)
     clips = md.resolution_clips(*test_digits, torch.Generator().manual_seed(seed))
-    rows = compare_quality(net, before, clips, generator)
+    control = train_control(copy.deepcopy(before), batches, progress)
+    rows = compare_quality(net, before, control, clips, generator)
     times = compare_times(net, clips)
     progress.done()
     return {"seed": seed, "seconds": progress.seconds, "rows": rows, "choices": choices(net, clips), **times}

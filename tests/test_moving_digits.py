@@ -180,8 +180,8 @@ STAGES = {
 }
 CHOICES = {"arnet": 8, "adamml": 5}  # per clip
 FIRST_ROWS = {
-    "arnet": ["policy", "all frames at 32, its own network", "all frames at 32, after the policy", "all frames at 24"],
-    "adamml": ["policy", "all, networks before the policy", "all, networks after the policy", "rgb only", "sound only"],
+    "arnet": ["policy", "all frames at 32, before the policy", "all frames at 32, trained as long"],
+    "adamml": ["policy", "all, networks before the policy", "all, networks after the policy"],
 }
 
 
