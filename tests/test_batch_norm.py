@@ -281,6 +281,8 @@ def test_recompute_under_decisions_weighs_with_what_is_kept(batch_norm):
     block = randomised(toys.finish(toys.BasicBlock(4, 4))).double().train()
     conv = copy.deepcopy(block.conv1)
     dynexec.convert(block, batch_norm=batch_norm)
+    block.bn1.running_mean.fill_(torch.nan)  # what was there has no part in it
+    block.bn1.num_batches_tracked.fill_(7)
     batches = [torch.randn(n, 4, 5, 5).double() for n in (2, 5, 3)]
     keeps = [torch.tensor([[True], [False]]), torch.rand(5, 1) < 2, torch.zeros(3, 1).bool()]
     keeps[1][0] = False
