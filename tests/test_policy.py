@@ -92,6 +92,12 @@ def test_reward_errors_name_what_is_wrong():
         policy.usage_reward(decisions, torch.ones(3))
     with pytest.raises(ValueError, match="correct must be"):
         policy.usage_reward(decisions, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"correct must be a bool tensor \[N\], got list"):
+        policy.usage_reward(decisions, [True] * 3)
+    with pytest.raises(ValueError, match="decisions must be bool .*torch.float32"):
+        policy.usage_reward(decisions.float(), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must be at most 0, got nan"):
+        policy.usage_reward(decisions, torch.ones(3, dtype=torch.bool), penalty=math.nan)
 
 
 @pytest.mark.parametrize("exploration", [1.0, 0.8])
@@ -126,6 +132,15 @@ def test_reinforce_loss_by_hand():
     assert loss.tolist() == pytest.approx([-2 * (math.log(0.25) + math.log(0.5)), math.log(0.1) + math.log(0.9)])
     with pytest.raises(ValueError, match=r"advantage must have shape \(2,\), got \(2, 1\)"):
         policy.reinforce_loss(probabilities, decisions, torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"advantage \(2,\) hold NaN"):
+        policy.reinforce_loss(probabilities, decisions, torch.tensor([1.0, math.nan]))
+    with pytest.raises(TypeError, match=r"advantage must be a floating-point tensor \[N\], got torch.int64"):
+        policy.reinforce_loss(probabilities, decisions, torch.tensor([1, 2]))
+    zeros = torch.zeros(2)
+    with pytest.raises(TypeError, match=r"trained must be a bool tensor \[L\], got torch.float32"):
+        policy.reinforce_loss(probabilities, decisions, zeros, trained=torch.ones(2))
+    with pytest.raises(ValueError, match=r"trained must have shape \(2,\), got \(3,\)"):
+        policy.entropy_term(probabilities, trained=torch.ones(3, dtype=torch.bool))
 
 
 def test_untrained_blocks_get_no_gradient():

@@ -121,9 +121,14 @@ def check_probabilities(probabilities):
 
 def check_logits(logits):
     """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
-    _check_type(logits, "logits", "[..., choices]")
-    if _readable(logits) and bool(logits.isnan().any()):
-        raise ValueError(f"logits {tuple(logits.shape)} hold NaN: expected numbers {_DIVERGED}")
+    check_numbers(logits, "logits", "[..., choices]")
+
+
+def check_numbers(values, name, shape):
+    """The same for any ``values``, which a message calls ``name`` and describes by ``shape``, a text."""
+    _check_type(values, name, shape)
+    if _readable(values) and bool(values.isnan().any()):
+        raise ValueError(f"{name} {tuple(values.shape)} hold NaN: expected numbers {_DIVERGED}")
 
 
 _DIVERGED = "(has the policy network diverged, or were its images NaN?)"

@@ -1,8 +1,9 @@
 """Losses that train a Bernoulli policy by REINFORCE with a self-critical baseline (BlockDrop, section 3)."""
 
+import torch
 import torch.nn.functional as F
 
-from dynexec.policy.bernoulli import clamp_open, explore, log_probability
+from dynexec.policy.bernoulli import check_numbers, clamp_open, explore, log_probability
 
 
 def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trained=None):
@@ -26,13 +27,18 @@ def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trai
     Returns
     -------
     float tensor ``[N]``
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`dynexec.policy.log_probability`, and if ``advantage`` or ``trained`` is not what it should be. Values,
+        NaN among advantages, are checked on the CPU only.
     """
+    check_numbers(advantage, "advantage", "[N]")
     if advantage.shape != probabilities.shape[:1]:
         raise ValueError(f"advantage must have shape {tuple(probabilities.shape[:1])}, got {tuple(advantage.shape)}")
     loss = -log_probability(probabilities, decisions, exploration=exploration) * advantage.detach()[:, None]
-    if trained is not None:
-        loss = loss * trained.to(loss.device)
-    return loss.sum(1)
+    return _of_trained(loss, trained).sum(1)
 
 
 def entropy_term(probabilities, *, exploration=1.0, trained=None):
@@ -44,9 +50,7 @@ def entropy_term(probabilities, *, exploration=1.0, trained=None):
     """
     bounded = clamp_open(explore(probabilities, exploration))
     entropy = -bounded * bounded.log()
-    if trained is not None:
-        entropy = entropy * trained.to(entropy.device)
-    return entropy.sum(1)
+    return _of_trained(entropy, trained).sum(1)
 
 
 def curriculum_loss(probabilities, decisions, advantage, *, exploration=0.8, entropy=0.1, trained=None):
@@ -73,3 +77,15 @@ def finetuning_loss(probabilities, decisions, advantage, logits, labels, *, expl
     """
     reinforce = reinforce_loss(probabilities, decisions, advantage, exploration=exploration)
     return reinforce.sum() + F.cross_entropy(logits, labels)
+
+
+def _of_trained(terms, trained):
+    """``terms`` ``[N, L]``, those of blocks that are not ``trained`` times 0."""
+    if trained is None:
+        return terms
+    if not isinstance(trained, torch.Tensor) or trained.dtype != torch.bool:
+        kind = trained.dtype if isinstance(trained, torch.Tensor) else type(trained).__name__
+        raise TypeError(f"trained must be a bool tensor [L], got {kind}")
+    if trained.shape != terms.shape[1:]:
+        raise ValueError(f"trained must have shape {tuple(terms.shape[1:])}, got {tuple(trained.shape)}")
+    return terms * trained.to(terms.device)

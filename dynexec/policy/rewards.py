@@ -2,6 +2,8 @@
 
 import torch
 
+from dynexec.policy.bernoulli import check_drawn
+
 
 def usage_reward(decisions, correct, *, penalty=-1.0):
     """Reward of a sample's decisions: few blocks if the prediction is right, a penalty if it is wrong.
@@ -21,13 +23,21 @@ def usage_reward(decisions, correct, *, penalty=-1.0):
     Returns
     -------
     float tensor ``[N]``, between ``penalty`` and 1
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be.
     """
-    if decisions.dim() != 2 or correct.shape != decisions.shape[:1] or correct.dtype != torch.bool:
+    check_drawn(decisions, (None, None))
+    if not isinstance(correct, torch.Tensor):
+        raise TypeError(f"correct must be a bool tensor [N], got {type(correct).__name__}")
+    if correct.shape != decisions.shape[:1] or correct.dtype != torch.bool:
         raise ValueError(
             f"correct must be bool [N] for decisions [N, L], got {correct.dtype} {tuple(correct.shape)} "
             f"for decisions {tuple(decisions.shape)}"
         )
-    if penalty > 0:
+    if not penalty <= 0:
         raise ValueError(f"penalty is the reward of a wrong prediction and must be at most 0, got {penalty}")
     usage = decisions.float().mean(1)
     return torch.where(correct, 1.0 - usage.square(), penalty)
