@@ -35,6 +35,23 @@ def count_write(x):
         torch.autograd.graph.increment_version(x)
 
 
+def relu_passed(output, index):
+    """Which elements of rows ``index`` a ReLU passed on to ``output``; NaN passes, as in relu."""
+    # A bool per element, not the output: that may be overwritten in place later.
+    return dispatch.gather_rows(output, index).bool()
+
+
+def relu_gradient(grad, passed):
+    """``grad`` where ``passed``, else 0."""
+    # Filled or compared with zero, bool and all, it takes ten times as long on a CPU.
+    return torch.ops.aten.threshold_backward(grad, passed.view(torch.uint8).to(grad.dtype), 0)
+
+
+def differentiable_once(result, grad, name):
+    """``result``, computed from ``grad`` without a graph; differentiating it is an error that says ``name``."""
+    return _apply(_FirstDerivative, result, grad, name) if torch.is_grad_enabled() else result
+
+
 def nested_tangents():
     """Context for the body of a jvp: PyTorch enters it without forward mode, and tangents may have tangents."""
     return forward_ad._set_fwd_grad_enabled(True)
@@ -59,7 +76,7 @@ class _GatherRows(Function):
         (index,) = ctx.saved_tensors
         with torch.no_grad():
             grad_x = reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad)
-        return _once(grad_x, grad, "gather_rows"), None
+        return differentiable_once(grad_x, grad, "gather_rows"), None
 
 
 class _GatherRowsForwardMode(_GatherRows):
@@ -85,36 +102,37 @@ class _ScatterRows(Function):
         _, index, _, ctx.add, relu, ctx.in_place = inputs
         if ctx.in_place:
             ctx.mark_dirty(output)
-        # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
-        blocked = dispatch.gather_rows(output, index) <= 0 if relu else None
-        ctx.save_for_backward(index, blocked)
-        ctx.save_for_forward(index, blocked)
+        passed = relu_passed(output, index) if relu else None
+        ctx.save_for_backward(index, passed)
+        ctx.save_for_forward(index, passed)
 
     @staticmethod
     def backward(ctx, grad):
-        index, blocked = ctx.saved_tensors
+        index, passed = ctx.saved_tensors
         with torch.no_grad():
             grad_rows = gather_rows(grad, index)
-            if blocked is not None:
-                grad_rows = grad_rows.masked_fill_(blocked, 0)
+            if passed is not None:
+                grad_rows = relu_gradient(grad_rows, passed)
             grad_destination = grad
-            if ctx.needs_input_grad[0] and (blocked is not None or not ctx.add):
+            if ctx.needs_input_grad[0] and (passed is not None or not ctx.add):
                 through = grad_rows if ctx.add else torch.zeros_like(grad_rows)
                 grad_destination = scatter_rows(grad, index, through)
-        grad_destination = _once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
-        grad_rows = _once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
+        grad_destination = (
+            differentiable_once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
+        )
+        grad_rows = differentiable_once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
         return grad_destination, None, grad_rows, None, None, None
 
 
 class _ScatterRowsForwardMode(_ScatterRows):
     @staticmethod
     def jvp(ctx, destination, _, rows, *others):
-        index, blocked = ctx.saved_tensors
+        index, passed = ctx.saved_tensors
         with nested_tangents():
             if ctx.add:
                 rows = rows + gather_rows(destination, index)
-            if blocked is not None:
-                rows = rows.masked_fill(blocked, 0)
+            if passed is not None:
+                rows = rows.masked_fill(~passed, 0)
             return scatter_rows(destination, index, rows, in_place=ctx.in_place)
 
 
@@ -149,10 +167,6 @@ _FORWARD_MODE = {
     _ScatterRows: _ScatterRowsForwardMode,
     _FirstDerivative: _FirstDerivativeForwardMode,
 }
-
-
-def _once(result, grad, name):
-    return _apply(_FirstDerivative, result, grad, name) if torch.is_grad_enabled() else result
 
 
 def _in_forward_mode():

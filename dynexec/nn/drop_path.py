@@ -5,9 +5,9 @@ from numbers import Real
 import torch
 from torch import nn
 
-from dynexec import ops
 from dynexec.nn.batch_norm import meets_other_processes
-from dynexec.nn.residual import with_zero_gradients
+from dynexec.nn.residual import is_traced, with_zero_gradients
+from dynexec.nn.rows import merge_rows, split_rows
 
 DRAWS = ("bernoulli", "fixed")
 
@@ -123,12 +123,7 @@ def _check_rate(drop_prob):
 
 def needs_fixed_shapes(x):
     """Whether sizes must not depend on a draw: ``x`` is traced or has no values, or a CUDA graph is captured."""
-    return (
-        torch.compiler.is_compiling()
-        or x.device.type == "meta"
-        or torch.jit.is_tracing()
-        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+    return is_traced(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def draw_samples(num_samples, drop_prob, draw="bernoulli", generator=None, device="cpu"):
@@ -154,14 +149,14 @@ def add_branch(shortcut, x, branch, keep, scale):
     if kept and kept == len(keep):
         return shortcut + _run(branch, x, shortcut) * scale
     index = index.to(x.device, non_blocking=True)
-    rows = _run(branch, ops.gather_rows(x, index), shortcut) * scale
-    # Under autocast a branch may be narrower than its shortcut; the sum of the two has the wider type.
-    dtype = torch.promote_types(shortcut.dtype, rows.dtype)
-    return ops.scatter_rows(shortcut.to(dtype), index, rows.to(dtype), add=True)
+    shortcut_rows, rest = split_rows(shortcut, index)
+    rows = shortcut_rows if x is shortcut else split_rows(x, index)[0]
+    return merge_rows(rest, index, _run(branch, rows, shortcut) * scale, shortcut_rows)
 
 
 def _run(branch, rows, shortcut):
     """``branch(rows)``, checked to be what can be added to rows of ``shortcut``."""
+    version = None if torch.compiler.is_compiling() or rows.is_inference() else rows._version
     try:
         output = branch(rows)
     except ValueError as error:
@@ -171,6 +166,8 @@ def _run(branch, rows, shortcut):
             f"the branch got {len(rows)} of {len(shortcut)} samples, which give its BatchNorm one value per channel, "
             f"and it cannot train on that: take larger batches or a smaller drop_prob ({error})"
         ) from error
+    if version is not None and rows._version != version:
+        raise ValueError("branch must not write to its input, the shortcut: it has an operation in place")
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"branch must give a tensor, got {type(output).__name__}")
     expected = (len(rows), *shortcut.shape[1:])

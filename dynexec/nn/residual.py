@@ -114,7 +114,7 @@ def _run(block, execution, x, args, kwargs):
 
 def computes_all(block, execution, x):
     """Whether a block must compute every sample: sizes must not depend on decisions, or these are weights."""
-    if execution.mode == "exact" and not _is_traced(x):
+    if execution.mode == "exact" and not is_traced(x):
         return False
     if block.placement.batch_norm == "kept" and uses_batch_statistics(block):
         raise RuntimeError(
@@ -260,7 +260,7 @@ def _is_plain_relu(layer):
     return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _is_traced(x):
+def is_traced(x):
     """Whether the call has no values to read: sizes must not depend on decisions then."""
     return torch.compiler.is_compiling() or x.device.type == "meta" or torch.jit.is_tracing()
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function, forward_ad
 
 from dynexec import ops
-from dynexec.gradients import _once, needed
+from dynexec.gradients import differentiable_once, needed, relu_gradient, relu_passed
 from dynexec.reference import empty_rows
 
 
@@ -58,16 +58,14 @@ class _Split(Function):
                 grad = ops.scatter_rows_(empty_rows(grad_rows, ctx.num_samples).zero_(), index, grad_rows)
             else:
                 grad = ops.scatter_rows(grad_rest, index, grad_rows)
-        return _once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
+        return differentiable_once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
 
 
 class _Merge(Function):
     @staticmethod
     def forward(ctx, rest, index, rows, shortcut, relu):
         output = ops.scatter_rows(rest, index, rows, add=shortcut is not None, relu=relu)
-        # A bool per element of rows, not the output: that may be overwritten in place later. NaN passes, as in relu.
-        # Compared with zero or filled where it is False, it would take ten times as long on a CPU.
-        ctx.save_for_backward(index, ops.gather_rows(output, index).bool() if relu else None)
+        ctx.save_for_backward(index, relu_passed(output, index) if relu else None)
         ctx.adds = shortcut is not None
         return output
 
@@ -77,8 +75,7 @@ class _Merge(Function):
         with torch.no_grad():
             grad_rows = ops.gather_rows(grad, index)
             if passed is not None:
-                passed = passed.view(torch.uint8).to(grad.dtype)
-                grad_rows = torch.ops.aten.threshold_backward(grad_rows, passed, 0)
-        grad_rows = _once(grad_rows, grad, "scatter_rows")
+                grad_rows = relu_gradient(grad_rows, passed)
+        grad_rows = differentiable_once(grad_rows, grad, "scatter_rows")
         # The rows that split_rows took out are not zeroed in the gradient of the rest: it replaces them.
         return grad, None, grad_rows, grad_rows if ctx.adds else None, None
