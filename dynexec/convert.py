@@ -99,11 +99,11 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
         modules for which ``match(name, module)`` is true; or the blocks of an :class:`Adapter`, split as it says.
         None: every block that is found. In a list or tuple, the first that fits a module counts.
     batch_norm : {"all", "kept", "frozen"}
-        Which samples train-mode BatchNorm takes its statistics over. "all", as the published implementations do,
-        needs every sample computed up to the last BatchNorm of a branch, which is all of most branches. "kept" computes
-        the residual branch of the kept samples only and is a different function; it needs exact mode, and more than one
-        value per channel (one kept sample with 1x1 maps is an error). "frozen" holds the BatchNorm of the blocks in
-        evaluation mode, in which it needs neither, until :func:`revert`.
+        Which samples train-mode BatchNorm takes its statistics over. "all", as the published implementations do, needs
+        every sample computed up to the last BatchNorm of a branch, which is all of most branches; the layers behind it
+        run for kept samples only. "kept" computes the residual branch of the kept samples only and is a different
+        function; it needs exact mode, and more than one value per channel (one kept sample with 1x1 maps is an error).
+        "frozen" holds the BatchNorm of the blocks in evaluation mode, in which it needs neither, until :func:`revert`.
     fine_tune : {None, "convolutions", "all", "nothing"}
         None: blocks are kept or dropped. Otherwise every block gets a second set of weights, a copy of it that is its
         submodule ``fine_tuned``; a sample whose decision is True runs that one, others the block itself (SpotTune, Guo
@@ -129,10 +129,10 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
 
     Notes
     -----
-    Constants that a block's forward reads from its attributes are read here, for blocks whose shortcut is not the
-    identity. ``torch.jit.script`` needs the reverted model. To change a block's class by other means (parametrizations
-    of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`. ``fine_tune`` comes before
-    ``DistributedDataParallel``.
+    Constants that a block's forward reads from its attributes are read here: for blocks whose shortcut is not the
+    identity, and with ``batch_norm="all"`` for every block with BatchNorm. ``torch.jit.script`` needs the reverted
+    model. To change a block's class by other means (parametrizations of its own parameters, ``fully_shard``), do so
+    first, or undo that before :func:`revert`. ``fine_tune`` comes before ``DistributedDataParallel``.
     """
     _check_model(model)
     check_batch_norm(batch_norm)
