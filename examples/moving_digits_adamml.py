@@ -3,7 +3,7 @@
 Trains a small network per modality, then both with the policy still untrained, then networks and policy in turns with
 Gumbel-softmax decisions and the published cost per modality, then the networks under the policy's decisions, for
 several seeds. Compares accuracy and FLOPs with decisions that do not look at the clip, and the time of inference and
-training as decided with computing everything. About a minute and a half per seed on one core.
+training as decided with computing everything. About two minutes per seed on one core.
 
     python examples/moving_digits_adamml.py --seeds 0 1 2 --output out/moving_digits_adamml
 
@@ -94,6 +94,19 @@ def train_alone(net, batches, progress):
         schedule.step()
 
 
+def train_control(net, batches, progress):
+    """For comparison: both networks on everything, for as many epochs more as they get with a policy."""
+    epochs = WARM_UP + IN_TURNS + AFTERWARDS
+    optimizer = torch.optim.Adam(net.main_net.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    net.train()
+    for _ in progress.epochs("control", epochs):
+        for clips in batches():
+            md.step(optimizer, F.cross_entropy(net(clips.inputs, only(net, clips, 0, 1)), clips.labels))
+        schedule.step()
+    return net.eval()
+
+
 def train_in_turns(net, batches, generator, progress):
     """Then the networks under an untrained policy's draws, and an epoch of networks and one of the policy in turns."""
     networks, policy = (
@@ -136,7 +149,7 @@ def train_networks(net, batches, progress):
 
 
 @torch.no_grad()
-def compare_quality(net, before, clips, generator):
+def compare_quality(net, before, control, clips, generator):
     """Rows: accuracy, FLOPs per clip, and in how many segments each modality is taken per clip."""
     flops = count_flops(net, clips.inputs)
     decided = net.policy.decide(clips.inputs)
@@ -164,9 +177,10 @@ def compare_quality(net, before, clips, generator):
     return [
         row("policy", net, lambda: decided, policy=True),
         row("all, networks before the policy", before, lambda: everything),
+        row("all, networks trained as long", control, lambda: everything),
         row("all, networks after the policy", net, lambda: everything),
         *(row(f"{name} only", before, lambda k=k: only(net, clips, k)) for k, name in enumerate(MODALITIES)),
-        row("every second segment", before, lambda: half),
+        row("every second segment", control, lambda: half),
         row("random, at the policy's rates", net, shuffled, draws=DRAWS),
         row("random, networks before the policy", before, shuffled, draws=DRAWS),
         row("policy of another clip", net, exchanged, draws=DRAWS),
@@ -236,7 +250,8 @@ def run_seed(seed):
     train_in_turns(net, batches, generator, progress)
     train_networks(net, batches, progress)
     clips = md.modality_clips(*test_digits, torch.Generator().manual_seed(seed))
-    rows = compare_quality(net, before, clips, generator)
+    control = train_control(copy.deepcopy(before), batches, progress)
+    rows = compare_quality(net, before, control, clips, generator)
     times = compare_times(net, clips)
     progress.done()
     return {"seed": seed, "seconds": progress.seconds, "rows": rows, "choices": choices(net, clips), **times}

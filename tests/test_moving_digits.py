@@ -181,7 +181,7 @@ STAGES = {
 CHOICES = {"arnet": 8, "adamml": 5}  # per clip
 FIRST_ROWS = {
     "arnet": ["policy", "all frames at 32, before the policy", "all frames at 32, trained as long"],
-    "adamml": ["policy", "all, networks before the policy", "all, networks after the policy"],
+    "adamml": ["policy", "all, networks before the policy", "all, networks trained as long"],
 }
 
 
