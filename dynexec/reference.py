@@ -56,11 +56,14 @@ def has_dense_rows(x):
     return True
 
 
-def empty_rows(x, count):
-    """An uninitialised ``[count, ...]`` for rows of ``x``: strides of dense rows are kept, others become contiguous."""
+def empty_rows(x, count, dtype=None):
+    """An uninitialised ``[count, ...]`` for rows of ``x``: strides of dense rows are kept, others become contiguous.
+
+    ``dtype``: default that of ``x``.
+    """
     row = x.shape[1:]
     strides = x.stride()[1:] if has_dense_rows(x) else contiguous_strides(row)
-    return x.new_empty_strided((count, *row), (max(row.numel(), 1), *strides))
+    return x.new_empty_strided((count, *row), (max(row.numel(), 1), *strides), dtype=dtype)
 
 
 def contiguous_strides(shape):

@@ -43,6 +43,31 @@ def test_equals_the_model_with_the_same_seed(name):
         assert_same(results(model, x, 0), results(twin, x, 0))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", [name for name in toys.NETWORKS if name != "vit"])
+def test_outputs_are_laid_out_as_the_blocks(name, layout):
+    # ConvNeXt's branch ends in channels_last, whatever it gets, and what follows is faster in it.
+    model, twin, _ = converted(name)
+    x = torch.randn(6, 12 if name == "resnet" else 8, 5, 3).double().contiguous(memory_format=layout)
+    for rate in (1e-12, 0.3, 0.5):
+        set_rates(model, rate), set_rates(twin, rate)
+        actual, expected = results(model[-1], x, 0)[0], results(twin[-1], x, 0)[0]
+        assert actual.stride() == expected.stride()
+
+
+def test_a_shortcut_stays_as_wide_as_it_is_when_its_layout_changes():
+    model, outputs, x = toys.network("convnext").float(), [], torch.randn(6, 8, 5, 3)
+    model[-1].gamma = None  # which would widen the branch before the addition
+    twin = copy.deepcopy(model)
+    dynexec.convert(model, stochastic_depth=True)
+    for block in (model[-1], twin[-1]):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(block(x))
+    assert outputs[0].dtype == outputs[1].dtype == torch.float32
+    torch.testing.assert_close(*outputs, rtol=0.005, atol=0.005)
+
+
 LAYERS = {
     "vit": ("norm1", "mlp"),
     "convnext": ("conv_dw", "mlp"),

@@ -8,6 +8,7 @@ from torch import nn
 from dynexec.nn.batch_norm import meets_other_processes
 from dynexec.nn.residual import is_traced, with_zero_gradients
 from dynexec.nn.rows import merge_rows, split_rows
+from dynexec.reference import empty_rows
 
 DRAWS = ("bernoulli", "fixed")
 
@@ -136,22 +137,27 @@ def draw_samples(num_samples, drop_prob, draw="bernoulli", generator=None, devic
     return keep.bool(), 1 / (1 - drop_prob)
 
 
-def add_branch(shortcut, x, branch, keep, scale):
+def add_branch(shortcut, x, branch, keep, scale, *, branch_first=False):
     """``shortcut + scale * branch(x)`` for the samples that ``keep``, ``shortcut`` for others; never its own memory.
 
     ``shortcut`` and ``x`` are ``[N, ...]``; ``keep`` is bool ``[N]`` on the host. ``branch`` is called with the kept
-    rows of ``x``.
+    rows of ``x``. ``branch_first``: laid out as ``branch(x) + shortcut``.
     """
     index = keep.nonzero().flatten()
     kept = len(index)
     if kept == 0 and hasattr(branch, "parameters") and not meets_other_processes(*branch.modules()):
         return with_zero_gradients(shortcut, branch)
     if kept and kept == len(keep):
-        return shortcut + _run(branch, x, shortcut) * scale
+        rows = _run(branch, x, shortcut) * scale
+        return rows + shortcut if branch_first else shortcut + rows
     index = index.to(x.device, non_blocking=True)
     shortcut_rows, rest = split_rows(shortcut, index)
     rows = shortcut_rows if x is shortcut else split_rows(x, index)[0]
-    return merge_rows(rest, index, _run(branch, rows, shortcut) * scale, shortcut_rows)
+    rows = _run(branch, rows, shortcut) * scale
+    if branch_first and kept and rows.stride()[1:] != rest.stride()[1:]:
+        # What follows would run in the layout of the shortcut, and be slower where the branch changes it for a reason.
+        rest = empty_rows(rows, len(rest), rest.dtype).copy_(rest)
+    return merge_rows(rest, index, rows, shortcut_rows)
 
 
 def _run(branch, rows, shortcut):

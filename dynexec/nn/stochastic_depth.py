@@ -50,9 +50,13 @@ def drop_path_blocks(model):
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch that may be dropped: ``function(block, rows)``, and the names of what it uses of the block."""
+    """One branch that may be dropped: ``function(block, rows)``, and the names of what it uses of the block.
+
+    ``first``: in the addition it is written before its shortcut, and the sum has its memory layout.
+    """
 
     drop_path: str
+    first: bool
     function: Callable
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
@@ -99,7 +103,7 @@ def read_branches(block):
         with graph.inserting_before(addition):
             arguments = holder, len(branches), shortcut, x
             addition.replace_all_uses_with(graph.call_method("_dynexec_add_branch", arguments))
-        branches.append(_branch(block, node, nodes, x))
+        branches.append(_branch(block, node, nodes, x, first=shortcut is addition.args[1]))
         for done in (addition, node, *reversed(nodes)):
             graph.erase_node(done)
     defaults = {parameter.name: parameter.default for parameter in parameters}
@@ -185,7 +189,7 @@ def _branch_nodes(block, drop_path):
     return nodes, x
 
 
-def _branch(block, drop_path, nodes, x):
+def _branch(block, drop_path, nodes, x, first):
     """The nodes of a branch as a graph of its own."""
     graph = fx.Graph()
     copies = {x: graph.placeholder("x")}
@@ -199,7 +203,7 @@ def _branch(block, drop_path, nodes, x):
         copy(node)
     graph.output(copies[drop_path.args[0]])
     used = {kind: tuple({_path(n) for n in graph.nodes if n.op == kind}) for kind in ("call_module", "get_attr")}
-    return Branch(_path(drop_path), _compile(block, graph), used["call_module"], used["get_attr"])
+    return Branch(_path(drop_path), first, _compile(block, graph), used["call_module"], used["get_attr"])
 
 
 def _compile(block, graph):
@@ -253,9 +257,10 @@ class SubsetBranches:
         rate, divides = read_rate(drop_path) or (0.0, False)
         all_samples = self._dynexec_batch_norm == "all" and uses_batch_statistics(*branch.modules())
         if all_samples or not drop_path.training or not 0 < rate < 1:
-            return shortcut + drop_path(branch(x))
+            rows = drop_path(branch(x))
+            return rows + shortcut if branch.branch.first else shortcut + rows
         keep, scale = draw_samples(x.shape[0], rate)
-        return add_branch(shortcut, x, branch, keep, scale if divides else 1.0)
+        return add_branch(shortcut, x, branch, keep, scale if divides else 1.0, branch_first=branch.branch.first)
 
     def __reduce_ex__(self, protocol):
         # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
