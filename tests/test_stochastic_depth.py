@@ -52,7 +52,7 @@ def test_outputs_are_laid_out_as_the_blocks(name, layout):
     for rate in (1e-12, 0.3, 0.5):
         set_rates(model, rate), set_rates(twin, rate)
         actual, expected = results(model[-1], x, 0)[0], results(twin[-1], x, 0)[0]
-        assert actual.stride() == expected.stride()
+        assert actual.stride() == expected.stride() and not torch.equal(actual, x)
 
 
 def test_a_shortcut_stays_as_wide_as_it_is_when_its_layout_changes():
@@ -61,9 +61,10 @@ def test_a_shortcut_stays_as_wide_as_it_is_when_its_layout_changes():
     twin = copy.deepcopy(model)
     dynexec.convert(model, stochastic_depth=True)
     for block in (model[-1], twin[-1]):
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16):
             outputs.append(block(x))
+    assert [int((row != x).any()) for row, x in zip(outputs[0], x)].count(1) in range(1, 6)
     assert outputs[0].dtype == outputs[1].dtype == torch.float32
     torch.testing.assert_close(*outputs, rtol=0.005, atol=0.005)
 
