@@ -11,7 +11,6 @@ without the parameters.
 
 import argparse
 import copy
-import ctypes
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynexec import decide
+from dynexec.executors.memory import keep_freed_memory
 from dynexec.measure.environment import processor_name
 from dynexec.measure.timing import compare
 from dynexec.models.blockdrop import BasicBlock, Bottleneck, SegmentedResNet
@@ -34,7 +34,7 @@ KEEPS = (0.25, 0.5, 0.75, 1.0)
 TOLERANCE = 1e-9  # of the norm of each parameter's gradient, in float64: in float32 inputs of ReLUs close to zero flip
 HEADINGS = (
     *("BatchNorm", "keep", "dense, ms", "masked, ms", "naive gather, ms", "dynexec, ms", "theoretical", "realised"),
-    *("efficiency", "saved, MB: dense", "masked", "naive", "dynexec"),
+    *("efficiency", "saved share", "kept for backward, MB: dense", "masked", "naive", "dynexec"),
 )
 
 
@@ -52,19 +52,19 @@ class PreActivation(BasicBlock):
         return None
 
 
-#: Title -> how to build it, image size, and the kinds of BatchNorm to measure.
+#: Title -> how to build it, image size, the kinds of BatchNorm to measure, and batch sizes.
 NETWORKS = {
     "a third of BlockDrop's ResNet-110: 18 basic blocks": (
         lambda: SegmentedResNet(BasicBlock, (6, 6, 6), (16, 32, 64), num_classes=10),
-        *(32, ("frozen", "kept", "all")),
+        *(32, ("frozen", "kept", "all"), (16, 128)),
     ),
     "ResNet with 11 bottleneck blocks": (
         lambda: SegmentedResNet(Bottleneck, (2, 3, 4, 2), (64, 128, 256, 512), large_images=True, num_classes=10),
-        *(64, ("frozen", "kept", "all")),
+        *(64, ("frozen", "kept", "all"), (16, 64)),
     ),
     "9 pre-activation blocks": (
         lambda: SegmentedResNet(PreActivation, (3, 3, 3), (16, 32, 64), num_classes=10),
-        *(32, ("all",)),
+        *(32, ("all",), (16, 128)),
     ),
 }
 
@@ -221,10 +221,11 @@ def measure(make, size, batch, layout, batch_norm, seconds):
         kept = decisions[keep].float().mean(0).tolist()
         needed = total - sum(flops * (1 - share) for flops, share in zip(skippable, kept))
         theoretical, realised = total / needed, milliseconds["dense"] / milliseconds[f"dynexec {keep}"]
+        saved = f"{(1 - 1 / realised) / (1 - 1 / theoretical):.2f}" if theoretical > 1.001 else "-"
         rows.append(
             [batch_norm, f"{keep}"]
             + [f"{milliseconds[name]:.0f}" if name in milliseconds else "-" for name in names]
-            + [f"{theoretical:.2f}x", f"{realised:.2f}x", f"{realised / theoretical:.2f}"]
+            + [f"{theoretical:.2f}x", f"{realised:.2f}x", f"{realised / theoretical:.2f}", saved]
             + [f"{megabytes[name]:.1f}" if name in megabytes else "-" for name in names]
         )
     return rows, note
@@ -244,35 +245,29 @@ def check(candidates, others, decisions, keep, batch_norm):
     return error
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed, as an allocator of a GPU does, for all candidates alike."""
-    # It gives activations back to the system otherwise, and in the next step the system fills every page with zeros.
-    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**31 - 1)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table into docs/routed_training.md")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="instead of those of the network")
     parser.add_argument("--seconds", type=float, default=20.0, help="per network and kind of BatchNorm, at least")
     parser.add_argument("--only", default="", help="networks whose title holds this")
     parser.add_argument("--layout", choices=("channels_last", "contiguous_format"), default="channels_last")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    keep_freed_memory()  # as an allocator of a GPU does, for all candidates alike
     layout = getattr(torch, args.layout)
-    parts = [f"{processor_name()}, 1 thread, torch {torch.__version__}, float32, {args.layout}, batch {args.batch}\n"]
+    parts = [f"{processor_name()}, 1 thread, torch {torch.__version__}, float32, {args.layout}\n"]
     print(parts[0])
-    for title, (make, size, kinds) in NETWORKS.items():
-        if args.only not in title:
-            continue
-        found = [measure(make, size, args.batch, layout, kind, args.seconds) for kind in kinds]
-        table = markdown_table(HEADINGS, [row for rows, _ in found for row in rows])
-        parts.append(f"{title}, {size}x{size}:\n\n{table}\n{'; '.join(note for _, note in found)}.\n")
-        print(parts[-1], flush=True)
+    for title, (make, size, kinds, batches) in NETWORKS.items():
+        for batch in [args.batch] if args.batch else batches:
+            if args.only not in title:
+                continue
+            found = [measure(make, size, batch, layout, kind, args.seconds) for kind in kinds]
+            table = markdown_table(HEADINGS, [row for rows, _ in found for row in rows])
+            parts.append(
+                f"{title}, {size}x{size}, batch {batch}:\n\n{table}\n{'; '.join(note for _, note in found)}.\n"
+            )
+            print(parts[-1], flush=True)
     if args.write:
         DOCS.write_text(replace_generated(DOCS.read_text(), "training", "\n".join(parts)))
 
