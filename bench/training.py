@@ -60,7 +60,7 @@ NETWORKS = {
     ),
     "ResNet with 11 bottleneck blocks": (
         lambda: SegmentedResNet(Bottleneck, (2, 3, 4, 2), (64, 128, 256, 512), large_images=True, num_classes=10),
-        *(64, ("frozen", "kept", "all"), (16, 64)),
+        *(64, ("frozen", "kept", "all"), (16, 32)),
     ),
     "9 pre-activation blocks": (
         lambda: SegmentedResNet(PreActivation, (3, 3, 3), (16, 32, 64), num_classes=10),

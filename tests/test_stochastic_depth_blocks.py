@@ -65,6 +65,12 @@ def branching(block, x):
     return x + block.drop_path(block.layer(x)) if x.sum() > 0 else x
 
 
+def sized_by_another(block, x):
+    y = block.other(x)
+    n, d = y.shape
+    return block.drop_path(block.layer(x).reshape(n, d)) + y.view(n, d)
+
+
 REASONS = [
     (Odd(lambda b, x: x + b.relu(b.drop_path(b.layer(x)))), "0.drop_path", "not added to a shortcut"),
     (Odd(lambda b, x: x - b.drop_path(b.layer(x))), "0.drop_path", "not added to a shortcut"),
@@ -75,6 +81,7 @@ REASONS = [
     (Odd(lambda b, x: x.add_(b.drop_path(b.layer(x)))), "0.drop_path", "in place"),
     (Odd(lambda b, x: b.other(x).add_(b.drop_path(b.layer(x)))), "0.drop_path", "added to its shortcut in place"),
     (Odd(two_inputs), "0.drop_path", "starts from 2 values"),
+    (Odd(sized_by_another), "0.drop_path", "needs the size of another value"),
     (Odd(lambda b, x: x + b.drop_path(b.layer(b.relu(x)))), "0.drop_path", "in place overwrites"),
     (Odd(lambda b, x: x + b.layer(x)), "0.drop_path", "the forward of its block does not call it itself"),
     (Odd(branching), "0", "its forward cannot be traced"),
@@ -126,6 +133,16 @@ def listed(block, x):
     return (x,)[0]
 
 
+def by_windows(block, x):  # as Swin's
+    def attend(y):
+        n, _ = y.shape  # half of it unused
+        return block.other(y.reshape(2 * n, 2).reshape(n, -1)).reshape(n, 4)
+
+    n, d = x.shape
+    x = x + block.drop_path(attend(block.layer(x).reshape(n, d)))
+    return x.reshape(n, d // 2, 2).flatten(1)
+
+
 @pytest.mark.parametrize(
     "forward, drop_path, calls",
     [
@@ -133,6 +150,8 @@ def listed(block, x):
         (twice_in_place, None, 1),
         (in_place_on_the_way, None, 1),
         (in_place_outside, None, 1),
+        (by_windows, None, 1),
+        (lambda b, x: x + b.drop_path(b.layer(x).view(x.size(0), -1).view(x.size()[0] * 1, 4)), None, 1),
         (listed, nn.ModuleList([DropPath(0.5), DropPath(0.25)]), 2),
         (lambda b, x: torch.add(b.drop_path(b.layer(x)), b.other(x)), None, 1),
         (lambda b, x: b.other(x) + b.drop_path(torch.addmm(b.layer.bias, x, b.layer.weight) * b.layer.bias), None, 1),

@@ -17,6 +17,8 @@ from dynexec.nn.batch_norm import uses_batch_statistics
 from dynexec.nn.drop_path import SubsetDropPath, add_branch, draw_samples, needs_fixed_shapes
 from dynexec.nn.structure import BlockTracer, NotABlock, OneInput, is_addition, overwrites
 
+_ARITHMETIC = {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+
 
 def read_rate(module):
     """(drop probability, whether kept samples are divided by the keep probability); None: no stochastic depth.
@@ -89,6 +91,9 @@ def read_branches(block):
     own = getattr(type(block), "_dynexec_original", type(block))
     parameters = list(inspect.signature(own.forward).parameters.values())[2:]  # without the block and its input
     graph = _training_graph(block)
+    for node in reversed(graph.nodes):
+        if not node.users and _measured(node) is not None:  # as of ``n, h, w, c = x.shape``, where nobody reads n
+            graph.erase_node(node)
     holder = _add_input(graph)
     branches, reasons = [], {}
     for node in list(graph.nodes):
@@ -181,12 +186,29 @@ def _branch_nodes(block, drop_path):
     if not drop_path.args or drop_path.args[0] not in nodes:
         raise NotABlock("what it drops is used elsewhere, too")
     starts = {start for node in nodes for start in node.all_input_nodes if start.op != "get_attr"} - inside
+    sizes = {start for start in starts if _measured(start) is not None}  # for the kept samples they are read anew
+    starts = starts - sizes or {_measured(size) for size in sizes}
     if len(starts) != 1:
         raise NotABlock(f"its branch starts from {len(starts)} values of its block, not from one")
     (x,) = starts
+    if any(_measured(size) is not x for size in sizes):
+        raise NotABlock("its branch needs the size of another value than the one it starts from")
     if any(overwrites(block, user, x) for user in x.users):
         raise NotABlock("an operation in place overwrites what its branch starts from")
     return nodes, x
+
+
+def _measured(node):
+    """The value whose sizes ``node`` is made of, or None: what it is made of is more than that."""
+    reads = (node.op == "call_function" and node.target is getattr and node.args[1] == "shape") or (
+        node.op == "call_method" and node.target == "size"
+    )
+    if reads:
+        return node.args[0]
+    if node.op != "call_function" or node.target not in _ARITHMETIC:
+        return None
+    found = {_measured(value) for value in node.all_input_nodes}
+    return found.pop() if len(found) == 1 else None
 
 
 def _branch(block, drop_path, nodes, x, first):
