@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dynexec.report.catalogue import HEADINGS, model_rows
 from dynexec.report.rows import read_rows
-from dynexec.report.tables import markdown, markdown_table, replace_generated
+from dynexec.report.tables import break_even_table, markdown, markdown_table, replace_generated
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,5 +17,7 @@ def write(name, part, content):
 
 
 if __name__ == "__main__":
-    write("performance.md", "bench", markdown(read_rows(ROOT / "bench" / "results")))
+    rows = read_rows(ROOT / "bench" / "results")
+    write("performance.md", "break-even", markdown_table(*break_even_table(rows)))
+    write("performance.md", "bench", markdown(rows))
     write("models.md", "models", markdown_table(HEADINGS, model_rows()))

@@ -167,8 +167,25 @@ def test_docs_are_up_to_date():
     if not (ROOT / "bench" / "results").is_dir():
         pytest.skip("result rows are not part of a source distribution")
     text = docs.read_text()
-    content = tables.markdown(rows.read_rows(ROOT / "bench" / "results"))
-    assert tables.replace_generated(text, "bench", content) == text, "run python bench/tables.py"
+    found = rows.read_rows(ROOT / "bench" / "results")
+    parts = {"bench": tables.markdown(found), "break-even": tables.markdown_table(*tables.break_even_table(found))}
+    for name, content in parts.items():
+        assert tables.replace_generated(text, name, content) == text, "run python bench/tables.py"
+
+
+def test_break_even_is_between_the_rates_where_the_dense_network_overtakes(some_rows):
+    keeps, first = [0.25, 0.5, 1.0], some_rows[0]
+
+    def table(*realised):
+        found = [first | {"keep": k, "realised": r, "decisions": "bernoulli"} for k, r in zip(keeps, realised)]
+        return tables.break_even_table(found)[1]
+
+    ((*_, least, even),) = table(2.0, 1.5, 1.01)
+    assert even == "none" and least.startswith(f"1.01x (batch {first['batch']}, keep 1,")
+    assert table(2.0, 1.2, 0.8)[0][-1] == "0.75" and table(0.9, 1.2, 1.5)[0][-1] == "0.25"
+    other = [first | {"keep": 0.5, "realised": 0.7, "decisions": "bernoulli", "batch": first["batch"] + 1}]
+    ((*_, least, even),) = tables.break_even_table([first | {"keep": 0.5, "realised": 2.0}, *other])[1]
+    assert even == "0.50" and f"batch {first['batch'] + 1}" in least
 
 
 def test_plots_are_pictures(some_rows, tmp_path):

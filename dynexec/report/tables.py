@@ -97,6 +97,44 @@ def markdown(rows):
     return "\n".join(parts)
 
 
+def break_even_table(rows):
+    """Headings and texts: per network and machine, where dynexec gains least on the strongest dense baseline.
+
+    The break-even is the keep rate up to which dynexec is at least as fast, for every batch size: straight lines join
+    the rates that were measured.
+    """
+    table = []
+    for _, members in group_rows([row for row in rows if row["realised"] is not None]):
+        least = min(members, key=lambda row: row["realised"])
+        batches = [list(batch) for _, batch in groupby(members, key=lambda row: (row["batch"], row["decisions"]))]
+        even = min(_break_even([(row["keep"], row["realised"]) for row in batch]) for batch in batches)
+        sizes = sorted({row["batch"] for row in members})
+        table.append(
+            [
+                least["net"],
+                ", ".join(machine(least)),
+                ", ".join(map(str, sizes)),
+                f"{_times(least['realised'])} (batch {least['batch']}, keep {COLUMNS['keep'](least)}, "
+                f"{least['strongest_dense']})",
+                "none" if even == float("inf") else f"{even:.2f}",
+            ]
+        )
+    return ["net", "machine", "batch sizes", "smallest speed-up", "break-even"], table
+
+
+def _break_even(points):
+    """The keep rate from which on a dense network is faster; infinity: none of those measured."""
+    before = None
+    for keep, realised in sorted(points):
+        if realised < 1:
+            if before is None:
+                return keep
+            (k0, r0), (k1, r1) = before, (keep, realised)
+            return k0 + (k1 - k0) * (r0 - 1) / (r0 - r1)
+        before = keep, realised
+    return float("inf")
+
+
 def candidate_table(rows):
     """Headings and texts of a table with the time of every candidate of ``rows``."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["milliseconds"], *row["unavailable"])))
