@@ -4,6 +4,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dynexec.report.tables import rounded
+
 #: Heading -> text of the cell for a result (see :class:`dynexec.report.demo_parts.Result`).
 COLUMNS = {
     "network, input": lambda result: result.what,
@@ -83,7 +85,7 @@ def plot_results(results, path):
 
 def _per_second(row, candidate):
     times = row["milliseconds"].get(candidate)
-    return "-" if times is None else f"{1e3 * row['batch'] / times['median']:.4g}"
+    return rounded(None if times is None else 1e3 * row["batch"] / times["median"], 4)
 
 
 def _times(value):

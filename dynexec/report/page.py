@@ -11,7 +11,7 @@ from jinja2 import Environment
 
 from dynexec.report.plots import plot_speed_up
 from dynexec.report.rows import read_rows
-from dynexec.report.tables import COLUMNS, LEGEND, candidate_table, cells, group_rows, versions
+from dynexec.report.tables import COLUMNS, LEGEND, candidate_table, cells, group_rows, machine, versions
 
 DEFAULT_RESULTS = ("bench/results", "out/bench.jsonl")
 DEFAULT_DEMO = "out/demo.json"
@@ -27,18 +27,28 @@ _PAGE = """\
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }
 table { margin-top: 1rem; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 tr { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 tr.failed td { color: #d33; font-weight: bold; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+.figures:has(> :only-child) { grid-template-columns: minmax(0, 60rem); }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; padding: .4rem; box-sizing: border-box; }
 figcaption, .note { font-size: .85rem; opacity: .8; }
 pre { overflow-x: auto; font-size: .8rem; }
+@page { size: A4 landscape; margin: 12mm; }
+@media print {
+  body { font-size: 10pt; max-width: none; padding: 0; }
+  table { font-size: 7pt; } th, td { padding: .1rem .3rem; white-space: normal; }
+  .scroll { overflow: visible; } .figures { grid-template-columns: repeat(3, 1fr); }
+  img { max-height: 14cm; }
+  tr, figure { break-inside: avoid; } h2 { break-after: avoid; }
+}
 </style>
 </head>
 <body>
@@ -48,9 +58,11 @@ pre { overflow-x: auto; font-size: .8rem; }
 <h2>{{ section.title }}</h2>
 {% for paragraph in section.text.split("\\n\\n") if paragraph %}<p>{{ paragraph }}</p>
 {% endfor %}
+{% if section.figures %}<div class="figures">
 {% for source, caption in section.figures %}
 <figure><img src="{{ source | data_uri }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
+</div>{% endif %}
 {% for table in section.tables %}
 <div class="scroll"><table>
 <thead><tr>{% for heading in table.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
@@ -129,20 +141,36 @@ def read_sections(path):
 
 def bench_sections(rows, folder):
     """Sections for result rows; their plots are written to ``folder``."""
-    folder = Path(folder)
+    figures = _speed_up_figures([row for row in rows if row["realised"] is not None], Path(folder))
     sections = []
-    if any(row["realised"] is not None for row in rows):
-        plot = plot_speed_up(rows, folder / "speed_up.png")
+    if figures:
         text = "On the diagonal, the time saved follows the FLOPs saved."
-        caption = "Hollow: decisions like those of the trained policy, its network included."
-        sections.append(Section("Theoretical against realised speed-up", text, figures=((str(plot), caption),)))
+        sections.append(Section("Theoretical against realised speed-up", text, figures=figures))
+    if rows:
+        sections.append(Section("How to read the tables", LEGEND))
     for title, members in group_rows(rows):
         failed = tuple(number for number, row in enumerate(members) if row["failed"])
-        main = PageTable(tuple(COLUMNS), tuple(map(tuple, map(cells, members))), failed, LEGEND)
+        main = PageTable(tuple(COLUMNS), tuple(map(tuple, map(cells, members))), failed)
         headings, times = candidate_table(members)
         note = "Milliseconds per batch, median (90th percentile) of one interleaved run per batch size."
         sections.append(Section(title, versions(members), (main, PageTable(headings, times, failed, note))))
     return sections
+
+
+def _speed_up_figures(rows, folder):
+    """(PNG, caption) per network, and per machine of all networks that have one row for each batch size."""
+    several, single = {}, {}
+    for title, members in group_rows(rows):
+        if len(members) > len({row["batch"] for row in members}):
+            several[title] = members
+        else:
+            single.setdefault(", ".join(machine(members[0])), []).extend(members)
+    hollow = "Hollow: decisions like those of the trained policy, its network included."
+    plots = several | {f"networks of parts, {where}": members for where, members in single.items()}
+    return tuple(
+        (str(plot_speed_up(members, folder / f"speed_up_{number}.png", title=title)), hollow)
+        for number, (title, members) in enumerate(plots.items())
+    )
 
 
 def add_arguments(parser):

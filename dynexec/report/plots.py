@@ -5,14 +5,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dynexec.report.tables import group_rows
-
 _MARKERS = "osD^vP*X"
 _COLOURS = matplotlib.color_sequences["tab10"]
 
 
-def plot_speed_up(rows, path, *, against="strongest dense"):
-    """Realised over theoretical speed-up with the ideal diagonal: a panel per network, a line per batch size.
+def plot_speed_up(rows, path, *, title="", against="strongest dense"):
+    """Realised over theoretical speed-up with the ideal diagonal: a line per network and batch size.
 
     Parameters
     ----------
@@ -20,6 +18,7 @@ def plot_speed_up(rows, path, *, against="strongest dense"):
         Result rows; those without a realised speed-up are left out. Drawn hollow: decisions like published ones.
     path : path-like
         A PNG (or any format that matplotlib knows by its suffix).
+    title : str
     against : str
         "strongest dense", or the name of a candidate.
 
@@ -30,26 +29,22 @@ def plot_speed_up(rows, path, *, against="strongest dense"):
     drawn = [row for row in rows if _realised(row, against) is not None]
     if not drawn:
         raise ValueError(f"rows hold no realised speed-up against {against}")
-    groups = group_rows(drawn)
-    batches = sorted({row["batch"] for row in drawn})
-    columns = min(2, len(groups))
-    lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(4.2 * columns + 0.4, 4.2 * lines + 0.5), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    figure = Figure(figsize=(4.8, 5.0), layout="constrained")
+    axes = figure.subplots()
     low = min(0.9, *(_realised(row, against) for row in drawn)) / 1.08
     high = max(max(row["theoretical"], _realised(row, against)) for row in drawn) * 1.08
-    for axes, (title, members) in zip(panels, groups, strict=False):
-        axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
-        axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster than dense")
-        for number, batch in enumerate(batches):
-            _plot_batch(axes, [row for row in members if row["batch"] == batch], against, number)
-        _logarithmic(axes, low, high)
-        axes.set_title(title, fontsize=8)
-    for axes in panels[len(groups) :]:
-        axes.set_visible(False)
-    panels[0].legend(fontsize=7, loc="lower right")
-    figure.supxlabel("theoretical speed-up: dense FLOPs / needed FLOPs", fontsize=10)
-    figure.supylabel(f"realised speed-up over {_described(against)}", fontsize=10)
+    axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
+    axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster than dense")
+    series = sorted({(row["net"], row["batch"]) for row in drawn})
+    names = {net for net, _ in series}
+    for number, (net, batch) in enumerate(series):
+        label = f"batch {batch}" if len(names) == 1 else f"{net}, batch {batch}"
+        _plot_series(axes, [row for row in drawn if (row["net"], row["batch"]) == (net, batch)], against, number, label)
+    _logarithmic(axes, low, high)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, loc="upper left")
+    axes.set_xlabel("theoretical speed-up: dense FLOPs / needed FLOPs", fontsize=10)
+    axes.set_ylabel(f"realised speed-up over {_described(against)}", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
 
@@ -103,10 +98,9 @@ def plot_clip(kept, frames, path, *, title="", num_blocks=None, seconds=None):
     return path
 
 
-def _plot_batch(axes, rows, against, number):
+def _plot_series(axes, rows, against, number, label):
     """One line of bernoulli rows by theoretical speed-up, and hollow markers for the published ones."""
     style = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLOURS[number % len(_COLOURS)], "markersize": 6}
-    label = f"batch {rows[0]['batch']}" if rows else None
     for kind, more in (("bernoulli", {"linewidth": 1}), ("published", {"linestyle": "none", "fillstyle": "none"})):
         points = sorted((row["theoretical"], _realised(row, against)) for row in rows if row["decisions"] == kind)
         if points:
@@ -124,7 +118,7 @@ def _described(against):
 
 def _logarithmic(axes, low, high):
     """Both axes logarithmic over the same range, labelled with plain numbers."""
-    ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if low <= tick <= high]
+    ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if low <= tick <= high]
     axes.set(xscale="log", yscale="log", xlim=(min(low, 0.95), high), ylim=(low, high), aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])

@@ -9,13 +9,13 @@ from dynexec.report.systems import SYSTEMS
 COLUMNS = {
     "batch": lambda row: str(row["batch"]),
     "keep": lambda row: f"{row['keep']:.3g}" + ("*" if row["decisions"] == "published" else ""),
-    "ms": lambda row: _number(_median(row, "dynexec"), 4),
+    "ms": lambda row: rounded(_median(row, "dynexec"), 4),
     "theoretical": lambda row: f"{row['theoretical']:.2f}x",
     "realised": lambda row: _times(row["realised"]),
     "strongest dense": lambda row: row["strongest_dense"] or "-",
-    "efficiency": lambda row: _number(row["efficiency"]),
-    "own efficiency": lambda row: _number(row["efficiency_own"]),
-    "saved share": lambda row: _number(row["saved_share"]),
+    "efficiency": lambda row: rounded(row["efficiency"]),
+    "own efficiency": lambda row: rounded(row["efficiency_own"]),
+    "saved share": lambda row: rounded(row["saved_share"]),
     "vs dense eager": lambda row: _times(row["realised_against"].get("dense eager")),
     "vs masked eager": lambda row: _times(row["realised_against"].get("masked eager")),
     "own dense": lambda row: _times(row["own_dense"]),
@@ -183,7 +183,7 @@ def _candidate(row, name):
     if name in row["failed"]:
         return "wrong output"
     times = row["milliseconds"].get(name)
-    return "-" if times is None else f"{_number(times['median'], 4)} ({_number(times['p90'], 3)})"
+    return "-" if times is None else f"{rounded(times['median'], 4)} ({rounded(times['p90'], 3)})"
 
 
 def _median(row, name):
@@ -196,8 +196,11 @@ def _error(row):
     return f"{row['max_error'].get('dynexec', 0.0):.0e}"
 
 
-def _number(value, digits=3):
-    return "-" if value is None else f"{value:#.{digits}g}".rstrip(".")
+def rounded(value, digits=3):
+    """A number with so many digits, or all of those before the point; "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
 
 
 def _times(value):
