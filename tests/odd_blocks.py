@@ -55,6 +55,32 @@ class ReluInPlaceProjection(ReluInPlaceFirst):
         return self.body(x) + self.project(x)
 
 
+class ReluInPlaceBehindIdentity(nn.Module):
+    """Overwrites its input, which a layer that does nothing hands on. As where a BatchNorm was fused away."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout, self.relu = nn.Sequential(nn.Identity()), nn.Dropout(0.0), nn.ReLU(inplace=True)
+        self.body = nn.Sequential(conv(), nn.BatchNorm2d(4), conv())
+
+    def forward(self, x):
+        return self.body(self.relu(self.dropout(self.norm(x)))) + x
+
+
+class ReluInPlaceOfAView(ReluInPlaceBehindIdentity):
+    def forward(self, x):
+        return self.body(x.flatten(1).relu_().unflatten(1, (4, 5, 5))) + x
+
+
+class ReluInPlaceBehindIdentityProjection(ReluInPlaceBehindIdentity):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.body(self.relu(self.norm(x))) + self.project(x)
+
+
 class ResidualSequential(nn.Sequential):
     """A container with a forward of its own."""
 

@@ -16,6 +16,18 @@ from torch import fx, nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+# What may give its input itself, or a view of it.
+_HAND_ON = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.Flatten,
+    nn.Unflatten,
+)
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "to", "permute", "transpose", "dropout", "dropout2d"}
 
 
 class Adapter:
@@ -248,17 +260,29 @@ def _does_nothing(module):
 
 
 def overwrites(block, node, x):
-    """Whether ``node`` is an operation in place on ``x``."""
+    """Whether ``node`` writes to its input ``x``, or hands its memory on, as an Identity does, to one that writes."""
     if node.args[:1] != (x,):
         return False
     if node.op == "call_module":
         module = _step(node).module(block) if _step(node) else None
-        while isinstance(module, nn.Sequential) and len(module):
-            module = module[0]
-        return getattr(module, "inplace", False) is True
-    name = node.target if node.op == "call_method" else node.target.__name__
-    in_place_name = name.endswith("_") and not name.endswith("__")
-    return node.target in _IN_PLACE_OPERATORS or in_place_name or node.kwargs.get("inplace") is True
+        for layer in _layers(module):
+            if getattr(layer, "inplace", False) is True:
+                return True
+            if not isinstance(layer, _HAND_ON):
+                return False
+    else:
+        name = node.target if node.op == "call_method" else node.target.__name__
+        in_place_name = name.endswith("_") and not name.endswith("__")
+        if node.target in _IN_PLACE_OPERATORS or in_place_name or node.kwargs.get("inplace") is True:
+            return True
+        if name not in _VIEWS:
+            return False
+    return any(overwrites(block, user, node) for user in node.users)
+
+
+def _layers(module):
+    """``module``, or if it is a Sequential what it applies in order."""
+    return [layer for child in module for layer in _layers(child)] if isinstance(module, nn.Sequential) else [module]
 
 
 def _convolutions(block, step):
