@@ -71,6 +71,15 @@ def sized_by_another(block, x):
     return block.drop_path(block.layer(x).reshape(n, d)) + y.view(n, d)
 
 
+def storing(block, x):
+    block.seen = block.layer(x)
+    return x + block.drop_path(block.seen)
+
+
+def making_a_tensor(block, x):
+    return x + block.drop_path(block.layer(x + torch.rand(1)))
+
+
 REASONS = [
     (Odd(lambda b, x: x + b.relu(b.drop_path(b.layer(x)))), "0.drop_path", "not added to a shortcut"),
     (Odd(lambda b, x: x - b.drop_path(b.layer(x))), "0.drop_path", "not added to a shortcut"),
@@ -83,8 +92,11 @@ REASONS = [
     (Odd(two_inputs), "0.drop_path", "starts from 2 values"),
     (Odd(sized_by_another), "0.drop_path", "needs the size of another value"),
     (Odd(lambda b, x: x + b.drop_path(b.layer(b.relu(x)))), "0.drop_path", "in place overwrites"),
+    (Odd(lambda b, x: x + b.drop_path(b.layer(b.relu(x.view(x.shape))))), "0.drop_path", "in place overwrites"),
     (Odd(lambda b, x: x + b.layer(x)), "0.drop_path", "the forward of its block does not call it itself"),
     (Odd(branching), "0", "its forward cannot be traced"),
+    (Odd(storing), "0", "its forward stores seen on the block"),
+    (Odd(making_a_tensor), "0", "its forward makes a tensor"),
     (Odd(lambda b, x: x + b.drop_path(b.layer(x)), StochasticDepth(0.5, "batch")), "0.drop_path", "mode is 'batch'"),
     (Container(), "0.branch.1", "the forward of its block does not call it itself"),
 ]

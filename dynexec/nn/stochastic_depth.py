@@ -117,19 +117,25 @@ def read_branches(block):
 
 def _training_graph(block):
     modes = {module: module.training for module in block.modules()}
+    for module in modes:
+        module.training = True
     attributes = dict(vars(block))
     try:
-        for module in modes:
-            module.training = True
-        return _Tracer(block).trace(OneInput(block))
+        graph = _Tracer(block).trace(OneInput(block))
     except Exception as error:  # tracing runs the block's own Python on stand-ins: anything may be raised
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotABlock(f"its forward cannot be traced ({reason})") from error
     finally:
-        vars(block).clear()  # a forward may store what it computes, here the tracer's stand-ins
+        stored = [name for name, value in vars(block).items() if attributes.get(name, block) is not value]
+        vars(block).clear()  # what was stored are the tracer's stand-ins
         vars(block).update(attributes)
         for module, training in modes.items():
             module.training = training
+    if stored:
+        raise NotABlock(f"its forward stores {', '.join(stored)} on the block, and what is run instead would not")
+    if any(node.op == "get_attr" and not node.target.startswith("block.") for node in graph.nodes):
+        raise NotABlock("its forward makes a tensor, which would be the same whenever what is run instead needs it")
+    return graph
 
 
 class _Tracer(BlockTracer):
