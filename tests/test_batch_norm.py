@@ -327,6 +327,9 @@ def test_recompute_restores_what_it_could_not_compute():
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert all("stem" in name or "downsample" in name for name in changed) and "stem.1.running_mean" in changed
+    before = copy.deepcopy(model.state_dict())
+    recompute_batch_norm(model.eval(), [toys.images(0)])  # batches, but no sample
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "running" in name)
     with pytest.raises(ValueError, match="must have a BatchNorm with running statistics, got a Conv2d with none"):
         recompute_batch_norm(nn.Conv2d(1, 1, 1), [torch.zeros(1, 1, 1, 1)])
 

@@ -135,9 +135,9 @@ class _Average:
         self.hook = norm.register_forward_pre_hook(self.weigh)
 
     def weigh(self, norm, inputs):
-        if self.values == 0:
-            norm.reset_running_stats()
         values = inputs[0].numel() // inputs[0].shape[1]
+        if self.values == 0 and values:
+            norm.reset_running_stats()
         self.values += values
         norm.momentum = values / max(self.values, 1)
 
