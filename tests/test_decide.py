@@ -185,6 +185,17 @@ def test_decisions_changed_afterwards():
             assert_close(model(x), everything)
 
 
+def test_decisions_that_were_evaluated_in_inference_mode_first():
+    model, _, num_blocks = converted()
+    x, execution = toys.images(4), dynexec.decide(torch.rand(4, num_blocks) < 0.5)
+    with torch.inference_mode(), execution:
+        expected = model(x)
+    with execution:
+        output = model(x)
+    output.sum().backward()
+    assert_close(output.detach(), expected)
+
+
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_activation_checkpointing(backward_inside):
     model, twin, num_blocks = converted(dtype=torch.float64)

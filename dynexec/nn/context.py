@@ -100,7 +100,8 @@ class decide:
                 if num_samples is None:
                     raise ValueError("num_samples is needed: the decisions are one row [L] shared by all samples")
                 decisions = decisions.expand(num_samples, -1)
-            route = self._route = Route.from_decisions(decisions)
+            with torch.inference_mode(False):  # it may be built while evaluating and be used again in training
+                route = self._route = Route.from_decisions(decisions)
         return route
 
     def column(self, column):
