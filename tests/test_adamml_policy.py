@@ -132,6 +132,8 @@ def test_loss_errors():
         modality_cost([1.0], correct, [1.0, 1.0])
     with pytest.raises(TypeError, match=r"got torch.float32 \(4, 3\)"):
         modality_cost(weights[..., 0], correct, [1.0, 1.0])
+    with pytest.raises(TypeError, match=r"correct must be a bool tensor \[4\], got list"):
+        modality_cost(weights, [True] * 4, (1.0, 0.05))
     with pytest.raises(ValueError, match=r"correct must be bool \[4\].*got torch.float32 \(4,\)"):
         modality_cost(weights, correct.float(), [1.0, 1.0])
     with pytest.raises(ValueError, match="costs must be 2 numbers, one per modality, got 3"):

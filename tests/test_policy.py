@@ -136,6 +136,12 @@ def test_reinforce_loss_by_hand():
         policy.reinforce_loss(probabilities, decisions, torch.tensor([1.0, math.nan]))
     with pytest.raises(TypeError, match=r"advantage must be a floating-point tensor \[N\], got torch.int64"):
         policy.reinforce_loss(probabilities, decisions, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"probabilities must be \[N, L\], got shape \(2,\)"):
+        policy.reinforce_loss(probabilities[0], decisions[0], torch.zeros(2))
+    with pytest.raises(ValueError, match=r"probabilities must be \[N, L\], got shape \(\)"):
+        policy.entropy_term(torch.tensor(0.5))
+    with pytest.raises(TypeError, match="probabilities must be a floating-point tensor .* got list"):
+        policy.reinforce_loss([[0.5]], decisions, torch.zeros(2))
     zeros = torch.zeros(2)
     with pytest.raises(TypeError, match=r"trained must be a bool tensor \[L\], got torch.float32"):
         policy.reinforce_loss(probabilities, decisions, zeros, trained=torch.ones(2))
@@ -208,3 +214,10 @@ def test_self_critical_reinforce_finds_the_rewarded_decisions():
         loss.backward()
         optimizer.step()
     assert policy.threshold(logits.detach().sigmoid()).tolist() == [[True, False, True, False]]
+
+
+def test_logits_must_be_a_tensor():
+    for function in (policy.draw, lambda logits: policy.gumbel_softmax(logits, 1.0)):
+        with pytest.raises(TypeError, match="logits must be a floating-point tensor .* got list"):
+            function([0.0, 1.0])
+    assert not policy.draw(torch.zeros(3, 2, requires_grad=True)).requires_grad

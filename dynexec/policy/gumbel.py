@@ -46,7 +46,8 @@ def draw(logits, *, generator=None):
 
     The same distribution as ``gumbel_softmax(logits, t, hard=True).argmax(-1)`` at any temperature t.
     """
-    return gumbel_softmax(logits.detach(), 1.0, generator=generator).argmax(-1)
+    with torch.no_grad():
+        return gumbel_softmax(logits, 1.0, generator=generator).argmax(-1)
 
 
 def exponential_temperature(step, *, initial=5.0, decay=0.965):

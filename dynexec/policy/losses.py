@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from dynexec.policy.bernoulli import check_numbers, clamp_open, explore, log_probability
+from dynexec.policy.bernoulli import check_numbers, check_probabilities, clamp_open, explore, log_probability
 
 
 def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trained=None):
@@ -34,6 +34,7 @@ def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trai
         As :func:`dynexec.policy.log_probability`, and if ``advantage`` or ``trained`` is not what it should be. Values,
         NaN among advantages, are checked on the CPU only.
     """
+    _check_two_dimensions(probabilities)
     check_numbers(advantage, "advantage", "[N]")
     if advantage.shape != probabilities.shape[:1]:
         raise ValueError(f"advantage must have shape {tuple(probabilities.shape[:1])}, got {tuple(advantage.shape)}")
@@ -48,6 +49,7 @@ def entropy_term(probabilities, *, exploration=1.0, trained=None):
     undecided it leans towards dropping. ``trained`` as in :func:`reinforce_loss`: without it, blocks that the
     curriculum has not reached would start at 1/e, dropped.
     """
+    _check_two_dimensions(probabilities)
     bounded = clamp_open(explore(probabilities, exploration))
     entropy = -bounded * bounded.log()
     return _of_trained(entropy, trained).sum(1)
@@ -77,6 +79,12 @@ def finetuning_loss(probabilities, decisions, advantage, logits, labels, *, expl
     """
     reinforce = reinforce_loss(probabilities, decisions, advantage, exploration=exploration)
     return reinforce.sum() + F.cross_entropy(logits, labels)
+
+
+def _check_two_dimensions(probabilities):
+    check_probabilities(probabilities)
+    if probabilities.dim() != 2:
+        raise ValueError(f"probabilities must be [N, L], got shape {tuple(probabilities.shape)}")
 
 
 def _of_trained(terms, trained):

@@ -25,6 +25,11 @@ def modality_cost(decisions, correct, costs, *, penalty=10.0):
     Returns
     -------
     scalar
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``decisions`` or ``correct`` is not what it should be, or ``costs`` are not one number per modality.
     """
     if not isinstance(decisions, torch.Tensor) or not decisions.is_floating_point() or decisions.dim() != 3:
         kind = (
@@ -33,6 +38,8 @@ def modality_cost(decisions, correct, costs, *, penalty=10.0):
             else type(decisions).__name__
         )
         raise TypeError(f"decisions must be a float tensor [N, S, M] of weights, got {kind}")
+    if not isinstance(correct, torch.Tensor):
+        raise TypeError(f"correct must be a bool tensor [{len(decisions)}], got {type(correct).__name__}")
     if correct.dtype != torch.bool or correct.shape != decisions.shape[:1]:
         raise ValueError(
             f"correct must be bool [{len(decisions)}] for decisions {tuple(decisions.shape)}, "

@@ -28,6 +28,8 @@ def sparsity_loss(logits, *, trained=None, weighted=False):
     if trained is not None:
         _check_trained(trained, loss)
         loss = loss[..., trained.to(loss.device)]
+        if loss.shape[-1] == 0:
+            raise ValueError("trained must hold at least one layer that counts, got none")
     return loss.mean(-1).sum(-1).mean()
 
 
@@ -80,6 +82,8 @@ def _check(logits):
 
 
 def _check_trained(trained, layers):
+    if not isinstance(trained, torch.Tensor):
+        raise TypeError(f"trained must be a bool tensor {tuple(layers.shape[-1:])}, got {type(trained).__name__}")
     if trained.dtype != torch.bool or trained.shape != layers.shape[-1:]:
         raise ValueError(f"trained must be bool {tuple(layers.shape[-1:])}, got {trained.dtype} {tuple(trained.shape)}")
 
