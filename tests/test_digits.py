@@ -79,6 +79,19 @@ def test_without_a_policy_there_is_nothing_to_train(problem, train):
         train(net.backbone, images, labels, epochs=1)
 
 
+@pytest.mark.parametrize("train", [training.train_dense, training.train_policy, training.fine_tune])
+def test_arguments_of_trainers(problem, train):
+    net, images, labels = problem
+    with pytest.raises(TypeError, match="net must be a DynamicNetwork, got Linear"):
+        train(torch.nn.Linear(1, 1), images, labels, epochs=1)
+    for x, y in ((images[:0], labels[:0]), (images[:3], labels)):
+        with pytest.raises(ValueError, match=f"equally many, at least one, got {len(x)} and {len(y)}"):
+            train(net, x, y, epochs=1)
+    for epochs, batch_size in ((-1, 8), (1, 0)):
+        with pytest.raises(ValueError, match=f"epochs must be at least 0 .* got {epochs} and {batch_size}"):
+            train(net, images, labels, epochs=epochs, batch_size=batch_size)
+
+
 def test_policy_training_leaves_the_backbone_s_batch_statistics_alone():
     net = blockdrop_resnet((1, 1), (4, 8), num_classes=3)
     before = {name: value.clone() for name, value in net.backbone.state_dict().items()}

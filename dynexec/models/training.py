@@ -82,7 +82,13 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
     -------
     list of dict
         Per epoch: loss and accuracy on the augmented training images.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`train_policy`; no policy is needed.
     """
+    _check_network(net)
     settings = dict(
         stage="train_dense", epochs=epochs, batch_size=batch_size, learning_rate=float(learning_rate), keep=keep
     )
@@ -144,7 +150,8 @@ def train_policy(
     Raises
     ------
     TypeError, ValueError
-        If ``net`` is no DynamicNetwork, or has no policy; if ``checkpoint`` is damaged or of another training: the file
+        If ``net`` is no DynamicNetwork, or has no policy; if there is no image, or not one label per image; if
+        ``epochs`` or ``batch_size`` is out of range; if ``checkpoint`` is damaged or of another training: the file
         and the network are left as they are then.
     """
     _check_policy(net)
@@ -202,9 +209,13 @@ def fine_tune(
     return _train(net, step, optimizer, images, labels, settings, **options)
 
 
-def _check_policy(net):
+def _check_network(net):
     if not isinstance(net, DynamicNetwork):
         raise TypeError(f"net must be a DynamicNetwork, got {type(net).__name__}")
+
+
+def _check_policy(net):
+    _check_network(net)
     if net.policy is None:
         raise ValueError("net must have a policy to train, got net.policy=None: give DynamicNetwork one")
 
@@ -225,11 +236,15 @@ def _train(
     settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
     settings["images"] = len(images)
     epochs, batch_size = settings["epochs"], settings["batch_size"]
-    steps = -(-len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     group, saved, history = training_group(net), None, []
     if group is not None:
         check_same_settings(settings, group)
+    if not len(images) == len(labels) > 0:
+        raise ValueError(f"images and labels must be equally many, at least one, got {len(images)} and {len(labels)}")
+    if not (epochs >= 0 and batch_size >= 1):
+        raise ValueError(f"epochs must be at least 0 and batch_size at least 1, got {epochs} and {batch_size}")
+    steps = -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     if checkpoint is not None:
         saved = TrainingCheckpoint(checkpoint, settings, net, optimizer, schedule, generator, group)
         history = saved.start()
