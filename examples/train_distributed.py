@@ -7,7 +7,8 @@
 The last line is for each of two machines. Each process trains on its own share of the images, on its own GPU where
 there are any (NCCL), else on the CPU (Gloo). Three stages: the network, its policy under the curriculum, both together.
 After each epoch the first process writes a checkpoint: run the same command again after an interruption, with as many
-processes, and training goes on from there to the very same weights.
+processes, and training goes on from there to the very same weights. Another --seed splits the data otherwise, and has
+checkpoints of its own.
 
 Scalars (keep rate overall and per block, reward, loss) go to TensorBoard where it is installed, else to log.jsonl.
 Needs scikit-learn.
@@ -108,7 +109,7 @@ def train(net, data, args, rank, world, device):
 
             function(
                 trained, images, labels, epochs=epochs, batch_size=max(1, 64 // world), augment=data.shift,
-                on_epoch=report, checkpoint=args.output / f"{stage}.pt", **settings,
+                on_epoch=report, checkpoint=args.output / f"{stage}-{args.seed}.pt", **settings,
             )  # fmt: skip
             done += epochs
 

@@ -204,6 +204,18 @@ def test_interrupted_by_a_signal(name, photos, monkeypatch):
     assert sum(batches) == len(computed)
 
 
+def test_another_seed_does_not_go_on_from_a_network_that_saw_other_images(tmp_path):
+    pytest.importorskip("sklearn")
+    example, threads, weights = load_example("train_distributed"), torch.get_num_threads(), []
+    try:
+        for seed in ("0", "1", "0"):
+            example.main(["--output", str(tmp_path), "--epochs", "0", "0", "0", "--seed", seed])
+            weights.append(torch.load(tmp_path / "weights.pt", weights_only=True)["backbone.fc.weight"])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
 def torchrun(output):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
