@@ -321,9 +321,9 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("out/adashare"), help="folder (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    args.output.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     runs = [run_seed(seed) for seed in args.seeds]
     table = make_table(runs)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.txt").write_text(table + "\n")
     (args.output / "results.json").write_text(
         json.dumps({"processor": processor_name(), "runs": runs}, indent=1) + "\n"

@@ -63,9 +63,9 @@ def main():
     parser.add_argument("--no-control", action="store_true", help="skip the network trained under random dropping")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     runs, times, studies = zip(*(run_seed(seed, not args.no_control) for seed in args.seeds), strict=True)
     table = make_table(args.seeds, runs)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.txt").write_text(table + "\n")
     results = [
         {"seed": seed, "seconds": seconds, "rows": rows, "deleted_one": study.by_block, "deleted_many": study.by_count}

@@ -89,6 +89,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=6, help="per training before a split; twice as many at the end")
     parser.add_argument("--draw", type=Path, help="file for a drawing of the tree")
     args = parser.parse_args()
+    if args.draw is not None:
+        args.draw.parent.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -121,7 +123,6 @@ def main():
 
     print(f"\n{grown.tree.format(list(QUESTIONS))}\n")
     if args.draw is not None:
-        args.draw.parent.mkdir(parents=True, exist_ok=True)
         grown.tree.draw(args.draw, list(QUESTIONS))
     before, after, most = measure(small, data), measure(grown, data), measure(wide, data)
     print(f"{'accuracy %':24}{'wide':>8}{'thin':>8}{'grown':>8}")

@@ -335,9 +335,9 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("out/spottune"), help="folder (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    args.output.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     runs = [run_seed(seed, args.target) for seed in args.seeds]
     table = make_table(runs)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.txt").write_text(table + "\n")
     about = {"target": args.target, "labelled": LABELLED[args.target], "processor": processor_name()}
     (args.output / "results.json").write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")

@@ -273,10 +273,10 @@ def main(doc, output, run_seed, usage):
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is best for such small layers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     results = [run_seed(seed) for seed in args.seeds]
     tables = [quality_table(results, usage), choice_table(results, usage)]
     tables += [time_table(results, what) for what in ("inference", "training")]
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "table.txt").write_text("\n\n".join(tables) + "\n")
     print("\n" + "\n\n".join(tables) + f"\n\nwritten to {args.output}")

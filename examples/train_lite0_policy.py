@@ -89,6 +89,7 @@ def main():
     parser.add_argument("--penalty", type=float, default=-0.6, help="reward of a wrong prediction (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     console, start = Console(width=120), time.perf_counter()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -121,7 +122,6 @@ def main():
             augment=lambda batch, generator: media.normalize(batch),
             on_epoch=on_epoch,
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(net.policy.state_dict(), args.out)
     report(console, net.eval())
     console.print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, {time.perf_counter() - start:.0f} s in all")

@@ -41,6 +41,19 @@ def run(module, folder):
     return json.loads((folder / "results.json").read_text()), (folder / "table.txt").read_text()
 
 
+@pytest.mark.parametrize("name", ["digits_blockdrop", "digits_adashare", "digits_spottune", "moving_digits"])
+def test_an_output_that_is_no_folder_is_noticed_before_the_work(name, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["", "--output", str(tmp_path / "file")])
+    module, threads = load_example(name, run_seed=None), torch.get_num_threads()
+    arguments = ("doc", "output", None, {}) if name == "moving_digits" else ()
+    try:
+        with pytest.raises(FileExistsError, match="file"):
+            module.main(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # SpotTune
 
 
