@@ -9,7 +9,8 @@ every n-th file and writes its own shard, a JSON line per image: {"file", "predi
 blocks that were kept, or {"file", "error"} for one that cannot be read. The processes never wait for each other.
 
 Interrupt it whenever you like, and run it again, with as many processes as you like: images whose line is in one of the
-shards are not computed again. To try an unreadable image again, delete its line.
+shards are not computed again. Names are relative to the folder: give another folder another output. To try an
+unreadable image again, delete its line.
 """
 
 import argparse
