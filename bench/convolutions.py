@@ -23,7 +23,7 @@ from dynexec.executors.segment import make_segments
 from dynexec.measure.environment import processor_name
 from dynexec.measure.timing import compare
 from dynexec.report.baselines import OnnxRuntime
-from dynexec.report.tables import replace_generated
+from dynexec.report.tables import write_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 # (network, height and width, channels along the chain, kernel, depthwise)
@@ -110,7 +110,7 @@ def main():
         lines.append(f"| {network} | {size}x{size} | {chain} | {kind} | {' | '.join(cells)} |\n")
         print(lines[-1], end="", flush=True)
     if args.write:
-        DOCS.write_text(replace_generated(DOCS.read_text(), "convolutions", "".join(lines)))
+        write_generated(DOCS, "convolutions", "".join(lines))
 
 
 if __name__ == "__main__":

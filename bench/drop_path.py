@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynexec
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.measure.timing import compare
-from dynexec.report.tables import replace_generated
+from dynexec.report.tables import write_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "stochastic_depth.md"
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -202,7 +202,7 @@ def main():
             lines.append(f"| {name} | {batch} | {cells} |\n")
             print(lines[-1], end="", flush=True)
     if args.write:
-        DOCS.write_text(replace_generated(DOCS.read_text(), "drop_path", "".join(lines)))
+        write_generated(DOCS, "drop_path", "".join(lines))
 
 
 CASES = ("vit:16", "vit:2", "convnext:16")

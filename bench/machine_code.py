@@ -28,7 +28,7 @@ from dynexec.kernels.offline import compile_launches, inspect
 from dynexec.kernels.plan import plan
 from dynexec.kernels.pointwise import combine, pool
 from dynexec.kernels.rows import move_rows
-from dynexec.report.tables import replace_generated
+from dynexec.report.tables import write_generated
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench" / "machine_code.jsonl"
@@ -238,7 +238,7 @@ def main():
     print("\n".join(bad), file=sys.stderr)
     if args.write:
         RECORD.write_text("".join(json.dumps(row) + "\n" for row, _ in results))
-        NOTES.write_text(replace_generated(NOTES.read_text(), "machine code", "".join(lines)))
+        write_generated(NOTES, "machine code", "".join(lines))
     return int(bool(bad))
 
 

@@ -21,7 +21,7 @@ import torch
 from dynexec import freeze
 from dynexec.report.baselines import static_network
 from dynexec.report.nets import NETS, build, make_images
-from dynexec.report.tables import replace_generated
+from dynexec.report.tables import write_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 CASES = (
@@ -91,7 +91,7 @@ def main():
         lines.append(f"| {name} | {batch} | {' | '.join(f'{size:.1f}' for size in found)} |\n")
         print(lines[-1], end="", flush=True)
     if args.write:
-        DOCS.write_text(replace_generated(DOCS.read_text(), "memory", "".join(lines)))
+        write_generated(DOCS, "memory", "".join(lines))
 
 
 if __name__ == "__main__":

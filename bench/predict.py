@@ -17,7 +17,7 @@ from dynexec.executors.partition import pack_stages
 from dynexec.executors.segment import make_segments
 from dynexec.measure.roofline import H100
 from dynexec.report.nets import NETS, build, make_images
-from dynexec.report.tables import replace_generated
+from dynexec.report.tables import write_generated
 
 NOTES = Path(__file__).parents[1] / "docs" / "gpu-notes.md"
 BATCHES = {"resnet101": (1, 32, 128, 256), "resnet110": (1, 32, 128, 1024)}
@@ -60,7 +60,7 @@ def main():
             lines.append(f"| {name} | {batch} | {1e3 * static:.2f} | {executor} | {' | '.join(cells)} |\n")
     print("".join(lines), end="")
     if args.write:
-        NOTES.write_text(replace_generated(NOTES.read_text(), "predictions", "".join(lines)))
+        write_generated(NOTES, "predictions", "".join(lines))
 
 
 def _flops(found, batch, kept):

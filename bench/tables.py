@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dynexec.report.catalogue import HEADINGS, model_rows
 from dynexec.report.rows import read_rows
-from dynexec.report.tables import break_even_table, markdown, markdown_table, replace_generated
+from dynexec.report.tables import break_even_table, markdown, markdown_table, write_generated
 
 ROOT = Path(__file__).parents[1]
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 def write(name, part, content):
     """Put ``content`` in place of a generated part of a document."""
     path = ROOT / "docs" / name
-    path.write_text(replace_generated(path.read_text(), part, content))
+    write_generated(path, part, content)
     print(f"{path} written")
 
 

@@ -27,7 +27,7 @@ from dynexec.models.blockdrop import BasicBlock, Bottleneck, SegmentedResNet
 from dynexec.nn import assign_columns, dynamic_blocks, recompute_batch_norm
 from dynexec.nn.batch_norm import hold_batch_norm, split_at_statistics
 from dynexec.nn.residual import apply_layers
-from dynexec.report.tables import markdown_table, replace_generated
+from dynexec.report.tables import markdown_table, write_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "routed_training.md"
 KEEPS = (0.25, 0.5, 0.75, 1.0)
@@ -269,7 +269,7 @@ def main():
             )
             print(parts[-1], flush=True)
     if args.write:
-        DOCS.write_text(replace_generated(DOCS.read_text(), "training", "\n".join(parts)))
+        write_generated(DOCS, "training", "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ PACKAGE = Path(dynexec.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 # Imports go to an earlier line, or stay inside one name; a line's own names may not import each other in a circle.
 LAYERS = [
-    {"kernels", "reference", "native"},
+    {"kernels", "reference", "native", "files"},
     {"dispatch"},
     {"gradients"},
     {"ops"},

@@ -64,12 +64,10 @@ def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not args.append:
-        args.out.unlink(missing_ok=True)
     rows = []
     with _progress() as progress:
         for row in _measure(args, progress):
-            append_row(args.out, row)
+            append_row(args.out, row, anew=not (rows or args.append))
             rows.append(row)
             if args.json:
                 print(json.dumps(row), flush=True)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynexec.report.demo_parts import PARTS, Run
 from dynexec.report.demo_table import COLUMNS, NOTE, cells, plot_results, print_table
-from dynexec.report.page import DEFAULT_DEMO, DEFAULT_OUT, PageTable, Section, render_page, write_sections
+from dynexec.report.page import DEFAULT_DEMO, DEFAULT_OUT, PageTable, Section, write_html, write_sections
 
 _TITLE = "dynexec: dynamic networks on real input"
 _CAPTION = "On the diagonal, the time saved is the FLOPs saved; filled: against dynexec itself with all blocks on."
@@ -91,5 +91,5 @@ def write_page(parts, folder):
     sections += [section for part in parts for section in part.sections]
     write_sections(folder / Path(DEFAULT_DEMO).name, sections)
     report = folder / Path(DEFAULT_OUT).name
-    report.write_text(render_page(_TITLE, sections))
+    write_html(report, _TITLE, sections)
     return report

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
+from dynexec.files import replacing
 from dynexec.report.plots import plot_speed_up
 from dynexec.report.rows import read_rows
 from dynexec.report.tables import COLUMNS, LEGEND, candidate_table, cells, group_rows, machine, versions
@@ -111,11 +112,13 @@ class Section:
     figures: tuple[tuple[str, str], ...] = ()
 
 
-def render_page(title, sections):
-    """HTML of a page that needs no other file: pictures are inside. For screens of any width, light or dark."""
+def write_html(path, title, sections):
+    """Write an HTML page that needs no other file: pictures are inside. For screens of any width, light or dark."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = _data_uri
-    return environment.from_string(_PAGE).render(title=title, sections=sections)
+    html = environment.from_string(_PAGE).render(title=title, sections=sections)
+    with replacing(path) as file:
+        file.write(html)
 
 
 def write_sections(path, sections):
@@ -125,7 +128,8 @@ def write_sections(path, sections):
     described = [asdict(section) for section in sections]
     for section in described:
         section["figures"] = [(os.path.relpath(figure, path.parent), caption) for figure, caption in section["figures"]]
-    path.write_text(json.dumps(described, indent=1) + "\n")
+    with replacing(path) as file:
+        file.write(json.dumps(described, indent=1) + "\n")
 
 
 def read_sections(path):
@@ -190,7 +194,7 @@ def main(args):
         sections += bench_sections(rows, folder)
         if sections:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(render_page("dynexec: time saved against FLOPs saved", sections))
+            write_html(args.out, "dynexec: time saved against FLOPs saved", sections)
     written = str(args.out) if sections else None
     if args.json:
         print(json.dumps({"report": written, "rows": len(rows), "sections": [section.title for section in sections]}))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dynexec.files import replacing
 from dynexec.measure.environment import processor_name
 
 #: Keys of every row, with the types of their values.
@@ -124,12 +125,16 @@ def check_row(row):
     return row
 
 
-def append_row(path, row):
-    """Write one row at the end of a JSON-lines file, at once."""
+def append_row(path, row, *, anew=False):
+    """Write one row at the end of a JSON-lines file, at once: whenever this is interrupted, only whole rows are there.
+
+    ``anew``: in place of the rows that the file holds.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(check_row(row), allow_nan=False) + "\n")
+    before = path.read_text() if path.exists() and not anew else ""
+    with replacing(path) as file:
+        file.write(before + json.dumps(check_row(row), allow_nan=False) + "\n")
 
 
 def read_rows(*paths):

@@ -1,7 +1,9 @@
 """Result rows as tables: in the terminal, in the docs (Markdown) and in the HTML page."""
 
 from itertools import groupby
+from pathlib import Path
 
+from dynexec.files import replacing
 from dynexec.report.nets import NETS
 from dynexec.report.systems import SYSTEMS
 
@@ -169,6 +171,14 @@ def replace_generated(text, name, content):
         raise ValueError(f"text must hold the lines {begin.strip()!r} and {end!r}, once each and in this order")
     before, rest = text.split(begin)
     return f"{before}{begin}{content}{end}{rest.split(end)[1]}"
+
+
+def write_generated(path, name, content):
+    """Replace a generated part of a file, see :func:`replace_generated`."""
+    path = Path(path)
+    text = replace_generated(path.read_text(), name, content)
+    with replacing(path) as file:
+        file.write(text)
 
 
 def markdown_table(headings, rows):
