@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import torch
 
-from dynexec.executors.costs import device_name, seconds
+from dynexec.executors.costs import device_name, is_time, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.segment import make_segments
@@ -113,9 +113,7 @@ def race(fast, layers, images, cache):
 def are_times(names):
     """A check of an entry of the cost cache: positive seconds for these names."""
     return lambda entry: (
-        isinstance(entry, dict)
-        and entry.keys() == set(names)
-        and all(isinstance(time, float) and time > 0 for time in entry.values())
+        isinstance(entry, dict) and entry.keys() == set(names) and all(is_time(time) for time in entry.values())
     )
 
 

@@ -1,8 +1,8 @@
 """What the parts of a frozen block take, measured once and cached on disk."""
 
 import json
+import logging
 import os
-import tempfile
 import time
 from bisect import bisect_left
 from functools import partial
@@ -12,17 +12,22 @@ import torch
 
 from dynexec import ops
 from dynexec.executors.block import run_all
+from dynexec.files import replacing
 from dynexec.measure.environment import processor_name
 
 VERSION = 1
 _LARGEST = 16  # rows; beyond, time grows linearly because blocks run in chunks
 _CHUNKS = (32, 16, 8, 4)
+_ROWS = {str(rows) for rows in range(1, _LARGEST + 1)}
+_log = logging.getLogger(__name__)
 
 
 class CostCache:
-    """Measured costs, kept in one JSON file per user; a missing or unreadable file is an empty cache.
+    """Measured costs, kept in one JSON file per user; a missing file is an empty cache.
 
-    Entries hold for one processor, thread count, torch and layout of this file: all of it is in the key.
+    So is a damaged one, or one of something else, with a warning on the log ``dynexec.executors.costs``; and an entry
+    that is not what it should be is measured anew. Entries hold for one processor, thread count, torch and layout of
+    this file: all of it is in the key.
 
     Parameters
     ----------
@@ -33,7 +38,9 @@ class CostCache:
     def __init__(self, path=None):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = Path(path) if path is not None else home / "dynexec" / "costs.json"
-        self.entries = self._read()
+        self.entries, problem = self._read()
+        if problem is not None:
+            _log.warning("cost cache %s is ignored: %.200s", self.path, problem)
         self._changed = False
 
     def key(self, *signature):
@@ -42,7 +49,10 @@ class CostCache:
 
     def get(self, key, valid, make):
         """The entry ``key``, or ``make()`` where there is none for which ``valid(entry)``."""
-        if key not in self.entries or not valid(self.entries[key]):
+        known = key in self.entries
+        if not known or not valid(self.entries[key]):
+            if known:
+                _log.warning("cost cache %s: measuring anew what its entry does not fit: %.200s", self.path, key)
             self.entries[key] = make()
             self._changed = True
         return self.entries[key]
@@ -53,19 +63,26 @@ class CostCache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                json.dump({"version": VERSION, "entries": self._read() | self.entries}, file)
-            os.replace(file.name, self.path)
+            text = json.dumps({"version": VERSION, "entries": self._read()[0] | self.entries})
+            with replacing(self.path) as file:
+                file.write(text)
         except OSError:
             pass
 
     def _read(self):
+        """The entries in the file, and why there are none, or None."""
         try:
             stored = json.loads(self.path.read_text())
-            entries = stored["entries"] if stored["version"] == VERSION else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return entries if isinstance(entries, dict) else {}
+        except FileNotFoundError:
+            return {}, None
+        except (OSError, ValueError, RecursionError) as error:
+            return {}, f"{type(error).__name__}: {error}"
+        if not isinstance(stored, dict) or stored.keys() != {"version", "entries"}:
+            return {}, "it is the file of something else"
+        if type(stored["version"]) is not int or stored["version"] != VERSION:
+            return {}, f"its version is {stored['version']!r:.40}, not {VERSION}"
+        entries = stored["entries"]
+        return (entries, None) if isinstance(entries, dict) else ({}, "its entries are not named")
 
 
 class Curve:
@@ -114,11 +131,30 @@ def measure_block(block, batch, cache):
 
 
 def _is_cost(entry):
-    try:
-        cost = BlockCost(**entry)
-        return isinstance(cost.chunk, int) and cost.chunk > 0 and all(curve(1) >= 0 for curve in cost.curves)
-    except (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError):
-        return False
+    """Whether an entry is one of :func:`_measure`, read from a file or not."""
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == {"chunk", "both", "body", "move", "select", "shortcut"}
+        and type(entry["chunk"]) is int
+        and entry["chunk"] in _CHUNKS
+        and isinstance(entry["both"], bool)
+        and all(map(_are_points, (entry["body"], entry["move"], entry["select"], entry["shortcut"])))
+    )
+
+
+def _are_points(points):
+    """Whether these are seconds by numbers of rows, which JSON made texts."""
+    return (
+        isinstance(points, dict)
+        and 0 < len(points)
+        and all(str(rows) in _ROWS for rows in points)
+        and all(is_time(seconds) for seconds in points.values())
+    )
+
+
+def is_time(seconds):
+    """Whether a value from a file is a time: a float from 0 on, of a day at most."""
+    return isinstance(seconds, float) and 0 <= seconds < 86400
 
 
 def _measure(block, batch):

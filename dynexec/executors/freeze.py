@@ -231,7 +231,7 @@ def _measure_samples_at_once(frozen, images, cache):
         fastest = min(per_sample.values())
         return max(size for size in per_sample if per_sample[size] <= 1.03 * fastest)
 
-    best = cache.get(key, (*sizes, n).__contains__, measure)
+    best = cache.get(key, lambda entry: type(entry) is int and entry in (*sizes, n), measure)
     return best if best < n else None
 
 
