@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -38,6 +39,8 @@ def read_file(path, weights_only, *, inert=False):
 
     ``weights_only`` as for ``torch.load``; with ``inert`` pickled modules are read all the same, see :mod:`inert`.
     """
+    if (damage := _zip_damage(path)) is not None:
+        raise ValueError(f"source {str(path)!r} ({os.path.getsize(path)} bytes) is damaged: {damage}")
     try:
         encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
@@ -57,6 +60,18 @@ def read_file(path, weights_only, *, inert=False):
             f"source {str(path)!r} ({size} bytes) is not a checkpoint, or is damaged. torch.load said: {reason}"
         ) from error
     return _check_file(checkpoint, path)
+
+
+def _zip_damage(path):
+    """What is wrong with a zip file, whose checksums torch.load does not look at; None for other files."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.testzip()
+    except Exception as error:  # depends on where the damage is
+        return f"{type(error).__name__}: {error}"
+    return None if entry is None else f"the checksum of its entry {entry!r} is wrong"
 
 
 def _read_inert(path):
@@ -81,17 +96,29 @@ def _reason(error):
 
 
 def mismatches(part, expected, state):
-    """Sentences saying how ``state`` differs from the names and shapes in ``expected``."""
+    """Sentences saying how ``state`` differs from the names, shapes and kinds of tensors in ``expected``."""
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
-    misshapen = []
+    misshapen, mistyped = [], []
     for key in expected.keys() & state.keys():
         if not isinstance(state[key], torch.Tensor):
             misshapen.append(f"{key} is a {type(state[key]).__name__}")
-        elif state[key].shape != expected[key].shape:
-            misshapen.append(f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
+        elif state[key].is_nested or state[key].shape != expected[key].shape:
+            shape = "nested" if state[key].is_nested else tuple(state[key].shape)
+            misshapen.append(f"{key} {shape} instead of {tuple(expected[key].shape)}")
+        elif not _can_be_copied(state[key], expected[key]):
+            given = state[key]
+            mistyped.append(f"{key} {given.dtype}, {given.layout}, {given.device} instead of {expected[key].dtype}")
     groups = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(misshapen)}
+    groups["of another kind"] = sorted(mistyped)
     return [f"  {part}, {what}: {', '.join(keys)}" for what, keys in groups.items() if keys]
+
+
+def _can_be_copied(given, expected):
+    """Whether values can go from one tensor to the other, with no more than rounding."""
+    dense = given.layout == torch.strided and given.device.type != "meta" and not given.is_quantized
+    same = given.is_floating_point() == expected.is_floating_point() and given.is_complex() == expected.is_complex()
+    return dense and same
 
 
 def check_mapping(state, part, entry, given):

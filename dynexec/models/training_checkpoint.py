@@ -1,5 +1,6 @@
 """The file from which an interrupted training goes on as if nothing had happened."""
 
+import copy
 import os
 import pickle
 import zipfile
@@ -8,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from dynexec.files import replacing
 from dynexec.models.checkpoints import mismatches
 
 _FORMAT = "dynexec.models.training 1"
+_FOREIGN = "is no file of dynexec.models.training, or of another version"
 _ENTRIES = {"format", "settings", "network", "optimizer", "schedule", "generators", "history"}
 
 
@@ -50,15 +53,11 @@ class TrainingCheckpoint:
             dist.broadcast_object_list(message, group=self.group, group_src=0)
             saved, problem = message
         if problem is not None:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} {problem}\nIt is left as it is: remove it or give another path"
-            )
+            raise self._error(problem)
         if saved is None:
             self.save([])
             return []
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        self._set_generators(saved["generators"][self._rank()])
+        self._load(saved, saved["generators"][self._rank()])
         return saved["history"]
 
     def save(self, history):
@@ -71,12 +70,27 @@ class TrainingCheckpoint:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"format": _FORMAT, "settings": self.settings, "generators": generators, "history": history}
-        partial = f"{self.path}.part"
-        with open(partial, "wb") as file:
+        with replacing(self.path, "wb", partial=f"{self.path}.part") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+
+    def _load(self, saved, generators):
+        """All or nothing: what cannot be loaded, which only a forged file holds, leaves everything as it was."""
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
+        own = self._generators()
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self._set_generators(generators)
+        except Exception as error:  # depends on what it holds
+            for name, part in self.parts.items():
+                part.load_state_dict(before[name])
+            self._set_generators(own)
+            raise self._error(f"{_FOREIGN}: {type(error).__name__}: {error}") from error
+
+    def _error(self, problem):
+        return ValueError(
+            f"checkpoint {str(self.path)!r} {problem}\nIt is left as it is: remove it or give another path"
+        )
 
     def _rank(self):
         return 0 if self.group is None else self.group.rank()
@@ -94,8 +108,28 @@ class TrainingCheckpoint:
         had_one = saved["generators"][0]["own"] is not None
         if had_one != (self.generator is not None):
             return f"was written {'with' if had_one else 'without'} generator=, unlike this training"
-        problems = mismatches("network", self.parts["network"].state_dict(), saved["network"])
-        return "\n".join(["is of another network:", *problems]) if problems else None
+        if problems := mismatches("network", self.parts["network"].state_dict(), saved["network"]):
+            return "\n".join(["is of another network:", *problems])
+        return None if self._fits_optimizer(saved) else _FOREIGN
+
+    def _fits_optimizer(self, saved):
+        optimizer = self.parts["optimizer"]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        own, theirs = optimizer.state_dict(), saved["optimizer"]
+        return (
+            _alike(saved["schedule"], self.parts["schedule"].state_dict())
+            and isinstance(theirs, dict)
+            and theirs.keys() == own.keys()
+            and _alike(theirs["param_groups"], own["param_groups"])
+            and isinstance(theirs["state"], dict)
+            and all(
+                type(number) is int
+                and 0 <= number < len(parameters)
+                and isinstance(entry, dict)
+                and all(_fits_parameter(value, parameters[number]) for value in entry.values())
+                for number, entry in theirs["state"].items()
+            )
+        )
 
     def _generators(self):
         """States of the random generators of this process, each a tensor or None."""
@@ -150,6 +184,42 @@ def _read(path):
         except Exception as error:  # what a damaged file raises depends on where the damage is
             reason = "" if isinstance(error, pickle.UnpicklingError) else f": {error}".split("\n")[0]
             return f"is damaged, or not a file of this training ({type(error).__name__}{reason})"
-    if not isinstance(saved, dict) or saved.get("format") != _FORMAT or saved.keys() != _ENTRIES:
-        return "is no file of dynexec.models.training, or of another version"
-    return saved
+    return saved if _is_checkpoint(saved) else _FOREIGN
+
+
+def _is_checkpoint(saved):
+    """Whether a file holds what :meth:`TrainingCheckpoint.save` writes, as far as can be said without its network."""
+    if not isinstance(saved, dict) or saved.keys() != _ENTRIES or not isinstance(saved["format"], str):
+        return False
+    settings, network, generators, history = (saved[k] for k in ("settings", "network", "generators", "history"))
+    return (
+        saved["format"] == _FORMAT
+        and isinstance(settings, dict)
+        and all(value is None or isinstance(value, (bool, int, float, str)) for value in settings.values())
+        and isinstance(network, dict)
+        and all(isinstance(name, str) for name in network)
+        and isinstance(generators, list)
+        and len(generators) > 0
+        and all(isinstance(states, dict) and states.keys() == {"own", "cpu", "gpu"} for states in generators)
+        and isinstance(history, list)
+        and all(isinstance(epoch, dict) for epoch in history)
+    )
+
+
+def _alike(saved, own):
+    """Whether one is made as the other: no other keys, as many elements, values of the same types."""
+    if type(saved) is not type(own):
+        return False
+    if isinstance(own, dict):
+        return saved.keys() <= own.keys() and all(_alike(saved[key], own[key]) for key in saved)
+    if isinstance(own, (list, tuple)):
+        return len(saved) == len(own) and all(map(_alike, saved, own))
+    return True
+
+
+def _fits_parameter(value, parameter):
+    """Whether an optimizer may keep a value for a parameter: a number, or a tensor of one or of the same shape."""
+    if not isinstance(value, torch.Tensor):
+        return value is None or isinstance(value, (bool, int, float))
+    dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex()
+    return dense and value.shape in ((), parameter.shape)
