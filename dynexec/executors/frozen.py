@@ -34,14 +34,19 @@ class FrozenNetwork(nn.Module):
         Parameters
         ----------
         x : float tensor ``[N, C, H, W]``
+            Of any floating-point type, converted to the network's.
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
             None: the policy decides, keeping a block where its probability is at least 0.5.
         return_decisions : bool
             Also return the decisions, bool ``[N, L]``.
         """
-        if not isinstance(x, torch.Tensor) or x.dim() != 4:
-            found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor [N, C, H, W], got {found}")
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a tensor [N, C, H, W], got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
+            kind = "a nested tensor" if x.is_nested else f"{x.dtype}, {x.layout}"
+            raise TypeError(f"x must be a dense floating-point tensor [N, C, H, W], got {kind}")
+        if x.dim() != 4:
+            raise ValueError(f"x must be a tensor [N, C, H, W], got {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device}, but the network was frozen on {self.device}: move x there")
         x = x.to(self.dtype)
