@@ -174,11 +174,16 @@ def _check_match(rows, name, x, x_name, index):
 
 
 def _check_writable(x, name):
-    if 0 in x.stride() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
-        raise ValueError(
-            f"{name} must not be expanded, as its rows or elements overlap in memory: got shape {tuple(x.shape)} with "
-            f"strides {x.stride()}"
-        )
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return
+    reach = 0  # of the dimensions so far, from the first element on
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"{name} must not be expanded, nor have rows or elements that overlap in memory in other ways: got "
+                f"shape {tuple(x.shape)} with strides {x.stride()}"
+            )
+        reach += (size - 1) * stride
 
 
 def _scatter(destination, index, rows, add, relu, in_place):

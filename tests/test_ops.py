@@ -177,23 +177,24 @@ def test_memory_shared_within_one_call():
 
 
 @pytest.mark.parametrize(
-    "overlapping, message",
+    "overlapping, strides",
     [
-        (lambda n: torch.zeros(1, 3).expand(n, 3), r"expanded, .*got shape \({n}, 3\) with strides \(0, 1\)"),
-        (lambda n: torch.zeros(n, 1).expand(n, 3), r"expanded, .*got shape \({n}, 3\) with strides \(1, 0\)"),
-        (lambda n: torch.zeros(20).as_strided((n, 3), (2, 1)), "have rows that overlap.*stride 2 for rows of 3"),
+        (lambda n: torch.zeros(1, 3).expand(n, 3), r"\(0, 1\)"),
+        (lambda n: torch.zeros(n, 1).expand(n, 3), r"\(1, 0\)"),
+        (lambda n: torch.zeros(20).as_strided((n, 3), (2, 1)), r"\(2, 1\)"),
+        (lambda n: torch.zeros(20).as_strided((n, 3), (3, 2)), r"\(3, 2\)"),
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_memory_shared_within_what_is_written(overlapping, message):
+def test_memory_shared_within_what_is_written(overlapping, strides):
     destination, out = overlapping(6), overlapping(2)
-    with pytest.raises(ValueError, match="destination must not (be )?" + message.replace("{n}", "6")):
+    with pytest.raises(ValueError, match=rf"destination must not .*overlap.*shape \(6, 3\) with strides {strides}"):
         ops.scatter_rows_(destination, TWO, R + 1)
-    with pytest.raises(ValueError, match="out must not (be )?" + message.replace("{n}", "2")):
+    with pytest.raises(ValueError, match=rf"out must not .*overlap.*shape \(2, 3\) with strides {strides}"):
         ops.gather_rows(X + 1, TWO, out=out)
     assert not destination.any() and not out.any()
     # A copy shares nothing; a single row may have any stride.
-    if "expanded" in message:
+    if "0" in strides:
         assert torch.equal(ops.scatter_rows(destination, TWO, R + 1).sum(1), torch.tensor([3.0, 0, 3, 0, 0, 0]))
     assert ops.scatter_rows_(torch.zeros(1, 3).expand(1, 3), TWO[:1], R[:1] + 1).all()
 
