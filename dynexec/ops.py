@@ -130,6 +130,7 @@ def plan(decisions, choices):
     """
     if not isinstance(decisions, torch.Tensor):
         raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {type(decisions).__name__}")
+    check_dense(decisions, "decisions")
     if decisions.dtype not in _INTEGER_DTYPES:
         raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {decisions.dtype}")
     if decisions.dim() != 2:
@@ -138,6 +139,12 @@ def plan(decisions, choices):
     if choices < 1 or (decisions.dtype == torch.bool and choices < 2):
         raise ValueError(f"choices must be at least 1, and at least 2 for bool decisions, got {choices}")
     return dispatch.plan(decisions, choices)
+
+
+def check_dense(x, name):
+    """Raise TypeError if a tensor is sparse, nested or of another layout that is not one of strides."""
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
 def check_choices(choices):
@@ -149,6 +156,8 @@ def check_choices(choices):
 def _check_rows(x, name, index):
     if not (isinstance(x, torch.Tensor) and isinstance(index, torch.Tensor)):
         raise TypeError(f"{name} and index must be tensors, got {type(x).__name__} and {type(index).__name__}")
+    check_dense(x, name)
+    check_dense(index, "index")
     if x.dim() == 0:
         raise ValueError(f"{name} must have rows: shape [N, ...], got a tensor of no dimensions")
     if index.dtype not in _INDEX_DTYPES:
@@ -162,6 +171,7 @@ def _check_rows(x, name, index):
 def _check_match(rows, name, x, x_name, index):
     if not isinstance(rows, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+    check_dense(rows, name)
     if rows.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {rows.dtype}")
     if rows.shape[1:] != x.shape[1:] or rows.shape[:1] != index.shape:

@@ -52,7 +52,7 @@ class Route:
             If dtype, shape, ``choices`` or a value do not fit.
         """
         ops.check_choices(choices)
-        _check(decisions, choices)
+        _check(decisions, choices, exact)
         index, offset = ops.plan(decisions, choices)
         borders = offset.tolist() if exact else None
         if exact and decisions.device.type != "cpu" and any(row[-1] != decisions.shape[0] for row in borders):
@@ -108,12 +108,17 @@ class Route:
         return row[choice], row[choice + 1]
 
 
-def _check(decisions, choices):
-    if isinstance(decisions, torch.Tensor) and decisions.is_floating_point():
+def _check(decisions, choices, exact):
+    if not isinstance(decisions, torch.Tensor):
+        return  # ops.plan says so
+    ops.check_dense(decisions, "decisions")
+    if exact and decisions.device.type == "meta":
+        raise ValueError("decisions must have values, which those on the meta device have not, or exact be False")
+    if decisions.is_floating_point():
         nan = " (these hold NaN)" if decisions.isnan().any() else ""
         raise TypeError(
             f"decisions must be a bool or integer tensor [N, L], got {decisions.dtype}: "
             f"threshold probabilities first, probabilities >= 0.5{nan}"
         )
-    if isinstance(decisions, torch.Tensor) and decisions.dtype == torch.bool and choices != 2:
+    if decisions.dtype == torch.bool and choices != 2:
         raise ValueError(f"choices must be 2 for bool decisions, got {choices}")

@@ -8,6 +8,7 @@ from dynexec.executors.choose import CAUSES
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import only_segment
 from dynexec.nn.context import check_decisions
+from dynexec.ops import check_dense
 from dynexec.policy import threshold
 from dynexec.route import Route
 
@@ -42,9 +43,9 @@ class FrozenNetwork(nn.Module):
         """
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor [N, C, H, W], got {type(x).__name__}")
-        if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
-            kind = "a nested tensor" if x.is_nested else f"{x.dtype}, {x.layout}"
-            raise TypeError(f"x must be a dense floating-point tensor [N, C, H, W], got {kind}")
+        check_dense(x, "x")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor [N, C, H, W], got {x.dtype}")
         if x.dim() != 4:
             raise ValueError(f"x must be a tensor [N, C, H, W], got {tuple(x.shape)}")
         if x.device != self.device:

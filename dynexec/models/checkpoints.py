@@ -39,13 +39,13 @@ def read_file(path, weights_only, *, inert=False):
 
     ``weights_only`` as for ``torch.load``; with ``inert`` pickled modules are read all the same, see :mod:`inert`.
     """
+    with open(path, "rb"):
+        pass  # where that is not possible it says why
     if (damage := _zip_damage(path)) is not None:
         raise ValueError(f"source {str(path)!r} ({os.path.getsize(path)} bytes) is damaged: {damage}")
     try:
         encoding = {} if weights_only else {"encoding": "latin1"}  # Python 2 wrote its strings as bytes
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, **encoding)
-    except OSError:
-        raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = _reason(error)
         if weights_only and inert and isinstance(error, (pickle.UnpicklingError, UnicodeDecodeError)):

@@ -13,6 +13,8 @@ from dynexec.files import replacing
 from dynexec.models.checkpoints import mismatches
 
 _FORMAT = "dynexec.models.training 1"
+#: What the optimizers of the trainers keep for a parameter.
+_KEPT = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
 _FOREIGN = "is no file of dynexec.models.training, or of another version"
 _ENTRIES = {"format", "settings", "network", "optimizer", "schedule", "generators", "history"}
 
@@ -121,12 +123,15 @@ class TrainingCheckpoint:
             and isinstance(theirs, dict)
             and theirs.keys() == own.keys()
             and _alike(theirs["param_groups"], own["param_groups"])
+            and [group["params"] for group in theirs["param_groups"]]
+            == [group["params"] for group in own["param_groups"]]
             and isinstance(theirs["state"], dict)
             and all(
                 type(number) is int
                 and 0 <= number < len(parameters)
                 and isinstance(entry, dict)
-                and all(_fits_parameter(value, parameters[number]) for value in entry.values())
+                and entry.keys() == _KEPT[type(optimizer)]
+                and all(_fits_parameter(value, name, parameters[number]) for name, value in entry.items())
                 for number, entry in theirs["state"].items()
             )
         )
@@ -207,19 +212,18 @@ def _is_checkpoint(saved):
 
 
 def _alike(saved, own):
-    """Whether one is made as the other: no other keys, as many elements, values of the same types."""
+    """Whether one is made as the other: the same keys, as many elements, values of the same types."""
     if type(saved) is not type(own):
         return False
     if isinstance(own, dict):
-        return saved.keys() <= own.keys() and all(_alike(saved[key], own[key]) for key in saved)
+        return saved.keys() == own.keys() and all(_alike(saved[key], own[key]) for key in own)
     if isinstance(own, (list, tuple)):
         return len(saved) == len(own) and all(map(_alike, saved, own))
     return True
 
 
-def _fits_parameter(value, parameter):
-    """Whether an optimizer may keep a value for a parameter: a number, or a tensor of one or of the same shape."""
-    if not isinstance(value, torch.Tensor):
-        return value is None or isinstance(value, (bool, int, float))
-    dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex()
-    return dense and value.shape in ((), parameter.shape)
+def _fits_parameter(value, name, parameter):
+    """Whether an optimizer may keep a value under a name for a parameter."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.is_floating_point() and value.shape == (() if name == "step" else parameter.shape)

@@ -4,6 +4,7 @@ import threading
 
 import torch
 
+from dynexec.ops import check_dense
 from dynexec.route import Route
 
 MODES = ("exact", "capacity", "soft")
@@ -145,9 +146,7 @@ def check_decisions(decisions):
     """Return ``decisions`` if it is a bool tensor ``[N, L]`` or ``[L]``; raise TypeError or ValueError otherwise."""
     if not isinstance(decisions, torch.Tensor):
         raise TypeError(f"decisions must be a bool tensor [N, L] or [L], got {type(decisions).__name__}")
-    if decisions.layout != torch.strided or decisions.is_nested:
-        kind = "a nested tensor" if decisions.is_nested else decisions.layout
-        raise TypeError(f"decisions must be a dense tensor [N, L] or [L], got {kind}")
+    check_dense(decisions, "decisions")
     if decisions.dtype != torch.bool:
         hint = ""
         if decisions.is_floating_point():
