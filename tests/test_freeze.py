@@ -17,7 +17,7 @@ from dynexec.executors import backends
 from dynexec.executors.candidate import halves
 from dynexec.executors.engine import engine_missing
 from dynexec.executors.stage import EXECUTORS
-from dynexec.models import create_model
+from dynexec.models import adashare_resnet, create_model
 
 TOLERANCE = 1e-5
 ALL_EXECUTORS = [*EXECUTORS, *(() if engine_missing() else ("fused", "resident"))]
@@ -320,3 +320,22 @@ def test_the_fastest_way_to_run_stays(monkeypatch, fastest):
     assert bool(frozen.segments) == (fastest != "layers") and bool(frozen.stages) == (fastest == "layers")
     x, decisions = toys.images(5), torch.rand(5, num_blocks) < 0.5
     assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_choices_can_be_pinned_to_a_file(tmp_path, monkeypatch, routed):
+    if routed:
+        model = adashare_resnet(18, num_classes=[4, 3], blocks=(1, 1, 1, 1), widths=(8, 8, 8, 8), head_width=8).eval()
+        images = torch.rand(2, 3, 32, 32)
+    else:
+        (model, _), images = converted("torchvision"), toys.images(4)
+    path = tmp_path / "costs.json"
+    with pytest.raises(ValueError, match=r"costs.json' holds no times for .*measure=True first"):
+        dynexec.freeze(model, images, cost_cache=path, measure=False)
+    assert not path.exists()
+    first = dynexec.freeze(model, images, cost_cache=path)
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("measured"))
+    pinned = dynexec.freeze(model, images, cost_cache=path, measure=False)
+    assert pinned.explain() == first.explain()
+    with pytest.raises(TypeError, match="measure must be True or False, got 1"):
+        dynexec.freeze(model, images, measure=1)

@@ -1,11 +1,12 @@
 """What the parts of a frozen block take, measured once and cached on disk."""
 
+import importlib.metadata
 import json
 import logging
 import os
 import time
 from bisect import bisect_left
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -22,35 +23,49 @@ _ROWS = {str(rows) for rows in range(1, _LARGEST + 1)}
 _log = logging.getLogger(__name__)
 
 
+@cache
+def _library_version():
+    return importlib.metadata.version("dynexec")
+
+
 class CostCache:
     """Measured costs, kept in one JSON file per user; a missing file is an empty cache.
 
     So is a damaged one, or one of something else, with a warning on the log ``dynexec.executors.costs``; and an entry
-    that is not what it should be is measured anew. Entries hold for one processor, thread count, torch and layout of
-    this file: all of it is in the key.
+    that is not what it should be is measured anew. Entries hold for one processor, thread count, dynexec, torch
+    and layout of this file: all of it is in the key.
 
     Parameters
     ----------
     path : path, optional
         Default: ``$XDG_CACHE_HOME/dynexec/costs.json`` (``~/.cache`` without the variable).
+    measure : bool
+        False: what is not in the file is an error.
     """
 
-    def __init__(self, path=None):
+    def __init__(self, path=None, measure=True):
+        if not isinstance(measure, bool):
+            raise TypeError(f"measure must be True or False, got {measure!r}")
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = Path(path) if path is not None else home / "dynexec" / "costs.json"
         self.entries, problem = self._read()
         if problem is not None:
             _log.warning("cost cache %s is ignored: %.200s", self.path, problem)
-        self._changed = False
+        self._changed, self._measure = False, measure
 
     def key(self, *signature):
-        machine = (VERSION, torch.__version__, processor_name(), torch.get_num_threads())
+        machine = (VERSION, _library_version(), torch.__version__, processor_name(), torch.get_num_threads())
         return " | ".join(map(str, (*machine, *signature)))
 
     def get(self, key, valid, make):
         """The entry ``key``, or ``make()`` where there is none for which ``valid(entry)``."""
         known = key in self.entries
         if not known or not valid(self.entries[key]):
+            if not self._measure:
+                raise ValueError(
+                    f"cost_cache {str(self.path)!r} holds no times for {key:.200}: freeze with measure=True first, "
+                    "on this machine, with this number of threads and these versions of dynexec and torch"
+                )
             if known:
                 _log.warning("cost cache %s: measuring anew what its entry does not fit: %.200s", self.path, key)
             self.entries[key] = make()

@@ -33,6 +33,7 @@ def freeze(
     winograd=True,
     batch_invariant=False,
     cost_cache=None,
+    measure=True,
     keep_memory=True,
 ):
     """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
@@ -80,6 +81,9 @@ def freeze(
         does.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
+    measure : bool
+        Whether to measure times that the file does not hold. False pins every choice to the file: what it does not hold
+        is a ValueError, and whoever freezes the model with the file, on a machine of the kind, gets the same network.
     keep_memory : bool
         Let the process keep the memory of freed tensors for the next call, instead of giving large blocks back to the
         system and having them zeroed anew each time. A setting of glibc, for the whole process; elsewhere ignored.
@@ -102,7 +106,7 @@ def freeze(
         raise ValueError(f"executor must be None or one of {known} on {device.type}, got {executor!r}")
     if keep_memory:
         keep_freed_memory()
-    cache = CostCache(cost_cache)
+    cache = CostCache(cost_cache, measure)
     if isinstance(model, RoutedNetwork):
         frozen = freeze_routed(model, example_input, dtype, executor, backend, cache)
         cache.save()
