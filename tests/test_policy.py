@@ -130,6 +130,9 @@ def test_reinforce_loss_by_hand():
     decisions = torch.tensor([[True, False], [False, True]])
     loss = policy.reinforce_loss(probabilities, decisions, torch.tensor([2.0, -1.0]))
     assert loss.tolist() == pytest.approx([-2 * (math.log(0.25) + math.log(0.5)), math.log(0.1) + math.log(0.9)])
+    advantage, given = torch.ones(2, requires_grad=True), probabilities.clone().requires_grad_()
+    policy.reinforce_loss(given, decisions, advantage).sum().backward()
+    assert advantage.grad is None and given.grad.abs().sum() > 0
     with pytest.raises(ValueError, match=r"advantage must have shape \(2,\), got \(2, 1\)"):
         policy.reinforce_loss(probabilities, decisions, torch.zeros(2, 1))
     with pytest.raises(ValueError, match=r"advantage \(2,\) hold NaN"):

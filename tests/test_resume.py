@@ -128,6 +128,19 @@ def test_killed_in_the_middle_of_writing(tmp_path):
     assert_equal(net, expected)
 
 
+def test_a_file_is_replaced_not_written_over(tmp_path):
+    path, first = tmp_path / "policy.pt", tmp_path / "first"
+    content = []
+
+    def keep(record):
+        if record["epoch"] == 0:
+            os.link(path, first)  # a second name of the file as it is now
+            content.append(path.read_bytes())
+
+    train("train_policy", *make(), checkpoint=path, on_epoch=keep)
+    assert first.read_bytes() == content[0] != path.read_bytes()
+
+
 def refused(path, match, net=None, name="train_policy", **options):
     """The training names the file and what is wrong, and leaves file and network alone."""
     content = path.read_bytes()
