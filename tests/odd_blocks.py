@@ -72,6 +72,19 @@ class ReluInPlaceOfAView(ReluInPlaceBehindIdentity):
         return self.body(x.flatten(1).relu_().unflatten(1, (4, 5, 5))) + x
 
 
+class ReluInPlaceHidden(ReluInPlaceBehindIdentity):
+    """Only a run of it shows that it overwrites its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = HiddenRelu()
+
+
+class HiddenRelu(nn.Module):
+    def forward(self, x):
+        return torch.relu_(x)
+
+
 class ReluInPlaceBehindIdentityProjection(ReluInPlaceBehindIdentity):
     def __init__(self):
         super().__init__()

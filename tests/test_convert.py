@@ -205,3 +205,16 @@ def test_own_blocks_are_numbered_with_the_converted_ones():
     assert torch.equal(model(x), dense)
     assert dynexec.convert(model, "[01]").num_blocks == 2
     torch.testing.assert_close(run(model, x, torch.zeros(2, 2, dtype=torch.bool)), model[2](x))
+
+
+def test_a_block_that_turns_out_to_overwrite_its_input():
+    model, x, keep = shallow(odd_blocks.ReluInPlaceHidden()).train(), torch.randn(4, 3, 5, 5), HALF[:, :1]
+    reference = copy.deepcopy(model)
+    dynexec.convert(model)
+    for decisions in (keep, torch.zeros_like(keep)):
+        with pytest.raises(ValueError, match=r"DynamicReluInPlaceHidden of column 0 overwrites .*Adapter\(ReluInPlace"):
+            run(model, x, decisions)
+    dynexec.revert(model)
+    dynexec.convert(model, match=dynexec.Adapter(odd_blocks.ReluInPlaceHidden))
+    h = reference[0](x)
+    torch.testing.assert_close(run(model, x, torch.zeros_like(keep)), h)

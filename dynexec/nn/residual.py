@@ -127,18 +127,34 @@ def computes_all(block, execution, x):
 
 def _select(block, x, keep, shortcuts, args, kwargs):
     """Compute every sample, then choose: the published code's way, and the reference for every other."""
-    shortcut = apply_layers(shortcuts, x)
+    shortcut, version = apply_layers(shortcuts, x), _version(x)
     if shortcuts:
         full = _finish(block, apply_layers(block.residual_layers(), x) + shortcut)
     else:
         # A forward that is not known as a sequence may overwrite its input, which dropped samples need.
         full = block.forward_dense(x.clone() if block.residual_layers() is None else x, *args, **kwargs)
+        _check_unwritten(block, x, version)
     if full.shape != shortcut.shape:
         raise ValueError(
             f"the {type(block).__name__} of column {block.placement.column} gives {tuple(full.shape)} and its shortcut "
             f"{tuple(shortcut.shape)}: a block that can be dropped needs equal shapes"
         )
     return choose(keep, full, shortcut)
+
+
+def _version(x):
+    """How often ``x`` was written to, or None where nobody counts."""
+    return None if is_traced(x) or x.is_inference() else x._version
+
+
+def _check_unwritten(block, x, version):
+    """Raise ValueError if ``x``, which dropped samples keep, was written to since it had ``version``."""
+    if _version(x) != version:
+        kind = type(block).__name__
+        raise ValueError(
+            f"the {kind} of column {block.placement.column} overwrites its input inside one of its layers: convert it "
+            f"with match=dynexec.Adapter({kind.removeprefix('Dynamic')}), then it gets a copy"
+        )
 
 
 def choose(decisions, chosen, other):
@@ -164,7 +180,9 @@ def _compact(block, x, index, shortcuts, dense, layers):
 
     The result never shares memory with ``x``.
     """
-    shortcut, residual = apply_layers(shortcuts, x), apply_layers(dense, x)
+    shortcut, version = apply_layers(shortcuts, x), _version(x)
+    residual = apply_layers(dense, x)
+    _check_unwritten(block, x, version)
     if len(index) == 0 and not meets_other_processes(*dense, *layers):
         return with_zero_gradients(shortcut, block)
     shortcut_rows, rest = split_rows(shortcut, index)
