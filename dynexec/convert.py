@@ -130,9 +130,10 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
     Notes
     -----
     Constants that a block's forward reads from its attributes are read here: for blocks whose shortcut is not the
-    identity, and with ``batch_norm="all"`` for every block with BatchNorm. ``torch.jit.script`` needs the reverted
-    model. To change a block's class by other means (parametrizations of its own parameters, ``fully_shard``), do so
-    first, or undo that before :func:`revert`. ``fine_tune`` comes before ``DistributedDataParallel``.
+    identity, and with ``batch_norm="all"`` for every block with BatchNorm. What such a forward stores on its block, it
+    does not store inside ``decide``. ``torch.jit.script`` needs the reverted model. To change a block's class by other
+    means (parametrizations of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`.
+    ``fine_tune`` comes before ``DistributedDataParallel``.
     """
     _check_model(model)
     check_batch_norm(batch_norm)

@@ -20,6 +20,7 @@ class Odd(nn.Module):
         self.how, self.drop_path = forward, drop_path or DropPath(0.5)
         self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
         self.relu = nn.ReLU(inplace=True)
+        self.register_buffer("count", torch.zeros(1))
 
     def forward(self, x):
         return self.how(self, x)
@@ -76,6 +77,11 @@ def storing(block, x):
     return x + block.drop_path(block.seen)
 
 
+def counting(block, x):
+    block.count += 1
+    return x + block.drop_path(block.layer(x))
+
+
 def making_a_tensor(block, x):
     return x + block.drop_path(block.layer(x + torch.rand(1)))
 
@@ -96,6 +102,7 @@ REASONS = [
     (Odd(lambda b, x: x + b.layer(x)), "0.drop_path", "the forward of its block does not call it itself"),
     (Odd(branching), "0", "its forward cannot be traced"),
     (Odd(storing), "0", "its forward stores seen on the block"),
+    (Odd(counting), "0", "its forward changes count"),
     (Odd(making_a_tensor), "0", "its forward makes a tensor"),
     (Odd(lambda b, x: x + b.drop_path(b.layer(x)), StochasticDepth(0.5, "batch")), "0.drop_path", "mode is 'batch'"),
     (Container(), "0.branch.1", "the forward of its block does not call it itself"),
@@ -107,6 +114,7 @@ def test_reasons(block, name, reason):
     model = nn.Sequential(block, ViTBlock(4, 0.5))
     conversion = dynexec.convert(model, stochastic_depth=True)
     assert [row[1] for row in conversion.converted] == ["1"] and type(model[0]) is type(block)
+    assert model[0].state_dict().get("count", torch.zeros(1)) == 0
     assert [row[0] for row in conversion.skipped] == [name] and reason in conversion.skipped[0][2]
     assert f"  {name} (" in str(conversion)
     with pytest.raises(ValueError, match=rf"no stochastic depth to convert\n  {name} .*{reason}"):

@@ -120,6 +120,11 @@ def _training_graph(block):
     for module in modes:
         module.training = True
     attributes = dict(vars(block))
+    buffers = {
+        name: (buffer, buffer._version, buffer.clone())
+        for name, buffer in block.named_buffers()
+        if not buffer.is_inference()
+    }
     try:
         graph = _Tracer(block).trace(OneInput(block))
     except Exception as error:  # tracing runs the block's own Python on stand-ins: anything may be raised
@@ -131,6 +136,12 @@ def _training_graph(block):
         vars(block).update(attributes)
         for module, training in modes.items():
             module.training = training
+        counted = [name for name, (buffer, version, _) in buffers.items() if buffer._version != version]
+        with torch.no_grad():
+            for name in counted:
+                buffers[name][0].copy_(buffers[name][2])
+    if counted:
+        raise NotABlock(f"its forward changes {', '.join(counted)}, and what is run instead would not")
     if stored:
         raise NotABlock(f"its forward stores {', '.join(stored)} on the block, and what is run instead would not")
     if any(node.op == "get_attr" and not node.target.startswith("block.") for node in graph.nodes):
