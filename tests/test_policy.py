@@ -224,3 +224,14 @@ def test_logits_must_be_a_tensor():
         with pytest.raises(TypeError, match="logits must be a floating-point tensor .* got list"):
             function([0.0, 1.0])
     assert not policy.draw(torch.zeros(3, 2, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+def test_gumbel_softmax_stays_finite_at_extreme_temperatures(temperature):
+    logits = torch.tensor([[30.0, -30.0, 0.0]]).expand(100, 3)
+    weights = policy.gumbel_softmax(logits, temperature, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([1.0, 0.0, 0.0]) if temperature < 1 else torch.full((3,), 1 / 3)
+    torch.testing.assert_close(weights, expected.expand(100, 3))
+    for wrong in (0.0, -1.0, 1e-50, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be above 0 and finite in torch.float32"):
+            policy.gumbel_softmax(logits, wrong)

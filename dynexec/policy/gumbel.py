@@ -28,13 +28,15 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
     Raises
     ------
     TypeError, ValueError
-        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN; or ``temperature`` is not above 0.
+        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN; or ``temperature`` is not above 0 and
+        finite in their dtype.
     """
     check_logits(logits)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    noise = torch.empty_like(logits).exponential_(generator=generator).log()
-    soft = ((logits - noise) / temperature).softmax(-1)
+    if not torch.finfo(logits.dtype).tiny <= temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite in {logits.dtype}, got {temperature}")
+    scores = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+    # Softmax does not mind the difference, and cold ones would be infinite.
+    soft = ((scores - scores.detach().amax(-1, keepdim=True)) / temperature).softmax(-1)
     if not hard:
         return soft
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
