@@ -4,6 +4,7 @@ import torch
 from torch import fx, nn
 
 from dynexec import dispatch
+from dynexec.executors.recent import IMAGE_SIZES, Recent
 from dynexec.executors.rewrite import pack
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import DynamicBlock, apply_layers
@@ -138,13 +139,11 @@ class _Output:
     """Allocates what a body writes to, for images of any size."""
 
     def __init__(self, body):
-        self.body, self.rows = body, {}
+        self.body, self.rows = body, Recent(IMAGE_SIZES)
 
     def __call__(self, x):
-        shape = tuple(x.shape[1:])
-        if shape not in self.rows:
-            self.rows[shape] = self.body(x[:1], x[:1])[:0]
-        return empty_rows(self.rows[shape], len(x))
+        rows = self.rows.find(tuple(x.shape[1:]), lambda: self.body(x[:1], x[:1])[:0])
+        return empty_rows(rows, len(x))
 
 
 class _Branch(nn.Module):

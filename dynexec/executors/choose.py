@@ -2,6 +2,8 @@
 
 from operator import getitem
 
+from dynexec.executors.recent import Recent
+
 #: What time is lost to, see :meth:`StageCosts.losses`.
 CAUSES = ("small batches", "row moves", "dropped rows computed")
 
@@ -20,7 +22,7 @@ class StageCosts:
 
     def __init__(self, blocks):
         self.blocks = blocks
-        self._tables = {}
+        self._tables = Recent(_TABLES)
 
     def predict(self, kept, parts, num_samples):
         """Seconds by executor.
@@ -33,7 +35,7 @@ class StageCosts:
             What ``grouped`` prepares: samples by the blocks that they keep.
         num_samples : int
         """
-        compact, masked, body, shortcuts = self._table(num_samples)
+        compact, masked, body, shortcuts = self._tables.find(num_samples, lambda: self._table(num_samples))
         rest = len(parts) > 1
         grouped = 0.0
         for pattern, samples in parts.items():
@@ -76,26 +78,22 @@ class StageCosts:
         return dict(zip(CAUSES, (small, moves, computed), strict=True))
 
     def _table(self, n):
-        """Sums for a batch of ``n``, made once.
+        """Sums for a batch of ``n``.
 
         Compact's seconds by block and count; masked's by block, some kept and all kept; the bodies' by number of rows;
         the shortcuts' by number of rows.
         """
-        if n not in self._tables:
-            if len(self._tables) == _TABLES:
-                del self._tables[next(iter(self._tables))]  # the oldest
-            compact = [[b.shortcut(n) + _some(b, k, n) for k in range(n)] for b in self.blocks]
-            full = [b.shortcut(n) + b.body(n) for b in self.blocks]
-            for row, seconds in zip(compact, full, strict=True):
-                row.append(seconds)
-            masked = [
-                (seconds + b.select(n) + (b.body(n) if b.both else 0.0), seconds)
-                for b, seconds in zip(self.blocks, full, strict=True)
-            ]
-            body = [[b.body(k) for b in self.blocks] for k in range(n + 1)]
-            shortcuts = [sum(b.shortcut(k) for b in self.blocks) for k in range(n + 1)]
-            self._tables[n] = compact, masked, body, shortcuts
-        return self._tables[n]
+        compact = [[b.shortcut(n) + _some(b, k, n) for k in range(n)] for b in self.blocks]
+        full = [b.shortcut(n) + b.body(n) for b in self.blocks]
+        for row, seconds in zip(compact, full, strict=True):
+            row.append(seconds)
+        masked = [
+            (seconds + b.select(n) + (b.body(n) if b.both else 0.0), seconds)
+            for b, seconds in zip(self.blocks, full, strict=True)
+        ]
+        body = [[b.body(k) for b in self.blocks] for k in range(n + 1)]
+        shortcuts = [sum(b.shortcut(k) for b in self.blocks) for k in range(n + 1)]
+        return compact, masked, body, shortcuts
 
 
 def _some(block, kept, num_samples):

@@ -5,12 +5,15 @@ from torch import fx, nn
 from dynexec.executors.emit import Flat, emit_nodes
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
+from dynexec.executors.recent import IMAGE_SIZES, Recent
 from dynexec.executors.rewrite import hooked
 from dynexec.executors.stage import Stage
 
 
 class Segment:
     """Nodes of a graph that follow each other, with one input and one output, as programs: one per image size.
+
+    Any number of threads may call it at once.
 
     Parameters
     ----------
@@ -38,10 +41,9 @@ class Segment:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         self.nodes, self.source, self.result = [copies[node] for node in nodes], copies[source], copies[result]
         self.modules = {node.target: modules[node.target] for node in nodes if node.op == "call_module"}
-        self.programs = {}
+        self.programs = Recent(IMAGE_SIZES)
         self.executor, self.options = "fused", {}
-        shape = tuple(source.meta["tensor_meta"].shape[1:])
-        self.programs[shape] = self._program(shape)
+        self._find(tuple(source.meta["tensor_meta"].shape[1:]))
 
     @property
     def stages(self):
@@ -57,12 +59,13 @@ class Segment:
         """Lines of text: the nodes, how many blocks, how it runs."""
         blocks = sum(len(stage.blocks) for stage in self.stages)
         names = f"{self.nodes[0].name} .. {self.nodes[-1].name}"
-        sizes = ", ".join(str(shape) for shape in self.programs)
+        sizes = ", ".join(map(str, list(self.programs)))  # a copy: other threads may add to it
         return [f"segment {self.number}: {names}, {blocks} blocks, for images {sizes} -> {self.executor}"]
 
     def release(self):
         """Give up the weights that are packed in the programs' now, and what these allocated while they were tried."""
-        self.programs = {shape: self.maker.renew(program, self.executor) for shape, program in self.programs.items()}
+        for shape, program in self.programs.items():
+            self.programs[shape] = self.maker.renew(program, self.executor)
         targets = [*self.modules.values(), *(node.target for node in self.nodes)]
         for stage in self.stages:
             for block in stage.blocks:
@@ -78,10 +81,10 @@ class Segment:
 
     def find_program(self, x):
         """The program for images like ``x``, made when they are first seen."""
-        shape = tuple(x.shape[1:])
-        if shape not in self.programs:
-            self.programs[shape] = self._program(shape)
-        return self.programs[shape]
+        return self._find(tuple(x.shape[1:]))
+
+    def _find(self, shape):
+        return self.programs.find(shape, lambda: self._program(shape))
 
     def _program(self, shape):
         builder = self.maker.builder()
