@@ -8,6 +8,7 @@ if importlib.util.find_spec("dynexec.kernels") is None:
 
 from dynexec import measure, models, nn, ops, policy
 from dynexec.convert import Conversion, convert, revert
+from dynexec.deployment import load, save
 from dynexec.executors import FrozenNetwork, freeze
 from dynexec.nn import Adapter, decide
 from dynexec.route import Route
@@ -22,10 +23,12 @@ __all__ = [
     "convert",
     "decide",
     "freeze",
+    "load",
     "measure",
     "models",
     "nn",
     "ops",
     "policy",
     "revert",
+    "save",
 ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from math import prod
 
 import torch
@@ -18,9 +19,18 @@ from dynexec.nn.stochastic_depth import (
     subset_class,
     undo_subset,
 )
-from dynexec.nn.structure import CONVOLUTIONS, Adapter, NoSkip, NotABlock, is_candidate, read_structure
+from dynexec.nn.structure import (
+    CONVOLUTIONS,
+    Adapter,
+    NoSkip,
+    NotABlock,
+    TracedAdapter,
+    is_candidate,
+    read_structure,
+)
 from dynexec.nn.swap import (
     FROZEN,
+    ConvertedExpert,
     Swapped,
     add_expert,
     dynamic_class,
@@ -255,6 +265,22 @@ def revert(model):
     for block in subsets:
         undo_subset(block)
     return len(blocks) + len(subsets)
+
+
+def recall(model):
+    """The arguments with which :func:`convert` does to a twin of ``model`` what it did to this one, as plain values.
+
+    None where it did nothing, or split blocks as an :class:`Adapter` of the caller's says.
+    """
+    blocks = _reversible(model)
+    if not blocks:
+        return None
+    adapters = [block._dynexec_adapter for block in _swapped(blocks)]
+    fine_tune = next((block._dynexec_adapter for block in blocks if isinstance(block, ConvertedExpert)), None)
+    if fine_tune is None and not all(isinstance(adapter, TracedAdapter) for adapter in adapters):
+        return None
+    names = [escape(name) for name, module in model.named_modules() if module in blocks]
+    return {"match": names, "batch_norm": blocks[0].placement.batch_norm, "fine_tune": fine_tune}
 
 
 def _check_model(model):

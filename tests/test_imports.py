@@ -17,6 +17,7 @@ LAYERS = [
     {"nn", "policy"},
     {"convert", "models"},
     {"executors"},
+    {"deployment"},
     {"info", "report"},
     {"cli"},
     {"__main__"},

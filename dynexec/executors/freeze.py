@@ -99,7 +99,7 @@ def freeze(
     RuntimeError
         If the frozen blocks' output is not the original's.
     """
-    device = _check(model, example_input, dtype, executor, policy)
+    device = check_arguments(model, example_input, dtype, policy)
     backend = choose_backend(device, winograd, batch_invariant)
     known = sorted((*EXECUTORS, *backend.executors))
     if executor is not None and executor not in known:
@@ -170,7 +170,8 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     return chosen.keep_only()
 
 
-def _check(model, example_input, dtype, executor, policy):
+def check_arguments(model, example_input, dtype=None, policy=None):
+    """The device of a model and its example input; TypeError or ValueError where :func:`freeze` cannot take them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

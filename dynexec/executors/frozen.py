@@ -16,7 +16,8 @@ from dynexec.route import Route
 class FrozenNetwork(nn.Module):
     """What :func:`freeze` returns: ``frozen(x, decisions)`` or, with a policy, ``frozen(x)``.
 
-    It belongs to the processor and thread count it was made on: save the original model and freeze it again.
+    It belongs to the processor and thread count it was made on: :func:`dynexec.save` the original model instead. Any
+    number of threads may call it at once.
     """
 
     def __init__(self, network, stages, segments, num_blocks, dtype, device, backend=None):
@@ -210,4 +211,4 @@ class FrozenNetwork(nn.Module):
         return "packed" if isinstance(getattr(self.policy, "__self__", None), fx.GraphModule) else "as it is"
 
     def __getstate__(self):
-        raise TypeError("a FrozenNetwork cannot be pickled or copied: save the original model and freeze it again")
+        raise TypeError("a FrozenNetwork cannot be pickled or copied: save the original model by dynexec.save")

@@ -41,7 +41,7 @@ class FrozenRouted(nn.Module):
         return "\n".join(f"{name}: {part.explain()}" for name, part in parts.items())
 
     def __getstate__(self):
-        raise TypeError("a FrozenRouted cannot be pickled or copied: save the original model and freeze it again")
+        raise TypeError("a FrozenRouted cannot be pickled or copied: save the original model by dynexec.save")
 
 
 class FrozenPart(nn.Module):

@@ -66,7 +66,13 @@ def create_model(name, **arguments):
     ------
     ValueError
         If the name is unknown.
+
+    Notes
+    -----
+    The network remembers both as ``created_by``, for :func:`dynexec.save`.
     """
     if name not in _MODELS:
         raise ValueError(f"name must be one of {', '.join(list_models())}; got {name!r}")
-    return _MODELS[name](**arguments)
+    net = _MODELS[name](**arguments)
+    net.created_by = name, arguments
+    return net

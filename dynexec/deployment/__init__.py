@@ -1,0 +1,6 @@
+"""Networks as folders that hold nothing to execute: ``save`` writes one, ``load`` freezes what is in it."""
+
+from dynexec.deployment.load import load
+from dynexec.deployment.save import save
+
+__all__ = ["load", "save"]

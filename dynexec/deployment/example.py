@@ -1,0 +1,127 @@
+"""What a network gave for some inputs, to compare with what it gives where it is loaded."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dynexec.deployment.network import count_blocks
+from dynexec.executors.candidate import halves
+from dynexec.executors.proof import is_rounding, relative_error
+from dynexec.executors.routed import convert_inputs, tensors_of
+from dynexec.nn import RoutedNetwork
+
+_SAMPLES = 8  # of the example input that are kept
+_MARGIN = 0.01
+
+
+@dataclass
+class Example:
+    """Inputs, decisions, and what the network gave on the CPU when it was saved.
+
+    Attributes
+    ----------
+    inputs : tensor or dict of tensors
+    decisions : list of tensors
+    outputs : list of lists of tensors
+        For each of the decisions, whatever structure the output has.
+    decided, sure : tensors or None
+        What the policy decides, and where inputs that are a little larger or smaller do not change that: elsewhere
+        another processor's rounding might.
+    """
+
+    inputs: object
+    decisions: list
+    outputs: list
+    decided: torch.Tensor | None = None
+    sure: torch.Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def record(cls, net, inputs, error):
+        """Run a network on the first of its inputs; ``error``: what it may differ by where it is loaded, relative."""
+        net = copy.deepcopy(net).cpu().eval()
+        inputs = tree_map(lambda tensor: tensor[:_SAMPLES].detach().cpu(), inputs)
+        routed, blocks = isinstance(net, RoutedNetwork), count_blocks(net)
+        if routed:
+            decisions = net.example_decisions(inputs)
+        else:
+            decisions = [halves(len(inputs), blocks), torch.ones(len(inputs), blocks, dtype=torch.bool)]
+        example = cls(inputs, decisions, [_leaves(net(inputs, one)) for one in decisions])
+        if routed or net.policy is not None:
+            factors = [1 + sign * max(_MARGIN, error) for sign in (-1, 0, 1)]
+            less, decided, more = (net(_scale(inputs, factor), return_decisions=True)[1] for factor in factors)
+            example.decided, example.sure = decided, (less == decided) & (more == decided)
+        return example
+
+    def difference(self, frozen, net, most):
+        """How ``frozen``, made of ``net``, differs by more than ``most`` from what was recorded, or None."""
+        inputs = convert_inputs(self.inputs, device=frozen.device)
+        for number, (decisions, expected) in enumerate(zip(self.decisions, self.outputs)):
+            actual = _leaves(frozen(inputs, decisions.to(frozen.device)))
+            error = relative_error(actual, expected)
+            if not error <= most and not self._are_roundings(net, decisions, actual, expected):
+                return f"under its decisions {number} the output differs by {error:.1e} of the largest value"
+        if self.decided is None:
+            return None
+        wrong = (frozen(inputs, return_decisions=True)[1].cpu() != self.decided) & self.sure
+        return f"the policy decides otherwise {int(wrong.sum())} times of {wrong.numel()}" if wrong.any() else None
+
+    def _are_roundings(self, net, decisions, *outputs):
+        """Whether outputs differ from the network's, computed here on the CPU, by what it makes of rounding itself."""
+        net = copy.deepcopy(net).cpu()
+        with torch.no_grad():
+            own = _leaves(net(self.inputs, decisions))
+        return all(is_rounding(output, own, partial(self._run_exactly, net, decisions)) for output in outputs)
+
+    @torch.no_grad()
+    def _run_exactly(self, net, decisions):
+        return _leaves(net.double()(convert_inputs(self.inputs, torch.float64), decisions))
+
+    def tile(self, samples, device):
+        """The inputs, repeated to so many samples, on a device."""
+        return tree_map(lambda x: x[torch.arange(samples) % len(x)].to(device), self.inputs)
+
+    def tensors(self):
+        """All that it holds, by name."""
+        inputs = self.inputs if isinstance(self.inputs, dict) else {"": self.inputs}
+        found = {f"inputs.{name}": value for name, value in inputs.items()}
+        for number, (decisions, outputs) in enumerate(zip(self.decisions, self.outputs)):
+            found[f"decisions.{number}"] = decisions
+            found |= {f"outputs.{number}.{place}": value for place, value in enumerate(outputs)}
+        if self.decided is not None:
+            found |= {"decided": self.decided, "sure": self.sure}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors):
+        """The example that gave these; KeyError where one is missing."""
+        inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
+        decisions = _numbered(tensors, "decisions")
+        outputs = [_numbered(tensors, f"outputs.{number}") for number in range(len(decisions))]
+        own = {name: tensors[name] for name in ("decided", "sure") if "decided" in tensors}
+        example = cls(inputs.get("", inputs), decisions, outputs, **own)
+        if not inputs or any(len(x) == 0 for x in tensors_of(example.inputs)) or not all((decisions, *outputs)):
+            raise KeyError("inputs, decisions or outputs")
+        return example
+
+
+def _leaves(output):
+    """The tensors of an output, as a list."""
+    leaves = tree_leaves(output)
+    if wrong := [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, torch.Tensor)]:
+        raise TypeError(f"model must give tensors, or lists, tuples or dicts of them, got {wrong[0]}")
+    return [leaf.cpu() for leaf in leaves]
+
+
+def _scale(inputs, factor):
+    return inputs if factor == 1 else tree_map(lambda tensor: tensor * factor, inputs)
+
+
+def _numbered(tensors, name):
+    found = []
+    while f"{name}.{len(found)}" in tensors:
+        found.append(tensors[f"{name}.{len(found)}"])
+    return found

@@ -1,0 +1,155 @@
+"""The files of a saved network: ``manifest.json``, and two of tensors whose hashes it holds."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+
+from dynexec.executors.proof import TOLERANCE
+
+MANIFEST, WEIGHTS, EXAMPLE = "manifest.json", "weights.safetensors", "example.safetensors"
+_FORMAT = 1
+#: The dtypes that a network may be frozen in, by name.
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a saved network is, in plain values.
+
+    Attributes
+    ----------
+    versions : dict
+        Of ``dynexec`` and ``torch``, with which it was saved.
+    files : dict
+        SHA-256 of each file of tensors.
+    network : dict or None
+        ``name`` and ``arguments`` for :func:`dynexec.models.create_model`; None: the code is the user's.
+    conversion : dict or None
+        Arguments of :func:`dynexec.convert`; None: the model needs none, or was converted by the user's Adapter.
+    num_blocks : int or None
+        L, where decisions are bool ``[N, L]``.
+    batch_size : int
+        To be fast at.
+    options : dict
+        ``dtype``, ``executor``, ``winograd`` and ``batch_invariant`` for :func:`dynexec.freeze`.
+    """
+
+    versions: dict
+    files: dict
+    network: dict | None
+    conversion: dict | None
+    num_blocks: int | None
+    batch_size: int
+    options: dict
+
+    def write(self, path):
+        """Write it as JSON, with a hash of its own."""
+        entries = {"format": _FORMAT, **asdict(self)}
+        path.write_text(json.dumps(entries | {"sha256": _digest(entries)}, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path):
+        """The manifest in a file; ValueError, which names it and the entry, unless each is as it must be."""
+        try:
+            entries = json.loads(read_bytes(path))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged, or not a manifest: {error or type(error).__name__}") from None
+        names = {"format", "sha256", *_EXPECTED}
+        if not isinstance(entries, dict) or "format" not in entries:
+            raise ValueError(f"{path} must hold an object with the entries {sorted(names)}")
+        if type(entries["format"]) is not int or entries["format"] != _FORMAT:
+            raise ValueError(
+                f"{path} has the format {entries['format']!r}, and this version of dynexec reads {_FORMAT}: "
+                "save the network again"
+            )
+        if entries.keys() != names:
+            raise ValueError(f"{path} must have the entries {sorted(names)}, got {sorted(entries)}")
+        if entries.pop("sha256") != _digest(entries):
+            raise ValueError(f"{path} is damaged or was changed: its own sha256 is another one")
+        del entries["format"]
+        for name, value in entries.items():
+            expected, fits = _EXPECTED[name]
+            if not fits(value):
+                raise ValueError(f"{path}: {name} must be {expected}, got {value!r}")
+        return cls(**entries)
+
+
+def read_tensors(path, digest):
+    """The tensors in a file, by name; ValueError, which names the file, unless its SHA-256 is ``digest``."""
+    safetensors, data = import_safetensors(), read_bytes(path)
+    if (found := sha256(data).hexdigest()) != digest:
+        raise ValueError(f"{path} is damaged or another's: its SHA-256 is {found}, and {MANIFEST} says {digest}")
+    try:
+        return safetensors.load(data)
+    except Exception as error:  # of a library's parser, on what may be anything
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def read_bytes(path):
+    """What is in a file; ValueError, which names it, where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): dynexec.save writes such files") from error
+
+
+def import_safetensors():
+    """``safetensors.torch``."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "dynexec.save and dynexec.load need the package safetensors: pip install 'dynexec[deploy]'"
+        ) from error
+    return safetensors.torch
+
+
+def _digest(entries):
+    return sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _is_count(value):
+    return type(value) is int and value > 0
+
+
+def _has(value, **kinds):
+    """Whether ``value`` is an object of exactly these entries, each of one of its kinds."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(isinstance(value[name], kind) for name, kind in kinds.items())
+    )
+
+
+def _is_conversion(value):
+    kinds = {"match": list, "batch_norm": str, "fine_tune": str | None}
+    return _has(value, **kinds) and value["match"] and all(isinstance(name, str) for name in value["match"])
+
+
+def _are_options(value):
+    kinds = {"dtype": str | None, "executor": str | None, "winograd": bool, "batch_invariant": bool}
+    return _has(value, **kinds) and value["dtype"] in (None, *DTYPES)
+
+
+def _are_files(value):
+    kinds = {WEIGHTS: str, EXAMPLE: str}
+    return _has(value, **kinds) and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in value.values())
+
+
+# What each entry must be, and whether a value is that.
+_EXPECTED = {
+    "versions": ("those of dynexec and torch", lambda value: _has(value, dynexec=str, torch=str)),
+    "files": (f"the SHA-256 of {WEIGHTS} and of {EXAMPLE}, and of no other file", _are_files),
+    "network": (
+        "null, or a name and arguments by name",
+        lambda value: value is None or _has(value, name=str, arguments=dict),
+    ),
+    "conversion": (
+        "null, or match (names of blocks), batch_norm and fine_tune",
+        lambda value: value is None or _is_conversion(value),
+    ),
+    "num_blocks": ("null or a positive number", lambda value: value is None or _is_count(value)),
+    "batch_size": ("a positive number", _is_count),
+    "options": (f"dtype (null or one of {list(DTYPES)}), executor, winograd and batch_invariant", _are_options),
+}

@@ -1,0 +1,72 @@
+"""``load``: a network that was saved, frozen for this machine."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dynexec.deployment.example import Example
+from dynexec.deployment.files import DTYPES, EXAMPLE, MANIFEST, WEIGHTS, Manifest, read_tensors
+from dynexec.deployment.network import build
+from dynexec.executors import freeze
+from dynexec.executors.proof import tolerance
+
+
+def load(folder, model=None, *, policy=None, device="cpu", **options):
+    """Freeze for this machine what :func:`save` wrote, and compare it with what was saved.
+
+    Nothing in the folder is executed. Hashes say whether its files are whole, not who wrote them.
+
+    Parameters
+    ----------
+    folder : path
+    model : nn.Module, optional
+        Of the code that was saved, with any weights, which are not used; converted or not. It is not changed. Needed
+        unless the network was one of :func:`dynexec.models.create_model`.
+    policy : nn.Module, optional
+        Of the code that was given as ``policy`` when saving, with any weights.
+    device : torch.device or str
+    **options
+        For :func:`dynexec.freeze`, in place of what was saved; ``cost_cache``, ``measure`` and ``keep_memory``, too.
+
+    Returns
+    -------
+    What :func:`dynexec.freeze` returns.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing, damaged, or not what it must be, naming the file and what is wrong; or if the model is
+        not the one whose weights these are, naming them all.
+    RuntimeError
+        If it cannot be frozen here, or does not give what the saved network gave.
+    ImportError
+        If the package safetensors is not installed.
+    """
+    for name, value in (("model", model), ("policy", policy)):
+        if value is not None and not isinstance(value, nn.Module):
+            raise TypeError(f"{name} must be an nn.Module or None, got {type(value).__name__}")
+    if policy is not None and model is None:
+        raise ValueError("policy must be None where no model is given")
+    folder, device = Path(folder), torch.device(device)
+    path = folder / MANIFEST
+    manifest = Manifest.read(path)
+    state = read_tensors(folder / WEIGHTS, manifest.files[WEIGHTS])
+    try:
+        example = Example.from_tensors(read_tensors(folder / EXAMPLE, manifest.files[EXAMPLE]))
+    except KeyError as error:
+        raise ValueError(f"{folder / EXAMPLE} is not an example that dynexec.save wrote: it has no {error}") from error
+    net = build(manifest, path, state, model, policy)
+    saved = manifest.options | {"dtype": DTYPES.get(manifest.options["dtype"])}
+    inputs = example.tile(manifest.batch_size, device)
+    frozen = freeze(net.to(device), inputs, **(saved | options))
+    dtypes = (frozen.dtype, next(net.parameters()).dtype)
+    difference = example.difference(frozen, net, max(tolerance(dtype, device) for dtype in dtypes))
+    if difference is not None:
+        here = {name: version(name) for name in manifest.versions}
+        raise RuntimeError(
+            f"{folder}: the network is not what was saved: {difference}. Is model of the same code? It was saved by "
+            f"{manifest.versions}, here are {here}"
+        )
+    return frozen

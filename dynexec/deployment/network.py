@@ -1,0 +1,88 @@
+"""A network as one module, and how to build one like it."""
+
+import copy
+import json
+
+import torch
+
+from dynexec.convert import convert, recall
+from dynexec.models import create_model
+from dynexec.models.checkpoints import mismatches
+from dynexec.nn import DynamicNetwork, RoutedNetwork
+from dynexec.nn.residual import dynamic_blocks
+
+
+def join(model, policy):
+    """The model with the policy that decides for it, as one module: a RoutedNetwork, or a DynamicNetwork."""
+    if isinstance(model, RoutedNetwork) or (isinstance(model, DynamicNetwork) and policy is None):
+        return model
+    return DynamicNetwork(model.backbone if isinstance(model, DynamicNetwork) else model, policy)
+
+
+def count_blocks(net):
+    """L, or None where decisions are of another kind."""
+    if isinstance(net, RoutedNetwork):
+        return None
+    return sum(block.placement is not None for block in dynamic_blocks(net.backbone))
+
+
+def describe(net):
+    """The manifest's entries ``network``, ``conversion`` and ``num_blocks``."""
+    name, arguments = getattr(net, "created_by", (None, None))
+    conversion = None if isinstance(net, RoutedNetwork) else recall(net.backbone)
+    return {"network": _recipe(net, name, arguments), "conversion": conversion, "num_blocks": count_blocks(net)}
+
+
+def _recipe(net, name, arguments):
+    """Name and arguments as they come back from a file, or None where they do not build such a network."""
+    try:
+        recipe = json.loads(json.dumps({"name": name, "arguments": arguments}))
+        state = outline(recipe)
+    except (TypeError, ValueError):  # no name, or an argument that is an object
+        return None
+    return None if mismatches("network", state, net.state_dict()) else recipe
+
+
+def outline(recipe):
+    """The state of a network that ``create_model`` builds, without memory: names and shapes."""
+    with torch.device("meta"):
+        return create_model(recipe["name"], **recipe["arguments"]).state_dict()
+
+
+def build(manifest, path, state, model, policy):
+    """The network of a manifest, in ``path``, with the weights ``state``, on the CPU.
+
+    ``model`` and ``policy``, the user's, are copied; None: as the manifest says.
+    """
+    if model is None:
+        net = _create(manifest, path, state)
+    else:
+        net = _adopt(manifest, path, copy.deepcopy(model), copy.deepcopy(policy))
+    if problems := mismatches("network", net.state_dict(), state):
+        raise ValueError("\n".join([f"model is not the network of {path}:", *problems]))
+    if count_blocks(net) != manifest.num_blocks:
+        raise ValueError(f"model has {count_blocks(net)} dynamic blocks, but that of {path} had {manifest.num_blocks}")
+    net.load_state_dict(state, strict=False, assign=True)  # its dtypes, too; counters of batches may be missing
+    return net.eval()
+
+
+def _create(manifest, path, state):
+    recipe = manifest.network
+    if recipe is None:
+        raise ValueError(f"model must be given: the network of {path} is not one that create_model builds by name")
+    try:
+        problems = mismatches("network", outline(recipe), state)  # before there is memory for what may be anything
+    except Exception as error:  # of a constructor, on what may be anything
+        raise ValueError(f"{path}: create_model cannot build its network {recipe}: {error}") from error
+    if problems:
+        raise ValueError("\n".join([f"{path}: its network {recipe['name']} has other weights:", *problems]))
+    return create_model(recipe["name"], **recipe["arguments"])
+
+
+def _adopt(manifest, path, model, policy):
+    if isinstance(model, RoutedNetwork) or any(block.placement for block in dynamic_blocks(model)):
+        return join(model, policy)
+    if manifest.conversion is None:
+        raise ValueError(f"model has no dynamic blocks, and {path} does not say which: convert it as it was when saved")
+    convert(model, **manifest.conversion)
+    return join(model, policy)

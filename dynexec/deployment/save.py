@@ -1,0 +1,128 @@
+"""``save``: a network as a folder."""
+
+import os
+import shutil
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from dynexec.deployment.example import Example
+from dynexec.deployment.files import DTYPES, EXAMPLE, MANIFEST, WEIGHTS, Manifest, import_safetensors
+from dynexec.deployment.network import describe, join
+from dynexec.executors.freeze import check_arguments
+from dynexec.executors.proof import TOLERANCE
+from dynexec.executors.routed import tensors_of
+
+
+def save(model, folder, example_input, *, policy=None, dtype=None, executor=None, winograd=True, batch_invariant=False):
+    """Write a network to a folder from which :func:`load` freezes it, on this machine or on another one.
+
+    A frozen network belongs to its processor, so what is saved is what :func:`dynexec.freeze` makes it of. The folder
+    holds ``weights.safetensors``, ``example.safetensors`` (up to eight samples of the example input, and what the
+    network gives for them) and ``manifest.json``. There is no code in it, and no pickle.
+
+    Writing is atomic: the folder is made beside its place and then renamed. One that this function wrote before is
+    replaced, any other is left alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As for :func:`dynexec.freeze`; not changed. One of :func:`dynexec.models.create_model` is loaded without code
+        as long as its arguments are plain values.
+    folder : path
+        Its parent must exist.
+    example_input : tensor ``[N, C, H, W]``, or what a RoutedNetwork takes
+    policy, dtype, executor, winograd, batch_invariant
+        As for :func:`dynexec.freeze`, which gets them when the network is loaded.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be.
+    FileExistsError
+        If ``folder`` exists and is not such a folder.
+    ImportError
+        If the package safetensors is not installed.
+    """
+    check_arguments(model, example_input, dtype, policy)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype}")
+    if executor is not None and not isinstance(executor, str):
+        raise TypeError(f"executor must be a name or None, got {executor!r}")
+    if not (isinstance(winograd, bool) and isinstance(batch_invariant, bool)):
+        raise TypeError(f"winograd and batch_invariant must be True or False, got {winograd!r} and {batch_invariant!r}")
+    folder = Path(folder).resolve()
+    if folder.exists() and not _is_ours(folder):
+        raise FileExistsError(
+            f"folder {str(folder)!r} exists, and holds other things than save writes: give another one"
+        )
+    net, safetensors = join(model, policy), import_safetensors()
+    error = TOLERANCE.get(dtype or next(net.parameters()).dtype, 0.0)
+    tensors = {WEIGHTS: net.state_dict(), EXAMPLE: Example.record(net, example_input, error).tensors()}
+    tensors = {name: _plain(found) for name, found in tensors.items()}
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    options = {"dtype": name, "executor": executor, "winograd": winograd, "batch_invariant": batch_invariant}
+    made = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    made.mkdir()
+    try:
+        files = {name: safetensors.save(found) for name, found in tensors.items()}
+        for name, data in files.items():
+            (made / name).write_bytes(data)
+        Manifest(
+            versions={name: version(name) for name in ("dynexec", "torch")},
+            files={name: sha256(data).hexdigest() for name, data in files.items()},
+            **describe(net),
+            batch_size=len(tensors_of(example_input)[0]),
+            options=options,
+        ).write(made / MANIFEST)
+        _put_in_place(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _is_ours(folder):
+    """Whether there is nothing in a folder but what :func:`save` writes: it may be replaced."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} == {MANIFEST, WEIGHTS, EXAMPLE}
+
+
+def _plain(tensors):
+    """Tensors by name as safetensors takes them: on the CPU, contiguous, none in the memory of another."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"model must have tensors only in its state_dict, but {name} is a {type(tensor).__name__}")
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in taken else tensor  # of tied ones each name has its own
+        taken.add(place)
+    return found
+
+
+def _put_in_place(made, folder):
+    """Rename a folder whose files are on the disk to ``folder``, whose old one, if any, is removed then."""
+    for path in (*made.iterdir(), made):
+        _sync(path)
+    old = None
+    if folder.exists():
+        old = made.with_name(f"{made.name}.old")
+        folder.rename(old)
+    try:
+        made.rename(folder)
+    except BaseException:
+        if old is not None:
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _sync(path):
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

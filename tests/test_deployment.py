@@ -1,0 +1,392 @@
+"""save and load: what was frozen here is frozen there, and a folder that is not what was saved says so."""
+
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from hostile import Effect
+from torch import nn
+
+import dynexec
+from dynexec.executors.proof import relative_error
+from dynexec.models import create_model, spottune_resnet26
+from dynexec.nn import Adapter, DynamicNetwork
+
+safetensors = pytest.importorskip("safetensors.torch")
+saving = sys.modules["dynexec.deployment.save"]  # the module: the package has the function under this name
+MANIFEST, WEIGHTS, EXAMPLE = "manifest.json", "weights.safetensors", "example.safetensors"
+
+
+def blockdrop():
+    return toys.finish(create_model("blockdrop_resnet32_cifar10", blocks=(1, 2, 1), widths=(4, 8, 8), num_classes=3))
+
+
+def same(frozen, net, inputs, decisions):
+    with torch.no_grad():
+        return relative_error(frozen(inputs, decisions), net(inputs, decisions)) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder, and the network in it; not to be changed."""
+    torch.manual_seed(0)
+    folder, net = tmp_path_factory.mktemp("saved") / "net", blockdrop()
+    dynexec.save(net, folder, torch.randn(3, 3, 16, 16))
+    return folder, net
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it, to be damaged."""
+    copied = tmp_path / "net"
+    copied.mkdir()
+    for path in saved[0].iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    return copied
+
+
+def rewrite(folder, **changes):
+    """Change entries of the manifest; its own hash fits again."""
+    entries = json.loads((folder / MANIFEST).read_text()) | changes
+    del entries["sha256"]
+    entries["sha256"] = sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(entries))
+
+
+def test_another_process_loads_it(saved, tmp_path):
+    folder, net = saved
+    x, decisions = torch.randn(5, 3, 16, 16), torch.rand(5, 4) < 0.5
+    with torch.no_grad():
+        expected = [net(x, decisions), *net(x, return_decisions=True)]
+    safetensors.save_file({"x": x, "decisions": decisions}, tmp_path / "asked")
+    program = """
+import sys, dynexec, safetensors.torch
+folder, asked, answer = sys.argv[1:]
+frozen, given = dynexec.load(folder), safetensors.torch.load_file(asked)
+outputs = [frozen(**given), *frozen(given["x"], return_decisions=True)]
+safetensors.torch.save_file({str(number): output.contiguous() for number, output in enumerate(outputs)}, answer)
+"""
+    subprocess.run([sys.executable, "-c", program, folder, tmp_path / "asked", tmp_path / "answer"], check=True)
+    answer = safetensors.load_file(tmp_path / "answer")
+    assert relative_error([answer[str(number)].double() for number in range(3)], expected) < 1e-4
+
+
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_converted_models(style, tmp_path):
+    model, twin, blocks = toys.converted(style)
+    policy = toys.Policy(blocks)
+    dynexec.save(model, tmp_path / "net", toys.images(3), policy=policy)
+    unconverted, other = toys.finish(copy.deepcopy(twin), seed=1), toys.Policy(blocks)
+    before = copy.deepcopy(unconverted.state_dict())
+    x, decisions = toys.images(4), torch.rand(4, blocks) < 0.5
+    net = DynamicNetwork(model, policy)
+    dynexec.convert(twin)
+    for given in ((unconverted, other), (twin, other), (DynamicNetwork(twin, other), None)):
+        frozen = dynexec.load(tmp_path / "net", given[0], policy=given[1])
+        assert same(frozen, net, x, decisions)
+        assert torch.equal(frozen(x, return_decisions=True)[1], policy(x) >= 0.5)
+    assert all(torch.equal(value, before[name]) for name, value in unconverted.state_dict().items())
+    assert type(unconverted.layers[0][0]) is type(toys.STYLES[style]().layers[0][0])
+
+
+def test_two_sets_of_weights(tmp_path):
+    model, twin = toys.torchvision_style(), toys.torchvision_style()
+    blocks = dynexec.convert(model, match="layers.1.*", fine_tune="convolutions").num_blocks
+    for block in model.layers[1]:
+        toys.finish(block.fine_tuned, seed=2)
+    dynexec.save(model, tmp_path / "net", toys.images(2))
+    frozen = dynexec.load(tmp_path / "net", twin)
+    x, decisions = toys.images(4), torch.rand(4, blocks) < 0.5
+    assert same(frozen, DynamicNetwork(model), x, decisions)
+
+
+def test_networks_by_name(tmp_path):
+    nets = {
+        "spottune": toys.finish(create_model("spottune_resnet26", blocks=(1, 1, 1), widths=(8, 8, 8), num_classes=3)),
+        "adashare": toys.finish(
+            create_model("adashare_resnet18", num_classes=[3, 2], blocks=(1, 1, 1, 1), widths=(4, 8, 8, 8))
+        ),
+    }
+    x = torch.randn(2, 3, 32, 32)
+    for name, net in nets.items():
+        dynexec.save(net, tmp_path / name, x)
+        frozen = dynexec.load(tmp_path / name)
+        with torch.no_grad():
+            expected, decided = net(x, return_decisions=True)
+        outputs, used = frozen(x, return_decisions=True)
+        assert relative_error(outputs, expected) < 1e-4 and torch.equal(used, decided)
+
+
+def test_inputs_by_name(tmp_path):
+    """A network of parts whose inputs are a dict, and more of them than the example keeps."""
+    net = toys.finish(
+        create_model("adamml", modalities=("rgb", "sound"), num_classes=3, num_frames=1, depth=18, policy_size=32)
+    )
+    inputs = {"rgb": torch.randn(9, 1, 1, 3, 32, 32), "sound": torch.randn(9, 1, 1, 1, 32, 32)}
+    dynexec.save(net, tmp_path / "net", inputs)
+    assert json.loads((tmp_path / "net" / MANIFEST).read_text())["batch_size"] == 9
+    frozen, few = dynexec.load(tmp_path / "net"), {name: value[:2] for name, value in inputs.items()}
+    decisions = torch.tensor([[[True, False]], [[True, True]]])
+    assert same(frozen, net, few, decisions)
+
+
+def test_tied_weights_and_other_dtypes(tmp_path):
+    model = toys.torchvision_style().double()
+    model.layers[0][1].conv1.weight = model.layers[0][0].conv1.weight
+    model.twice = nn.Parameter(model.head.weight.data[:2])  # a part of another one's memory
+    blocks = dynexec.convert(model).num_blocks
+    dynexec.save(model, tmp_path / "net", toys.images(2).double())
+    other = toys.torchvision_style()
+    other.twice = nn.Parameter(torch.zeros(2, 16))
+    frozen = dynexec.load(tmp_path / "net", other)  # float32, whose weights are not used
+    x, decisions = toys.images(3).double(), torch.rand(3, blocks) < 0.5
+    assert frozen.dtype == torch.float64 and same(frozen, DynamicNetwork(model), x, decisions)
+
+
+def test_options_are_those_that_were_saved_unless_others_are_given(tmp_path):
+    dynexec.save(blockdrop(), tmp_path / "net", torch.randn(2, 3, 16, 16), executor="masked", dtype=torch.float64)
+    frozen = dynexec.load(tmp_path / "net")
+    assert frozen.dtype == torch.float64 and all(stage.executor == "masked" for stage in frozen.stages)
+    assert dynexec.load(tmp_path / "net", dtype=torch.float32, executor="compact").dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, EXAMPLE])
+def test_a_flipped_bit_is_found_wherever_it_is(folder, name):
+    path = folder / name
+    whole = path.read_bytes()
+    for place in torch.linspace(0, len(whole) - 1, 40).long().tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            unchanged = name == MANIFEST and json.loads(damaged) == json.loads(whole)  # a space that is a newline now
+        except ValueError:
+            unchanged = False
+        if not unchanged:
+            with pytest.raises(ValueError, match=name):
+                dynexec.load(folder)
+    for length in (0, 7, len(whole) - 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=name):
+            dynexec.load(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        dynexec.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "format 2, and this version of dynexec reads 1"),
+        ({"format": True}, "format True"),
+        ({"more": 1}, "must have the entries .*'more'"),
+        ({"versions": {"dynexec": 1, "torch": "2"}}, "versions must be"),
+        ({"files": {WEIGHTS: "0" * 64, EXAMPLE: "0" * 64, "../x": "0" * 64}}, "of no other file"),
+        ({"files": {WEIGHTS: "0" * 64, "../example.safetensors": "0" * 64}}, "of no other file"),
+        ({"files": {WEIGHTS: "../weights", EXAMPLE: "0" * 64}}, "files must be the SHA-256"),
+        ({"network": {"name": "../blockdrop", "arguments": {}}}, "create_model cannot build"),
+        ({"network": {"name": "adamml", "arguments": {"modalities": 3}}}, "create_model cannot build"),
+        ({"network": {"name": "adamml", "arguments": []}}, "network must be null, or"),
+        ({"network": {"name": "blockdrop_resnet110_cifar10", "arguments": {}}}, "other weights"),
+        ({"network": None}, "model must be given"),
+        ({"conversion": {"match": [], "batch_norm": "all", "fine_tune": None}}, "conversion must be"),
+        ({"num_blocks": 7}, "has 4 dynamic blocks, but that of .*manifest.json had 7"),
+        ({"num_blocks": "4"}, "num_blocks must be"),
+        ({"batch_size": True}, "batch_size must be"),
+        ({"batch_size": -1}, "batch_size must be"),
+        ({"options": {"dtype": "load", "executor": None, "winograd": True, "batch_invariant": False}}, "dtype"),
+        ({"options": {"dtype": None, "executor": None, "winograd": 1, "batch_invariant": False}}, "options must be"),
+    ],
+)
+def test_manifests_are_checked_entry_by_entry(folder, changes, message):
+    rewrite(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        dynexec.load(folder)
+    assert MANIFEST in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", "[" * 100_000, '{"format": NaN}', "\ud800", '{"format": 1}']
+)
+def test_manifests_that_are_none(folder, text):
+    (folder / MANIFEST).write_bytes(text.encode("utf-16" if text == "{" else "utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=MANIFEST):
+        dynexec.load(folder)
+
+
+def test_nothing_is_unpickled(folder):
+    data = pickle.dumps(Effect())
+    Effect.happened = False
+    for name in (WEIGHTS, EXAMPLE):
+        (folder / name).write_bytes(data)
+    rewrite(folder, files=dict.fromkeys((WEIGHTS, EXAMPLE), sha256(data).hexdigest()))
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is not a safetensors file"):
+        dynexec.load(folder)
+    assert not Effect.happened
+
+
+def test_an_example_without_its_tensors(folder):
+    path, manifest = folder / EXAMPLE, json.loads((folder / MANIFEST).read_text())
+    tensors = safetensors.load(path.read_bytes())
+    for missing in ("inputs.", "decisions.0", "outputs.1.0", "sure"):
+        path.write_bytes(safetensors.save({name: value for name, value in tensors.items() if name != missing}))
+        rewrite(folder, files=manifest["files"] | {EXAMPLE: sha256(path.read_bytes()).hexdigest()})
+        with pytest.raises(ValueError, match=f"{EXAMPLE} is not an example"):
+            dynexec.load(folder)
+
+
+def test_all_differences_to_the_users_model_are_named(tmp_path):
+    model, twin, _ = toys.converted()
+    dynexec.save(model, tmp_path / "net", toys.images(2))
+    twin.head = nn.Linear(16, 9)
+    twin.more = nn.Linear(2, 2, bias=False)
+    del twin.stem[1]
+    before = copy.deepcopy(twin.state_dict())
+    with pytest.raises(ValueError) as caught:
+        dynexec.load(tmp_path / "net", twin)
+    for word in ("missing: backbone.more.weight", "unexpected: backbone.stem.1.", "backbone.head.weight (5, 16)"):
+        assert word in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+
+
+def test_code_that_computes_something_else_is_found(tmp_path):
+    model, twin, blocks = toys.converted()
+    policy = toys.Policy(blocks)
+    dynexec.save(model, tmp_path / "net", toys.images(2), policy=policy)
+    changed = copy.deepcopy(twin)
+    changed.stem[1].eps = 0.1
+    with pytest.raises(RuntimeError, match="the output differs by"):
+        dynexec.load(tmp_path / "net", changed, policy=policy)
+
+    class Opposite(toys.Policy):
+        def forward(self, images):
+            return 1 - super().forward(images)
+
+    with pytest.raises(RuntimeError, match="policy decides otherwise"):
+        dynexec.load(tmp_path / "net", twin, policy=Opposite(blocks))
+
+
+def test_what_an_adapter_split_must_be_converted_again(tmp_path):
+    model, twin = toys.torchvision_style(), toys.torchvision_style()
+    match = Adapter(toys.BasicBlock)
+    dynexec.convert(model.layers[0], match=match)
+    dynexec.save(model, tmp_path / "net", toys.images(2))
+    with pytest.raises(ValueError, match="convert it as it was when saved"):
+        dynexec.load(tmp_path / "net", twin)
+    dynexec.convert(twin.layers[0], match=match)
+    x, decisions = toys.images(3), torch.rand(3, 2) < 0.5
+    assert same(dynexec.load(tmp_path / "net", twin), DynamicNetwork(model), x, decisions)
+
+
+def test_a_network_that_was_not_made_by_name_needs_the_model(tmp_path):
+    net = toys.finish(spottune_resnet26(blocks=(1, 1), widths=(8, 8), num_classes=3))
+    dynexec.save(net, tmp_path / "net", torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="model must be given"):
+        dynexec.load(tmp_path / "net")
+    dynexec.load(tmp_path / "net", spottune_resnet26(blocks=(1, 1), widths=(8, 8), num_classes=3))
+
+
+def test_a_network_that_was_changed_after_it_was_created_needs_the_model(tmp_path):
+    net = blockdrop()
+    net.backbone.fc = nn.Linear(8, 9)
+    dynexec.save(net, tmp_path / "net", torch.randn(2, 3, 16, 16))
+    assert json.loads((tmp_path / "net" / MANIFEST).read_text())["network"] is None
+
+
+def test_an_interrupted_save_leaves_the_old_folder_or_none(tmp_path, monkeypatch):
+    net, x, folder = blockdrop(), torch.randn(2, 3, 16, 16), tmp_path / "net"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    rename = Path.rename
+
+    def interrupt_the_last_one(path, target):
+        made = target == folder and not path.name.endswith(".old")
+        return interrupt() if made else rename(path, target)
+
+    steps = [(Path, "write_bytes", interrupt), (saving.Manifest, "write", interrupt), (saving, "_sync", interrupt)]
+    steps.append((Path, "rename", interrupt_the_last_one))
+    for old in (None, "there"):
+        if old is not None:
+            dynexec.save(net, folder, x)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()} if old else None
+        for owner, name, function in steps:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(owner, name, function)
+                dynexec.save(net, folder, x)
+            assert sorted(tmp_path.iterdir()) == ([folder] if old else [])
+            assert old is None or before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_old_folder_is_replaced_and_another_one_left_alone(tmp_path):
+    net, x, folder = blockdrop(), torch.randn(2, 3, 16, 16), tmp_path / "net"
+    dynexec.save(net, folder, x)
+    with torch.no_grad():
+        net.backbone.fc.weight.mul_(2)
+    dynexec.save(net, folder, x)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert same(dynexec.load(folder), net, x, torch.ones(4, dtype=torch.bool))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    for name in ("one", MANIFEST, WEIGHTS, EXAMPLE):
+        with pytest.raises(FileExistsError, match="holds other things"):
+            dynexec.save(net, other, x)
+        (other / name).write_text("mine, too")
+    with pytest.raises(FileExistsError, match="holds other things"):
+        dynexec.save(net, other / "one", x)
+    assert (other / "thesis.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_bad_arguments(saved, tmp_path):
+    folder, net = saved
+    x = torch.randn(2, 3, 16, 16)
+    for error, message, arguments in (
+        (ValueError, "no dynamic blocks", (toys.torchvision_style(), tmp_path / "net", x)),
+        (ValueError, r"\[N, C, H, W\]", (net, tmp_path / "net", x[0])),
+        (FileNotFoundError, "missing", (net, tmp_path / "missing" / "net", x)),
+    ):
+        with pytest.raises(error, match=message):
+            dynexec.save(*arguments)
+    for error, message, options in (
+        (TypeError, "executor must be a name", {"executor": 1}),
+        (TypeError, "winograd", {"winograd": 1}),
+        (ValueError, "dtype must be None or one of", {"dtype": torch.float8_e5m2}),
+    ):
+        with pytest.raises(error, match=message):
+            dynexec.save(net, tmp_path / "net", x, **options)
+    with pytest.raises(TypeError, match="model must be an nn.Module or None"):
+        dynexec.load(folder, "blockdrop")
+    with pytest.raises(ValueError, match="policy must be None"):
+        dynexec.load(folder, policy=toys.Policy(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_safetensors(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'dynexec\[deploy\]'"):
+        dynexec.load(saved[0])
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "deployment.md"
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+def test_the_docs_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks, names = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL), {"__name__": "docs"}
+    assert len(blocks) == 5
+    for block in blocks:
+        if "aoti" not in block:  # test_deployment_export.py has one that compiles faster
+            exec(block, names)
+    assert names["logits"].shape == (8, 10) and names["features"].shape == (8, 8)
