@@ -23,6 +23,9 @@ _library.define("vector_width(Tensor like) -> int")
 _library.define("peak_rate(Tensor like) -> float")
 _library.define("make_program(Tensor code, Tensor weights) -> int")
 _library.define("run_program(Tensor x, Tensor decisions, int program, int group, bool together) -> Tensor")
+_library.define(
+    "profile_program(Tensor x, Tensor decisions, int program, int group, bool together) -> (Tensor, Tensor)"
+)
 
 
 def first_outside(decisions, choices):

@@ -106,8 +106,10 @@ std::shared_ptr<Program::Memory> Program::take_memory(int64_t floats, int64_t co
   return std::make_shared<Memory>(floats, counters);
 }
 
-void Program::run(const Batch& batch, int64_t threads, int64_t group, bool together, const Parallel& parallel) const {
+void Program::run(const Batch& batch, int64_t threads, int64_t group, bool together, const Parallel& parallel,
+                  std::vector<Span>* spans) const {
   if (batch.samples == 0) return;
+  const auto start = spans ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
   threads = std::max<int64_t>(threads, 1);
   together = (together || batch.samples < threads) && threads > 1;
   if (group <= 0) group = together ? longest_phase_ : std::min(longest_phase_, divide_up(batch.samples, threads));
@@ -133,6 +135,8 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     memory->counter[i].started.store(0, std::memory_order_relaxed);
     memory->counter[i].done.store(0, std::memory_order_relaxed);
   }
+  std::vector<Clock> clocks;
+  for (int64_t worker = 0; spans && worker < workers; ++worker) clocks.emplace_back(worker, start);
   std::atomic<int64_t> next_worker{0}, next_group{0};
   const auto work = [&] {
     const int64_t worker = next_worker.fetch_add(1);
@@ -142,6 +146,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
     frame.shared = memory->arena.get() + shared;
     frame.scratch = frame.shared + between + worker * scratch;
     frame.counter = together ? memory->counter.get() : nullptr;
+    frame.clock = spans ? &clocks[worker] : nullptr;
     if (together) {
       frame.helpers = threads;
       frame.helper = worker;
@@ -157,6 +162,7 @@ void Program::run(const Batch& batch, int64_t threads, int64_t group, bool toget
   } else {
     parallel(workers, std::cref(work));  // not a copy, which would be allocated
   }
+  for (const Clock& clock : clocks) spans->insert(spans->end(), clock.spans.begin(), clock.spans.end());
   const std::lock_guard lock(mutex_);
   unused_.push_back(std::move(memory));
 }
@@ -182,12 +188,14 @@ void Program::run_group(Frame& frame) const {
           frame.count = frame.size;
           for (int64_t sample = 0; sample < frame.size; ++sample) frame.active[sample] = sample;
         }
+        const int64_t number = i, begin = frame.clock ? frame.clock->now() : 0;
         if (step.bands) {
           run_bands(i, frame);
           i += step.bands;
-          continue;
+        } else {
+          run_step(step, frame);
         }
-        run_step(step, frame);
+        if (frame.clock) frame.clock->add(number, frame.count, begin);
       }
     }
   }

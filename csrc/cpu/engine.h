@@ -70,6 +70,12 @@ struct Phase {
   int64_t first, end, samples;
 };
 
+// That a thread ran an instruction, with those that run with it on bands, for so many samples: when it began and ended, in
+// nanoseconds since the call began. What a thread waits for others at the end of an instruction is in it.
+struct Span {
+  int64_t thread, instruction, samples, begin, end;
+};
+
 // Calls work() on up to `threads` threads; returns when all of them are done. Fewer threads only make it slower.
 using Parallel = std::function<void(int64_t threads, const std::function<void()>& work)>;
 
@@ -95,8 +101,10 @@ class Program {
   };
 
   // Safe to call from several threads at once. `group`: samples that go through the program together; with
-  // `together` all threads work on one group, otherwise each on its own. 0 and false: what suits the batch.
-  void run(const Batch& batch, int64_t threads, int64_t group, bool together, const Parallel& parallel) const;
+  // `together` all threads work on one group, otherwise each on its own. 0 and false: what suits the batch. `spans`: gets
+  // what every thread did, thread by thread in the order of time.
+  void run(const Batch& batch, int64_t threads, int64_t group, bool together, const Parallel& parallel,
+           std::vector<Span>* spans = nullptr) const;
 
  private:
   struct Step : Instruction {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -59,6 +60,25 @@ struct alignas(64) Counter {
   std::atomic<int64_t> started{0}, done{0};
 };
 
+// What one thread did since a call began.
+class Clock {
+ public:
+  Clock(int64_t thread, std::chrono::steady_clock::time_point start) : thread_(thread), start_(start) {}
+
+  int64_t now() const {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count();
+  }
+  void add(int64_t instruction, int64_t samples, int64_t begin) {
+    spans.push_back({thread_, instruction, samples, begin, now()});
+  }
+
+  std::vector<Span> spans;
+
+ private:
+  int64_t thread_;
+  std::chrono::steady_clock::time_point start_;
+};
+
 // Where a thread is in a call: its group, the samples of the phase that it works on, those that a gate lets through.
 struct Program::Frame {
   const Batch& batch;
@@ -67,6 +87,7 @@ struct Program::Frame {
   float* scratch = nullptr;               // of this thread
   float* shared = nullptr;                // of all
   Counter* counter = nullptr;             // of the next step; null: this thread works alone
+  Clock* clock = nullptr;                 // null: nobody wants to know
   int64_t helpers = 1, helper = 0;        // threads that share a step, number of this one
   int64_t group = 0, group_size = 0;      // first sample and number of samples
   int64_t first = 0, size = 0;            // of the phase, within the group

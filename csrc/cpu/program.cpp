@@ -1,4 +1,4 @@
-// The CPU engine as ops: make_program, run_program and facts. Meaning: dynexec/executors/engine.py.
+// The CPU engine as ops: make_program, run_program, profile_program and facts. Meaning: dynexec/executors/engine.py.
 
 #include "common.h"
 #include "engine.h"
@@ -70,7 +70,8 @@ Images view(const Tensor& x) {
   return {static_cast<float*>(x.mutable_data_ptr()), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
 }
 
-Tensor run_program(const Tensor& x, const Tensor& decisions, int64_t handle, int64_t group, bool together) {
+Tensor run(const Tensor& x, const Tensor& decisions, int64_t handle, int64_t group, bool together,
+           std::vector<Span>* spans) {
   std::shared_ptr<const Held> held;
   {
     const std::lock_guard lock(mutex);
@@ -99,8 +100,25 @@ Tensor run_program(const Tensor& x, const Tensor& decisions, int64_t handle, int
               torch::stable::get_num_threads(), group, together,
               [](int64_t threads, const std::function<void()>& work) {
                 torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
-              });
+              },
+              spans);
   return y;
+}
+
+Tensor run_program(const Tensor& x, const Tensor& decisions, int64_t handle, int64_t group, bool together) {
+  return run(x, decisions, handle, group, together, nullptr);
+}
+
+std::tuple<Tensor, Tensor> profile_program(const Tensor& x, const Tensor& decisions, int64_t handle, int64_t group,
+                                           bool together) {
+  std::vector<Span> spans;
+  const Tensor y = run(x, decisions, handle, group, together, &spans);
+  const Tensor rows = empty_strided({static_cast<int64_t>(spans.size()), 5}, {5, 1}, ScalarType::Long);
+  auto* value = static_cast<int64_t*>(rows.mutable_data_ptr());
+  for (const Span& span : spans) {
+    for (const int64_t number : {span.thread, span.instruction, span.samples, span.begin, span.end}) *value++ = number;
+  }
+  return {y, rows};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynexec, CPU, library) {
@@ -108,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(dynexec, CPU, library) {
   library.impl("peak_rate", TORCH_BOX(&peak_rate));
   library.impl("make_program", TORCH_BOX(&make_program));
   library.impl("run_program", TORCH_BOX(&run_program));
+  library.impl("profile_program", TORCH_BOX(&profile_program));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // the code, the weights, the input batch, the decisions (a byte each) and the expected output, both batches NHWC. Every
 // set of kernels whose vector width the program was made for runs it: by one thread and by four, in groups of several
 // sizes, each thread on its own and all together, and several calls at once. Exit status 1: an output was wrong, or a
-// call allocated memory though one like it had gone before.
+// call allocated memory though one like it had gone before, or spans did not say what ran.
 //
 // With --mutate, COUNT programs are made of each by changing some of its integers. The engine must refuse them or stay
 // within its memory and that of the batch, whatever they now say; there is no right output to compare with.
@@ -93,6 +93,27 @@ void one_after_the_other(int64_t threads, const std::function<void()>& work) {
   for (int64_t i = 0; i < threads; ++i) work();
 }
 
+// Whether the spans of a call say that each instruction ran for all samples, or those that keep it, one after the other.
+bool check_spans(const std::string& path, Case& test, const dynexec::Program& program, const std::vector<float>& expected,
+                 bool together) {
+  std::vector<float> y(test.expected.size(), NAN);
+  std::vector<dynexec::Span> spans;
+  program.run({test.samples, view(test.x.data(), test.in), view(y.data(), test.out), test.decisions.data()}, 4, 2,
+              together, parallel, &spans);
+  bool good = y == expected && !spans.empty();
+  int64_t loaded = 0;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    const dynexec::Span& span = spans[i];
+    const bool follows = i > 0 && spans[i - 1].thread == span.thread;
+    good = good && span.begin >= (follows ? spans[i - 1].end : 0) && span.end >= span.begin;
+    good = good && span.samples > 0 && span.samples <= 2 && (i == 0 || spans[i - 1].thread <= span.thread);
+    if (span.instruction == 0) loaded += span.samples;
+  }
+  good = good && loaded == test.samples * (together ? 4 : 1);
+  if (!good) std::printf("%s: together %d: wrong spans\n", path.c_str(), together);
+  return good;
+}
+
 // Whether the program gives what is expected, the same bits every time.
 bool check(const std::string& path, Case& test, const dynexec::Kernels& kernels) {
   const dynexec::Program program(test.code.data(), test.code.size(), test.weights.data(), test.weights.size(), kernels);
@@ -134,6 +155,7 @@ bool check(const std::string& path, Case& test, const dynexec::Kernels& kernels)
       good = false;
     }
   }
+  for (const bool together : {false, true}) good = check_spans(path, test, program, first, together) && good;
   std::vector<std::thread> callers;
   std::vector<std::vector<float>> results(3);
   for (auto& result : results) callers.emplace_back([&] { result = run(2, 0, &result == &results[0]); });

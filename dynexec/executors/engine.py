@@ -61,7 +61,18 @@ class Program:
         -------
         float32 tensor ``[N, C, H, W]``, channels_last
         """
+        return torch.ops.dynexec.run_program(x, *self._arguments(x, decisions), group, together)
+
+    def profile(self, x, decisions, group=0, together=False):
+        """The same, and what every thread did: int64 ``[spans, 5]``, in the order of threads and of time.
+
+        A span has the numbers of the thread and of the instruction, for how many samples it ran, and when it began and
+        ended, in nanoseconds since the call began. Instructions that run together on bands of rows have one, the first
+        one's.
+        """
+        return torch.ops.dynexec.profile_program(x, *self._arguments(x, decisions), group, together)
+
+    def _arguments(self, x, decisions):
         if decisions is None:
             decisions = x.new_empty((len(x), 0), dtype=torch.bool)
-        decisions = getattr(decisions, "decisions", decisions)
-        return torch.ops.dynexec.run_program(x, decisions, self.handle, group, together)
+        return getattr(decisions, "decisions", decisions), self.handle
