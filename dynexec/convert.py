@@ -179,7 +179,7 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
         for name in columns:
             if found[name] is not None:
                 make_dynamic(modules[name], found[name])
-    place([modules[name] for name in columns], batch_norm, by_convert=True)
+    place({name: modules[name] for name in columns}, batch_norm, by_convert=True)
     rows = []
     for column, name in enumerate(columns):
         shortcut = "projection" if modules[name].shortcut_layers() else "identity"

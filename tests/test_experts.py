@@ -313,7 +313,7 @@ def test_stages_of_both_kinds_of_blocks(executor):
     middle.placement = None
     dynexec.convert(model, match=lambda name, module: type(module) is toys.BasicBlock and "fine_tuned" not in name)
     blocks = [block for stage in model.layers for block in stage]
-    nn_place(blocks)
+    nn_place({str(number): block for number, block in enumerate(blocks)})
     x = toys.images(5)
     decisions = torch.tensor([[0] * 5, [1, 0, 1, 0, 1], [1] * 5, [0] * 5, [0, 1, 0, 1, 0]]).bool()
     expected = toys.run(model, x, decisions, "capacity")

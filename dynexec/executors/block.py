@@ -6,6 +6,7 @@ from torch import fx, nn
 from dynexec import dispatch
 from dynexec.executors.recent import IMAGE_SIZES, Recent
 from dynexec.executors.rewrite import pack
+from dynexec.measure.ranges import part_range
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import DynamicBlock, apply_layers
 from dynexec.reference import empty_rows
@@ -63,6 +64,13 @@ class FrozenBlock:
     def bodies(self):
         """(decision, function) of what samples run with a True decision, and with a False one if anything."""
         return [(1, self.body)] if self.other is None else [(0, self.other), (1, self.body)]
+
+    def run_shortcut(self, x):
+        """What bodies write to: the shortcut of ``x``, which is ``x`` itself for an identity."""
+        if self.shortcut is None:
+            return x
+        with part_range(self.name, "shortcut", len(x), len(x)):
+            return self.shortcut(x)
 
     def graphs(self):
         """The graphs of its parts, as far as they could be packed."""

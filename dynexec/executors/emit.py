@@ -42,7 +42,14 @@ def emit_nodes(builder, nodes, modules, values, out=None):
             builder.back(mark)
             return False
         values[node] = value
+        if not isinstance(node.target, Stage):  # its blocks have names of their own
+            builder.label(mark[0], layer_name(node), "layer")
     return True
+
+
+def layer_name(node):
+    """What a layer outside of blocks is called in a profile."""
+    return node.name.removeprefix("packed_")
 
 
 def _emit(builder, node, modules, values, out):
@@ -159,6 +166,7 @@ def _pool_all(builder, x):
 def _emit_stage(builder, node, x):
     if len(node.args[0].users) > 1:  # blocks overwrite it
         x = builder.add(x)
+        builder.label(-1, "copy", "layer")
     for block in node.target.blocks:
         x = _emit_block(builder, block, x)
         if x is None:
@@ -172,11 +180,12 @@ def _emit_block(builder, block, x):
     Of a block with two sets of weights each sample runs one, and both put their results in one place.
     """
     builder.begin_unit()
-    s = x
+    s, first = x, len(builder.instructions)
     if block.other is not None and block.shortcut is not None:
         s = None  # what the first body makes
     elif block.shortcut is not None and (s := _emit_function(builder, block.shortcut, [x])) is None:
         return None
+    builder.label(first, block.name, "shortcut")
     for choice, body in block.bodies():
         gate = builder.gate(block.column, choice)
         y = _emit_function(builder, body, [x, s], out=s)
@@ -186,6 +195,7 @@ def _emit_block(builder, block, x):
         if y is not s:
             builder.add(y, out=s)
         builder.end_gate(gate)
+        builder.label(gate, block.name, "block" if choice else "other")
     return s
 
 

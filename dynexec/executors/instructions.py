@@ -44,6 +44,7 @@ class Instruction:
     weights: int = 0  # for the engine: where they and the bias are
     bias: int = 0
     bands: int = 0  # for the engine: how many of the next ones run with this one on bands of rows
+    part: tuple = ("", "layer")  # name and kind (as of a Span) of what it belongs to
 
     @property
     def values(self):
@@ -131,6 +132,11 @@ class Builder:
 
     def end_gate(self, gate):
         self.instructions[gate].gated = len(self.instructions) - gate - 1
+
+    def label(self, first, name, kind):
+        """The instructions from number ``first`` on belong to this part of the network."""
+        for step in self.instructions[first:]:
+            step.part = name, kind
 
     def begin_unit(self):
         """What follows stays in one phase."""

@@ -18,6 +18,7 @@ from dynexec.executors.instructions import Builder
 from dynexec.executors.proof import matrix_precision
 from dynexec.executors.resident import Resident
 from dynexec.executors.twins import Twins, find_twins
+from dynexec.measure.ranges import part_range
 from dynexec.reference import ACTIVATIONS, flat_rows
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
@@ -193,15 +194,18 @@ class LaunchProgram:
             while (step := self.instructions[number]).op != "store":
                 if step.op == "gate":
                     if number in self.twins and executor == "fused":
-                        number = self._run_twins(number, self.twins[number], frame, route)
+                        with part_range(*step.part, None, len(x)):
+                            number = self._run_twins(number, self.twins[number], frame, route)
                         continue
                     gated = range(number + 1, number + 1 + step.gated)
                     index, offset = route.index[step.column], route.offset[step.column, step.choice :]
                     # Buckets are of the last rows of the index, those with a True decision.
                     run = self._run_bucketed if executor == "bucketed" and step.choice else self._run_gated
-                    run(gated, frame, index, offset, conditional)
+                    with part_range(*step.part, None, len(x)):
+                        run(gated, frame, index, offset, conditional)
                 else:
-                    self._run(number, step, frame, {})
+                    with part_range(*step.part, None, len(x)):
+                        self._run(number, step, frame, {})
                 number += 1 + step.gated
             return frame.values[id(step.input)]
 

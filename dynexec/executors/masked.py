@@ -3,6 +3,7 @@
 import torch
 
 from dynexec.executors.block import run_all
+from dynexec.measure.ranges import part_range
 
 
 def prepare(stage, route):
@@ -13,10 +14,11 @@ def prepare(stage, route):
 def run(stage, x, route):
     """Run ``stage`` on ``x`` ``[N, ...]``, which may be overwritten."""
     for block in stage.blocks:
-        s = x if block.shortcut is None else block.shortcut(x)
-        if route.count(block.column) == len(x):
-            x = run_all(block.body, x, s, stage.chunk)
-        else:
+        s, count = block.run_shortcut(x), route.count(block.column)
+        with part_range(block.name, "block", count, len(x)):
+            if count == len(x):
+                x = run_all(block.body, x, s, stage.chunk)
+                continue
             dense = s.clone()  # the body may overwrite its second input
             dense = run_all(block.body, dense if s is x else x, dense, stage.chunk)
             if block.other is not None:

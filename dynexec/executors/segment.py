@@ -90,6 +90,7 @@ class Segment:
         builder = self.maker.builder()
         builder.begin_unit()
         values = {self.source: builder.load(*shape)}
+        builder.label(0, "input", "layer")
         if not emit_nodes(builder, self.nodes, self.modules, values):
             raise ValueError(
                 f"x {[None, *shape]} does not fit this network: of other channels, too small, or not what its "
@@ -98,6 +99,7 @@ class Segment:
         result = values[self.result]
         self.flat = isinstance(result, Flat)
         builder.store(result.value if self.flat else result)
+        builder.label(-1, "output", "layer")
         self.operations = [instruction.op for instruction in builder.instructions]
         return self.maker.finish(builder)
 

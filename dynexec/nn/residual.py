@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dynexec.gradients import nested_tangents
+from dynexec.measure.ranges import part_range, profiling
 from dynexec.nn.batch_norm import (
     HoldsBatchNorm,
     explain_batch_norm,
@@ -28,7 +29,7 @@ from dynexec.nn.structure import TracedAdapter
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a block stands in its model: its column of the decisions, and what its BatchNorm takes statistics over.
+    """Where a block stands in its model: column of the decisions, name, and what BatchNorm takes statistics over.
 
     ``by_convert``: ``dynexec.convert`` gave it, and ``dynexec.revert`` takes it away.
     """
@@ -37,6 +38,7 @@ class Placement:
     num_columns: int
     batch_norm: str = "all"
     by_convert: bool = False
+    name: str = ""
 
 
 class DynamicBlock(HoldsBatchNorm):
@@ -74,7 +76,12 @@ class DynamicBlock(HoldsBatchNorm):
         if not args:  # the input was given by name
             bound = signature(super().forward).bind(**kwargs)
             args, kwargs = bound.args, bound.kwargs
-        return self.forward_decided(execution, args[0], args[1:], kwargs)
+        if not profiling() or execution.mode != "exact" or is_traced(args[0]):
+            return self.forward_decided(execution, args[0], args[1:], kwargs)
+        execution.check(args[0], self.placement.num_columns)
+        samples, name = len(args[0]), self.placement.name or f"block {self.placement.column}"
+        with part_range(name, "block", execution.route(samples).count(self.placement.column), samples):
+            return self.forward_decided(execution, args[0], args[1:], kwargs)
 
     def forward_decided(self, execution, x, args, kwargs):
         """The block on ``x`` as ``execution``, the active :class:`decide`, says."""
@@ -244,16 +251,16 @@ def dynamic_blocks(module):
 
 def assign_columns(module, *, batch_norm="all"):
     """Give every dynamic block of ``module`` its column, in registration order; return their number L."""
-    blocks = dynamic_blocks(module)
+    blocks = {name: block for name, block in module.named_modules() if isinstance(block, DynamicBlock)}
     place(blocks, batch_norm)
     return len(blocks)
 
 
 def place(blocks, batch_norm="all", *, by_convert=False):
-    """Give ``blocks`` their columns, in this order."""
+    """Give ``blocks``, by name, their columns, in this order."""
     check_batch_norm(batch_norm)
-    for column, block in enumerate(blocks):
-        block.placement = Placement(column, len(blocks), batch_norm, by_convert)
+    for column, (name, block) in enumerate(blocks.items()):
+        block.placement = Placement(column, len(blocks), batch_norm, by_convert, name)
         if batch_norm == "frozen":
             hold_batch_norm(block)
 

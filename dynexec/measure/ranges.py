@@ -1,0 +1,105 @@
+"""Names for what runs: ranges of torch's profiler and, through it, of NVTX; or what a :class:`Recorder` takes down."""
+
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+_NOTHING = nullcontext()
+_LABELS = {"block": "{} kept {}/{}", "other": "{} other weights {}/{}", "shortcut": "{} shortcut", "layer": "{}"}
+
+
+class _Active(threading.local):
+    recorder = None
+
+
+_active = _Active()
+
+
+class Span(NamedTuple):
+    """That a thread worked on a part of a network, for so many samples, from ``begin`` to ``end`` (nanoseconds).
+
+    ``kind`` is "block" (the branch of samples with a True decision), "other" (the branch of those with a False one, in
+    blocks of two sets of weights), "shortcut", "layer", "policy" or "planning".
+    """
+
+    thread: int
+    name: str
+    kind: str
+    samples: int
+    begin: int
+    end: int
+
+
+def profiling():
+    """Whether somebody wants ranges, in this thread. What ``torch.compile`` traces has none."""
+    if torch.compiler.is_compiling():
+        return False
+    return _active.recorder is not None or torch.autograd._profiler_enabled()
+
+
+def part_range(name, kind, samples, total):
+    """A context around what computes a part of a network for ``samples`` of ``total`` samples.
+
+    ``kind`` is that of a :class:`Span`; ``samples`` is None where only the device knows them. Where nobody wants ranges
+    it is one that does nothing. It never waits for a device.
+    """
+    if not profiling():
+        return _NOTHING
+    if _active.recorder is not None:
+        return _active.recorder.span(name, kind, samples)
+    label = name if samples is None else _LABELS[kind].format(name, samples, total)
+    return torch.profiler.record_function(label)
+
+
+class Recorder:
+    """Takes down the ranges that the thread enters inside of its ``with`` statement.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of a GPU its own clock tells the time, by events on the current stream.
+    """
+
+    def __init__(self, device):
+        self._on_gpu = device.type == "cuda"
+        self._found = []
+
+    def __enter__(self):
+        self._outer, _active.recorder = _active.recorder, self
+        self._start = self.mark()
+        return self
+
+    def __exit__(self, *exception):
+        _active.recorder = self._outer
+
+    def mark(self):
+        """The present time, for :meth:`add`."""
+        if not self._on_gpu:
+            return time.perf_counter_ns()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, span):
+        """Take down a :class:`Span` whose times are marks."""
+        self._found.append(span)
+
+    @contextmanager
+    def span(self, name, kind, samples):
+        """Take down what runs inside."""
+        begin = self.mark()
+        yield
+        self.add(Span(0, name, kind, samples, begin, self.mark()))
+
+    def spans(self):
+        """All of them, their times since the ``with`` statement was entered; waits for a GPU."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return tuple(span._replace(begin=self.since(span.begin), end=self.since(span.end)) for span in self._found)
+
+    def since(self, mark):
+        """Nanoseconds from the start to ``mark``."""
+        return round(1e6 * self._start.elapsed_time(mark)) if self._on_gpu else mark - self._start
