@@ -1,4 +1,4 @@
-"""The command line: ``dynexec info | demo | bench | report``, also as ``python -m dynexec``.
+"""The command line: ``dynexec info | demo | bench | report | profile``, also as ``python -m dynexec``.
 
 Each command is a module with ``add_arguments(parser)`` and ``main(args) -> exit status``, imported only when it is the
 one asked for.
@@ -14,6 +14,11 @@ COMMANDS = {
     "demo": ("dynexec.report.demo", "demo", "dynamic networks on real digits, photos and video: one table, one page"),
     "bench": ("dynexec.report.bench", "bench", "theoretical against realised speed-up, against every baseline"),
     "report": ("dynexec.report.page", "bench", "one self-contained HTML page of bench and demo results"),
+    "profile": (
+        "dynexec.report.profile",
+        "bench",
+        "where the time of a network goes: per block, and what is lost to what",
+    ),
 }
 
 

@@ -16,7 +16,9 @@ from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.instructions import Value
 from dynexec.executors.launches import LaunchBuilder, _find_pairs
 from dynexec.executors.packing import PackedConv
+from dynexec.executors.profile import record
 from dynexec.executors.proof import relative_error
+from dynexec.measure import count_flops
 from dynexec.nn.context import decide
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:invalid value:RuntimeWarning")
@@ -253,3 +255,17 @@ def test_pairs():
     assert not pairs(middle=256)
     assert not pairs(kernel=1)
     assert not pairs(last=3)
+
+
+def test_profile_times_the_launches_of_every_block():
+    model, _, blocks = toys.converted()
+    x = toys.images(2, 5).to(DEVICE)
+    decisions = torch.tensor([[True] * blocks, [False] * blocks]).to(DEVICE)
+    frozen = dynexec.freeze(model, x, executor="fused")
+    found = frozen.profile(x, decisions, rounds=1)
+    assert found.flops == count_flops(model, x).of(decisions).sum()
+    assert sum(found.losses.values()) == pytest.approx(found.measured - found.theoretical)
+    kept = [(part.samples, part.measured > 0) for part in found.parts if part.kind == "block"]
+    assert kept == [(1, True)] * blocks
+    assert {span.samples for span in found.spans if span.kind == "block"} == {1}
+    torch.testing.assert_close(record(frozen, x, decisions)[0], frozen(x, decisions), rtol=0, atol=0)

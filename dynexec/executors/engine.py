@@ -34,7 +34,8 @@ def vector_width():
 class Program:
     """A program that the engine has checked and holds: ``program(x, decisions)``."""
 
-    def __init__(self, code, weights):
+    def __init__(self, code, weights, instructions=()):
+        self.instructions = instructions  # that the code was made of, for a profile
         self.code, self.num_weights = code, weights.numel()
         self.handle = torch.ops.dynexec.make_program(code, weights)
         weakref.finalize(self, native.free_program, self.handle)

@@ -59,11 +59,11 @@ class Programs:
         return ProgramBuilder(self.weights, self.columns, self.winograd)
 
     def finish(self, builder):
-        return Program(builder.finish(), self.weights.tensor())
+        return Program(builder.finish(), self.weights.tensor(), builder.instructions)
 
     def renew(self, program, executor):
         """The same program without the workspace that it keeps, made for the largest batch so far."""
-        return Program(program.code, self.weights.tensor())
+        return Program(program.code, self.weights.tensor(), program.instructions)
 
 
 class ProgramBuilder(Builder):
@@ -105,6 +105,7 @@ class ProgramBuilder(Builder):
         phases = self._phases()
         phase_of = [number for number, (first, end, _) in enumerate(phases) for _ in range(first, end)]
         _find_bands(self.instructions, phase_of, self.band_floats)
+        _join_labels(self.instructions)
         buffers = _place(self.instructions, phases, phase_of, self.weights.width)
         code = [_VERSION, self.weights.width, self.columns, 1 + max(slot for _, slot, _ in buffers.values())]
         code += [len(phases), len(buffers), len(self.instructions)]
@@ -184,6 +185,15 @@ def _find_bands(instructions, phase_of, floats):
         if sum(value.channels * value.pixels for value in between) >= max(floats, 1):
             instructions[number - expands].bands = expands + projects
             taken = number + projects
+
+
+def _join_labels(instructions):
+    """Let what runs on bands together be one part."""
+    for number, step in enumerate(instructions):
+        group = instructions[number : number + step.bands + 1]
+        (first, kind), (last, _) = step.part, group[-1].part
+        for member in group if first != last else ():
+            member.part = f"{first} .. {last}", kind
 
 
 def _place(instructions, phases, phase_of, width):

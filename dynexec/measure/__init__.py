@@ -1,5 +1,6 @@
-"""What a network costs: FLOPs."""
+"""What a network costs, FLOPs, and where its time goes."""
 
 from dynexec.measure.flops import Flops, count_call, count_flops, evaluation_mode
+from dynexec.measure.profile import Part, Profile
 
-__all__ = ["Flops", "count_call", "count_flops", "evaluation_mode"]
+__all__ = ["Flops", "Part", "Profile", "count_call", "count_flops", "evaluation_mode"]

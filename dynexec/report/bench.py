@@ -32,11 +32,11 @@ def add_arguments(parser):
     add = parser.add_argument
     nets = [*NETS, *SYSTEMS]
     add("--nets", nargs="+", default=DEFAULT_NETS, choices=nets, help=f"default: {' '.join(DEFAULT_NETS)}")
-    add("--batch", nargs="+", type=_positive, help="batch sizes; default: those that suit each network")
+    add("--batch", nargs="+", type=positive, help="batch sizes; default: those that suit each network")
     add(
         "--keep",
         nargs="+",
-        type=_keep,
+        type=keep_share,
         default=KEEPS,
         help=f"shares of blocks kept between 0 and 1; {PUBLISHED!r}: decisions like those of the trained policy, where "
         f"they are known; default: {' '.join(map(str, KEEPS))}",
@@ -48,7 +48,7 @@ def add_arguments(parser):
         choices=list(_DTYPES),
         help="default: float32 on the CPU, float16 on a GPU; outputs are compared with float32's",
     )
-    add("--threads", type=_positive, help="default: as many as torch takes by itself")
+    add("--threads", type=positive, help="default: as many as torch takes by itself")
     add(
         "--seconds",
         type=float,
@@ -105,7 +105,7 @@ def _measure(args, progress):
             continue
         if built != name:
             model, built = build(net).to(args.device), name
-        settings = _settings(net, num_blocks(model), batch, args.keep)
+        settings = make_settings(net, num_blocks(model), batch, args.keep)
         if not settings:
             progress.console.print(f"{name}: nothing is published about its decisions", markup=False)
             continue
@@ -136,7 +136,7 @@ def print_table(console, rows):
     console.print(table)
 
 
-def _positive(text):
+def positive(text):
     value = int(text)
     if value < 1:
         raise ArgumentTypeError(f"must be 1 or more, got {value}")
@@ -151,7 +151,7 @@ def _device(text):
     return text
 
 
-def _keep(text):
+def keep_share(text):
     if text == PUBLISHED:
         return text
     try:
@@ -163,7 +163,7 @@ def _keep(text):
     return value
 
 
-def _settings(net, blocks, batch, keeps):
+def make_settings(net, blocks, batch, keeps):
     settings = []
     for keep in keeps:
         if keep != PUBLISHED:

@@ -1,0 +1,46 @@
+"""What a device can do at most, measured: arithmetic and memory."""
+
+import time
+from functools import cache
+
+import torch
+
+_SIZE = 1024  # of the matrices on a CPU; eight times as many on a GPU
+_BYTES = 128 * 2**20  # far more than caches hold
+_REPEATS = 10
+
+
+def matrix_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product, with torch's present number of threads."""
+    return _matrix_rate(device, dtype, torch.get_num_threads())
+
+
+def copy_rate(device):
+    """Bytes per second, read and written together, of a large copy, with torch's present number of threads."""
+    return _copy_rate(device, torch.get_num_threads())
+
+
+@cache
+def _matrix_rate(device, dtype, threads):
+    size = 8 * _SIZE if device.type == "cuda" else _SIZE
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b, out = torch.ones_like(a), torch.zeros_like(a)
+    return 2 * size**3 / _least_seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+@cache
+def _copy_rate(device, threads):
+    source = torch.ones(_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * _BYTES / _least_seconds(lambda: target.copy_(source), device)
+
+
+def _least_seconds(function, device):
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
