@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,10 +24,10 @@ constexpr int64_t kBytesPerThread = 64 * 1024;
 // Uninitialised, on the CPU.
 inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto status = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0,
-      &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
+  if (status != AOTI_TORCH_SUCCESS) throw std::bad_alloc();  // the sizes are those of a tensor: only memory can be short
   return Tensor(handle);
 }
 
