@@ -2,17 +2,18 @@
 
     python bench/soak.py --calls 10000
 
-A frozen BlockDrop network and a frozen AdaShare one, whose parts are chosen per task, run on random batch sizes from 0 to 16,
-image sizes and decisions. Every tenth output, drawn at random, is compared with the model's own. The last quarter of the
-calls comes from four threads at once. Resident memory is read every hundred calls; once each network has seen all
-sizes, for which the first fifth of the calls is given, it may grow by 16 MB. Exit status 1 if it grew more, or an
-output was another. Linux only.
+A frozen BlockDrop network and a frozen AdaShare one, whose parts are chosen per task, run on random batch sizes from 0
+to 16, image sizes and decisions. Every tenth output, drawn at random, is compared with what the model gives that
+computes everything and masks it. The last quarter of the calls comes from four threads at once. Resident memory is
+read every hundred calls. Within either phase, after a third of it for warming up, it may grow by 16 MB. Exit status 1
+if it grew more, or an output was another. Linux only.
 """
 
 import argparse
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,3 +34,109 @@ def resident():
     """Resident memory in MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmRSS"].split()[0]) / 1024
+
+
+class Soak:
+    """Counts of what was done; safe to call from several threads.
+
+    Parameters
+    ----------
+    name : str
+    reference, frozen : callable
+        Of ``(x, decisions)``.
+    draw : callable
+        ``draw(n, generator)`` gives decisions for a batch of n.
+    smallest : int
+        Batch.
+    """
+
+    def __init__(self, name, reference, frozen, draw, smallest=0):
+        self.name, self.reference, self.frozen = name, reference, frozen
+        self.draw, self.smallest = draw, smallest
+        self.checks, self.failures, self.lock = 0, [], threading.Lock()
+
+    def call(self, seed):
+        """One call, with input from a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(self.smallest, LARGEST_BATCH + 1, (), generator=generator))
+        size = SIZES[int(torch.randint(len(SIZES), (), generator=generator))]
+        x, decisions = torch.randn(n, 3, size, size, generator=generator), self.draw(n, generator)
+        actual = self.frozen(x, decisions)
+        if float(torch.rand((), generator=generator)) >= CHECKED:
+            return
+        with torch.no_grad():
+            error = relative_error(actual, self.reference(x, decisions))
+        with self.lock:
+            self.checks += 1
+            if not error < TOLERANCE:
+                self.failures.append(f"{self.name}, seed {seed}, batch {n}, size {size}: differs by {error:.1e}")
+
+
+def blockdrop():
+    """A network of one engine segment; its columns are kept with a rate that is drawn anew for each call."""
+    model = blockdrop_resnet((2, 2, 2), (8, 16, 24)).eval()
+    frozen = dynexec.freeze(model, torch.randn(8, 3, SIZES[-1], SIZES[-1]))
+
+    def draw(n, generator):
+        return torch.rand(n, 6, generator=generator) < torch.rand((), generator=generator)
+
+    return Soak("blockdrop", partial(model, mode="capacity"), frozen, draw)
+
+
+def adashare():
+    """A network of parts; decisions per image and task."""
+    model = adashare_resnet(18, num_classes=(4, 3), blocks=(1, 1, 1, 1), widths=(8, 8, 8, 8), head_width=8).eval()
+    frozen = dynexec.freeze(model, torch.randn(2, 3, SIZES[-1], SIZES[-1]))
+
+    def draw(n, generator):
+        return torch.rand(n, 2, 4, generator=generator) < torch.rand((), generator=generator)
+
+    def reference(x, decisions):
+        return model(x, soft_decisions=decisions.float())
+
+    return Soak("adashare", reference, frozen, draw, smallest=1)
+
+
+def soak(calls, seed):
+    """Run; return the soaks and, of each phase, the resident memory in MB after every hundred calls."""
+    torch.manual_seed(seed)
+    soaks, memory = [blockdrop(), adashare()], ([], [])
+    alone = calls * 3 // 4
+    for number in range(alone):
+        soaks[number % 2].call(seed * calls + number)
+        if number % 100 == 99:
+            memory[0].append(resident())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(alone, calls, 100):
+            numbers = range(start, min(start + 100, calls))
+            list(pool.map(lambda number: soaks[number % 2].call(seed * calls + number), numbers))
+            memory[1].append(resident())
+    return soaks, memory
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=10000, help="at least 300 (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.calls < 300:
+        parser.error(f"--calls must be at least 300, got {args.calls}")
+    soaks, memory = soak(args.calls, args.seed)
+    checks = sum(one.checks for one in soaks)
+    failures = [failure for one in soaks for failure in one.failures]
+    print(f"{args.calls} calls, {checks} outputs compared, {len(failures)} failures")
+    grew = False
+    for name, found in zip(("one thread", f"{THREADS} threads"), memory):
+        first, *later = found[len(found) // 3 :]
+        most = max((first, *later))
+        grew |= most - first > GROWTH
+        print(f"{name}: resident {first:.1f} MB after warming up, at most {most:.1f} MB, at the end {found[-1]:.1f} MB")
+    for failure in failures[:5]:
+        print(failure)
+    if grew:
+        print(f"memory grew by more than {GROWTH:.0f} MB")
+    return int(bool(failures) or grew)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
