@@ -67,6 +67,13 @@ def test_scatter(which, row, layout):
         assert torch.equal(destination, expected)
 
 
+def test_scatter_rows_without_elements_in_any_layout():
+    """They are contiguous without being gap-free: a copy that is contiguous is no other tensor."""
+    destination = torch.empty(3, 4, 0, 2).permute(2, 0, 1, 3)[:, :, :, :0].permute(1, 0, 2, 3)
+    rows = destination[:1].clone()
+    assert ops.scatter_rows_(destination, torch.tensor([2]), rows).shape == destination.shape
+
+
 @pytest.mark.parametrize("add,relu", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_scatter_rounds_as_torch_does(dtype, add, relu):

@@ -209,6 +209,7 @@ void scatter_rows_(Tensor destination, const Tensor& index, const Tensor& rows, 
   const Tensor contiguous_index = torch::stable::contiguous(index);
   const Index numbers = read_index(contiguous_index);
   numbers.check(destination.size(0));
+  if (rows.numel() == 0) return;  // a destination of no elements is contiguous, whatever its strides
   if (!has_dense_rows(destination)) {
     Tensor dense = torch::stable::contiguous(destination);
     scatter_rows_(dense, index, rows, add, relu);
