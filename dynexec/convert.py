@@ -240,6 +240,10 @@ def revert(model):
     Blocks that had their columns without it, such as those of :class:`dynexec.models.BlockDrop`, keep them. A second
     set of weights is gone then; what was frozen stays frozen.
 
+    Parameters
+    ----------
+    model : nn.Module
+
     Returns
     -------
     int

@@ -91,8 +91,9 @@ def scatter_rows(destination, index, rows, *, add=False, relu=False):
 def scatter_rows_(destination, index, rows, *, add=False, relu=False):
     """Write ``rows`` to the rows ``index`` of ``destination``, in place, and return it.
 
-    Arguments, errors and derivatives are those of :func:`scatter_rows`. ``rows`` must not share memory with
-    ``destination``, nor rows of ``destination`` with each other, as those of an expanded tensor do (ValueError).
+    Arguments (``add`` and ``relu``, too), errors and derivatives are those of :func:`scatter_rows`. ``rows`` must not
+    share memory with ``destination``, nor rows of ``destination`` with each other, as those of an expanded tensor do
+    (ValueError).
 
     Notes
     -----

@@ -61,12 +61,12 @@ class Route:
 
     @property
     def num_samples(self):
-        """N."""
+        """N, the number of samples."""
         return self.decisions.shape[0]
 
     @property
     def num_blocks(self):
-        """L."""
+        """L, the number of blocks."""
         return self.decisions.shape[1]
 
     @property

@@ -6,15 +6,14 @@ Used by the ``<!-- test`` comments of README.md and docs/.
 import os
 import pickle
 import socket
-import sys
 import types
 from collections import OrderedDict
 from functools import partial
 
+import adamml_cases
 import official_keys
 import torch
 import toys
-from adamml_cases import official_shapes as adamml_shapes
 from torch import distributed, nn
 
 from dynexec import models
@@ -120,5 +119,6 @@ def save_arnet(path):
 
 def save_adamml(path):
     """A trained network for RGB and sound, random."""
-    state = {f"module.{key}": torch.rand(shape) for key, shape in adamml_shapes(("rgb", "sound")).items()}
+    state = adamml_cases.official_state(adamml_cases.official_shapes(("rgb", "sound")))
+    state = {f"module.{key}": value for key, value in state.items()}
     torch.save({"state_dict": state, "epoch": 35, "best_top1": 0.5, "temperature": 1.4}, path)

@@ -1,6 +1,6 @@
 """Every code block of the documentation runs, what commands name exists, links lead somewhere."""
 
-import ast
+import inspect
 import os
 import re
 import runpy
@@ -20,7 +20,6 @@ from dynexec import cli, models
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs the source tree")
 
-NOT_RUN = [block for page in PAGES for block in blocks(page) if block.not_run]
 COMMANDS = [
     pytest.param(line.partition("#")[0], id=f"{block.page}: {line.partition('#')[0].strip()}")
     for page in PAGES
@@ -42,7 +41,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     with mock.patch.dict(models._MODELS), mock.patch.dict(os.environ):
         try:
             for block in blocks(page):
-                if block.language in ("python", "test") and not block.not_run:
+                if block.language in ("python", "test"):
                     source = "\n" * (block.line - 1) + block.code
                     exec(compile(source, PAGES[page], "exec"), namespace)
         finally:
@@ -50,17 +49,14 @@ def test_blocks_run(page, tmp_path, monkeypatch):
                 distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("block", NOT_RUN, ids=str)
-def test_blocks_that_cannot_run_here(block):
-    if block.language == "python":
-        ast.parse(block.code)
-    pytest.skip(block.not_run)
-
-
 def test_every_block_has_a_language():
-    """So that none is left out by a missing word: text is "text"."""
-    found = {str(block): block.language for page in PAGES for block in blocks(page)}
-    assert found and set(found.values()) <= {"python", "sh", "text", "test"}, found
+    """So that none is left out by a missing word, or is no block to the tests: text is "text"."""
+    for page, path in PAGES.items():
+        found = {str(block): block.language for block in blocks(page)}
+        assert set(found.values()) <= {"python", "sh", "text", "test"}, found
+        fences = re.findall(r"^ *```", path.read_text(), re.MULTILINE)
+        comments = path.read_text().count("<!-- test")
+        assert len(fences) == 2 * (len(found) - comments), page
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -136,3 +132,31 @@ def test_every_page_is_in_the_index():
     linked = re.findall(r"\]\(([\w.-]+)(?:#[^)]*)?\)", prose("docs/README.md"))
     pages = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")}
     assert pages - {"README.md"} == {link for link in linked if link.endswith(".md")} - {"../README.md"}
+
+
+@pytest.fixture
+def api(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return import_module("api")
+
+
+def test_api_page_is_that_of_the_docstrings(api):
+    assert api.api_page() == api.PATH.read_text(), "run python bench/api.py"
+
+
+def test_every_argument_is_described(api):
+    """By name, in the docstring of what users call; values of __all__ without a docstring fail as well."""
+    missing = []
+    for module, names in api.EXPORTS.items():
+        for name in names:
+            thing = getattr(module, name)
+            members = [inspect.getattr_static(thing, member) for member in api.MEMBERS.get(name, ())]
+            members = [getattr(member, "fget", getattr(member, "__func__", member)) for member in members]
+            for function in (*([] if name in api.NOT_BUILT else [thing]), *members):
+                text = inspect.getdoc(function) or ""
+                for reference in re.findall(r"rguments[^.]* as in :func:`(\w+)`", text):
+                    text += inspect.getdoc(getattr(module, reference))
+                arguments = set(inspect.signature(function).parameters) - {"self", "cls"}
+                missing += [(name, function.__name__, a) for a in arguments if not re.search(rf"\b{a}\b", text)]
+                missing += [(name, function.__name__)] * (not text)
+    assert not missing

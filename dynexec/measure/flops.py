@@ -42,6 +42,11 @@ class Flops:
         Returns
         -------
         int64 tensor ``[N]`` or scalar
+
+        Raises
+        ------
+        ValueError
+            If there are not as many columns as blocks.
         """
         if decisions.shape[-1:] != (len(self.block),):
             raise ValueError(f"decisions must be bool [N, {len(self.block)}], got shape {tuple(decisions.shape)}")
@@ -49,7 +54,8 @@ class Flops:
         return self.fixed + self.policy + (decisions * block).sum(-1)
 
     def saving(self, decisions):
-        """Theoretical saving: the share of :attr:`dense` not needed on average, policy charged; may be negative."""
+        """Theoretical saving under ``decisions``: the share of :attr:`dense` not needed on average, policy charged: a
+        float, which may be negative."""
         return 1.0 - self.of(decisions).double().mean().item() / self.dense
 
 
@@ -90,7 +96,20 @@ def count_flops(model, example_input):
 
 
 def count_call(module, *shape, dtype=torch.float32):
-    """FLOPs of calling ``module``, in evaluation mode, with a tensor of this shape; nothing is computed."""
+    """FLOPs of calling ``module``, in evaluation mode, with a tensor of this shape; nothing is computed.
+
+    Parameters
+    ----------
+    module : nn.Module
+    *shape : int
+        Of its only argument.
+    dtype : torch.dtype
+        Of its only argument: that of the module's parameters.
+
+    Returns
+    -------
+    int
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     with evaluation_mode(module), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         counter = FlopCounterMode(display=False)
@@ -101,7 +120,7 @@ def count_call(module, *shape, dtype=torch.float32):
 
 @contextmanager
 def evaluation_mode(model):
-    """Put a module in evaluation mode; afterwards each of its submodules is back in the mode it was in."""
+    """Context manager: ``model`` is in evaluation mode; afterwards each of its submodules is back in its own mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield model.eval()

@@ -62,6 +62,11 @@ def create_model(name, **arguments):
     **arguments
         Passed to the network's constructor; they override what the name stands for.
 
+    Returns
+    -------
+    nn.Module
+        Untrained, in training mode.
+
     Raises
     ------
     ValueError

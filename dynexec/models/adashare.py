@@ -125,7 +125,27 @@ class AdaShare(RoutedNetwork):
         self.in_channels = backbone.stem.conv1.in_channels
 
     def forward(self, images, decisions=None, *, return_decisions=False, soft_decisions=None):
-        """See the class. With ``return_decisions``, a pair of the maps and the decisions or weights that were used."""
+        """A map per task.
+
+        Parameters
+        ----------
+        images : float tensor ``[N, C, H, W]``
+        decisions : bool tensor ``[T, L]`` or ``[N, T, L]``, optional
+            None, and no soft decisions: the policy decides.
+        return_decisions : bool
+            Also give the decisions, or weights, that were used.
+        soft_decisions : float tensor ``[T, L]`` or ``[N, T, L]``, optional
+            Instead of decisions: the weights of running each block.
+
+        Returns
+        -------
+        list of T float tensors ``[N, C_t, h, w]``, or a pair of it and the decisions
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not what it should be, or both kinds of decisions are given.
+        """
         self.check_inputs(images)
         if soft_decisions is not None:
             if decisions is not None:
@@ -269,6 +289,11 @@ def adashare_resnet(
     -------
     AdaShare
         Untrained.
+
+    Raises
+    ------
+    ValueError
+        If ``depth`` or ``num_classes`` is not what it should be.
     """
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {tuple(DEPTHS)}, got {depth!r}")

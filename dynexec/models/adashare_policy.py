@@ -31,7 +31,18 @@ PUBLISHED_POLICIES = {
 
 
 def published_policy(name):
-    """Decisions bool ``[T, L]`` of one of :data:`PUBLISHED_POLICIES`."""
+    """Decisions bool ``[T, L]`` of a published network.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`PUBLISHED_POLICIES`.
+
+    Raises
+    ------
+    ValueError
+        If it is none; the message lists them.
+    """
     if name not in PUBLISHED_POLICIES:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED_POLICIES)}; got {name!r}")
     return torch.tensor([[digit == "1" for digit in task] for task in PUBLISHED_POLICIES[name]])

@@ -53,7 +53,28 @@ class ARNet(RoutedNetwork):
             nn.init.zeros_(linear.bias)
 
     def forward(self, frames, decisions=None, *, return_decisions=False, soft_decisions=None):
-        """Logits ``[N, classes]`` of frames ``[N, T, 3, H, W]``; see the class. Or a pair, with what was decided."""
+        """Logits ``[N, classes]`` of frames ``[N, T, 3, H, W]``.
+
+        Parameters
+        ----------
+        frames : float tensor ``[N, T, 3, H, W]``
+            H and W are the first of ``resolutions``.
+        decisions : int64 tensor ``[N, T]``, optional
+            None, and no soft decisions: the policy decides.
+        return_decisions : bool
+            Also give the decisions, or weights, as they took effect.
+        soft_decisions : float tensor ``[N, T, A]``, optional
+            Instead of decisions: what each action weighs.
+
+        Returns
+        -------
+        float tensor ``[N, classes]``, or a pair of it and the decisions
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not what it should be, or both kinds of decisions are given.
+        """
         self.check_inputs(frames)
         if soft_decisions is not None:
             if decisions is not None:
@@ -143,7 +164,7 @@ class ARNet(RoutedNetwork):
             raise TypeError(f"frames must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
-        """The :class:`ARNetFlops` of one video of ``inputs``."""
+        """The :class:`ARNetFlops` of one video of ``inputs``, of which only the shape matters."""
         self._check_shape(inputs)
         return count_arnet(self)
 

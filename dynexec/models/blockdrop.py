@@ -268,6 +268,11 @@ def blockdrop_resnet(
     -------
     BlockDrop
         Untrained.
+
+    Raises
+    ------
+    ValueError
+        If ``blocks`` and ``widths`` are not of one length, or a number of blocks is below 1.
     """
     backbone = SegmentedResNet(
         block, blocks, widths, large_images=large_images, in_channels=in_channels, num_classes=num_classes

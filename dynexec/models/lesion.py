@@ -94,6 +94,11 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
     Returns
     -------
     LesionStudy
+
+    Raises
+    ------
+    ValueError
+        If ``draws`` is below 1, ``max_deleted`` not from 0 to L, or ``model`` has no dynamic block with a column.
     """
     net = model if isinstance(model, DynamicNetwork) else DynamicNetwork(model)
     count = num_blocks(net)

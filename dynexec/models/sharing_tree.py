@@ -66,17 +66,17 @@ class SharingTree:
 
     @classmethod
     def shared(cls, num_layers, num_tasks):
-        """The tree with which growing begins: all tasks share every layer."""
+        """The tree with which growing begins: all ``num_tasks`` tasks share each of ``num_layers`` layers."""
         return cls([[range(num_tasks)]] * num_layers)
 
     @property
     def num_layers(self):
-        """L."""
+        """L, the number of layers."""
         return len(self.layers)
 
     @property
     def num_tasks(self):
-        """T."""
+        """T, the number of tasks."""
         return sum(len(group) for group in self.layers[0])
 
     def column_of(self, depth, task):
@@ -84,7 +84,7 @@ class SharingTree:
         return next(column for column, group in enumerate(self.layers[depth]) if task in group)
 
     def replace(self, depth, groups):
-        """The tree with other groups at one layer; ValueError if the layers around it do not fit them."""
+        """The tree with other ``groups`` at layer ``depth``; ValueError if the layers around it do not fit them."""
         self.check_depth(depth)
         return type(self)([*self.layers[:depth], groups, *self.layers[depth + 1 :]])
 

@@ -164,7 +164,26 @@ class SpotTune(DynamicNetwork):
         self.num_blocks = num_blocks
 
     def forward(self, images, decisions=None, **options):
-        """As :meth:`dynexec.nn.DynamicNetwork.forward`, for images ``[N, C, H, W]`` that every segment can halve."""
+        """Run one of both sets of weights in every block.
+
+        Parameters
+        ----------
+        images : float tensor ``[N, C, H, W]``
+            Of height and width that every segment can halve.
+        decisions : bool tensor ``[N, L]`` or ``[L]``, optional
+            True: the fine-tuned weights. None, and no soft decisions: the policy decides.
+        **options
+            ``return_decisions``, ``soft_decisions`` and ``mode``, as of :class:`dynexec.nn.DynamicNetwork`.
+
+        Returns
+        -------
+        float tensor ``[N, classes]``, or ``(output, decisions)``
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``images`` are of another kind or size.
+        """
         step, channels = 2 ** len(self.backbone.blocks), self.backbone.conv1.in_channels
         if not isinstance(images, torch.Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
@@ -180,7 +199,17 @@ class SpotTune(DynamicNetwork):
         """Stop training the pre-trained branches: their convolutions, and if asked for their BatchNorms' parameters.
 
         The published code freezes the convolutions only; scales, biases and running statistics of the pre-trained
-        BatchNorms go on changing. Returns the parameters that were frozen.
+        BatchNorms go on changing.
+
+        Parameters
+        ----------
+        batch_norm : bool
+            Also freeze their scales and biases.
+
+        Returns
+        -------
+        list of Parameter
+            What was frozen.
         """
         kinds = (nn.Conv2d, nn.BatchNorm2d) if batch_norm else (nn.Conv2d,)
         layers = [m for block in dynamic_blocks(self.backbone) for m in block.modules() if isinstance(m, kinds)]
@@ -268,6 +297,11 @@ def spottune_resnet26(*, num_classes=10, blocks=(4, 4, 4), widths=WIDTHS, stem_w
     -------
     SpotTune
         Untrained: both sets of weights are drawn independently.
+
+    Raises
+    ------
+    ValueError
+        If ``blocks`` and ``widths`` are not of one length, or a number is below 1.
     """
     if len(blocks) != len(widths) or min((*blocks, *widths, num_classes)) < 1:
         raise ValueError(

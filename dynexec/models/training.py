@@ -30,7 +30,17 @@ from dynexec.policy import (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of :func:`evaluate`: share of right predictions, blocks kept per image, and the decisions taken."""
+    """Result of :func:`evaluate`.
+
+    Attributes
+    ----------
+    accuracy : float
+        Share of right predictions.
+    kept : float
+        Blocks kept per image.
+    decisions : bool tensor ``[N, L]``
+        The decisions taken.
+    """
 
     accuracy: float
     kept: float
@@ -72,6 +82,8 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
 
     Parameters
     ----------
+    net, images, labels, epochs, batch_size, learning_rate
+        As in :func:`train_policy`, but for the optimizer.
     keep : float
         Below 1, blocks are dropped at random with this keep rate in every step: the control for what a policy
         gains over a network that merely got used to missing blocks.

@@ -31,6 +31,11 @@ def active_route(num_samples=None):
     ----------
     num_samples : int, optional
         Batch size, needed only when the decisions are one row ``[L]`` shared by all samples.
+
+    Raises
+    ------
+    ValueError
+        If it is needed and not given.
     """
     execution = active_execution()
     return None if execution is None else execution.route(num_samples)

@@ -17,6 +17,11 @@ class DynamicNetwork(nn.Module):
         :class:`dynexec.nn.ResidualBlock`.
     policy : nn.Module, optional
         ``policy(images)`` gives keep probabilities ``[N, L]``. None: decisions must be given in every call.
+
+    Raises
+    ------
+    ValueError
+        If ``backbone`` has no dynamic block with a column.
     """
 
     def __init__(self, backbone, policy=None):
@@ -44,6 +49,11 @@ class DynamicNetwork(nn.Module):
         Returns
         -------
         The backbone's output, or ``(output, decisions)``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :class:`dynexec.decide`; and if both decisions and soft decisions are given, or neither without a policy.
         """
         if soft_decisions is not None:
             if decisions is not None:

@@ -31,7 +31,18 @@ from dynexec.nn.structure import TracedAdapter
 class Placement:
     """Where a block stands in its model: column of the decisions, name, and what BatchNorm takes statistics over.
 
-    ``by_convert``: ``dynexec.convert`` gave it, and ``dynexec.revert`` takes it away.
+    Attributes
+    ----------
+    column : int
+        Of the decisions, from 0.
+    num_columns : int
+        L.
+    batch_norm : {"all", "kept", "frozen"}
+        See :func:`dynexec.convert`.
+    by_convert : bool
+        Whether :func:`dynexec.convert` gave it, and :func:`dynexec.revert` takes it away.
+    name : str
+        Of the block in its model.
     """
 
     column: int
@@ -245,12 +256,30 @@ def apply_layers(layers, x):
 
 
 def dynamic_blocks(module):
-    """All dynamic blocks of ``module``, in registration order (placed or not)."""
+    """All dynamic blocks of ``module``, in registration order (placed or not): list of :class:`DynamicBlock`."""
     return [block for block in module.modules() if isinstance(block, DynamicBlock)]
 
 
 def assign_columns(module, *, batch_norm="all"):
-    """Give every dynamic block of ``module`` its column, in registration order; return their number L."""
+    """Give every dynamic block of ``module`` its column, in registration order.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Built of dynamic blocks, such as :class:`ResidualBlock`. For other blocks there is :func:`dynexec.convert`.
+    batch_norm : {"all", "kept", "frozen"}
+        Which samples their BatchNorm takes its statistics over in training, see :func:`dynexec.convert`.
+
+    Returns
+    -------
+    int
+        Their number L.
+
+    Raises
+    ------
+    ValueError
+        If ``batch_norm`` is another.
+    """
     blocks = {name: block for name, block in module.named_modules() if isinstance(block, DynamicBlock)}
     place(blocks, batch_norm)
     return len(blocks)

@@ -32,6 +32,6 @@ class RoutedNetwork(nn.Module):
         raise NotImplementedError
 
     def count_flops(self, inputs):
-        """FLOPs as an object with ``dense`` (per sample, everything computed) and ``of(decisions)``, see
+        """FLOPs for ``inputs`` as an object with ``dense`` (per sample, everything computed) and ``of(decisions)``, see
         :func:`dynexec.measure.count_flops`."""
         raise NotImplementedError

@@ -53,11 +53,12 @@ class Adapter:
         return None
 
     def shortcut_layers(self, block):
-        """The shortcut as callables applied in order; empty: the identity. Not empty needs ``residual_layers``."""
+        """The shortcut of ``block`` as callables applied in order; empty: the identity. Not empty needs
+        ``residual_layers``."""
         return []
 
     def activation_layer(self, block):
-        """What follows the addition of a shortcut that is not the identity, or None."""
+        """What ``block`` does after the addition of a shortcut that is not the identity, or None."""
         return None
 
 

@@ -32,7 +32,7 @@ def usage_imbalance(weights):
     """How far the choices are from being used equally often: a scalar, 0 if they are (Meng et al., ECCV 2020).
 
     The Euclidean norm of ``usage - usage.mean()``, with ``usage`` the share of each choice in the sum of all
-    ``weights``, float ``[N, T, A]``.
+    ``weights``, float ``[N, T, A]``. TypeError or ValueError if they are none, or empty.
     """
     _check_weights(weights)
     usage = weights.sum((0, 1)) / weights.sum()
@@ -51,6 +51,15 @@ def efficiency_loss(logits, labels, weights, costs, *, accuracy=0.95, efficiency
         See :func:`expected_cost`.
     accuracy, efficiency, balance : float
         As published for the ResNet network.
+
+    Returns
+    -------
+    scalar
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`expected_cost`.
     """
     cost = expected_cost(weights, costs) + balance * usage_imbalance(weights)
     return accuracy * F.cross_entropy(logits, labels) + efficiency * cost

@@ -46,7 +46,8 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
 def draw(logits, *, generator=None):
     """Draw a choice per row from ``softmax(logits)``: int64 ``[...]`` for logits ``[..., choices]``.
 
-    The same distribution as ``gumbel_softmax(logits, t, hard=True).argmax(-1)`` at any temperature t.
+    The same distribution as ``gumbel_softmax(logits, t, hard=True).argmax(-1)`` at any temperature t. ``logits``,
+    ``generator`` and errors as in :func:`gumbel_softmax`.
     """
     with torch.no_grad():
         return gumbel_softmax(logits, 1.0, generator=generator).argmax(-1)
@@ -55,7 +56,8 @@ def draw(logits, *, generator=None):
 def exponential_temperature(step, *, initial=5.0, decay=0.965):
     """``initial * decay ** step``: as published, 5 and 0.965 per epoch in AdaShare and AdaMML.
 
-    AR-Net's ``5 * exp(-0.045 * epoch)`` is ``decay=math.exp(-0.045)``; SpotTune stays at 5, ``decay=1``.
+    AR-Net's ``5 * exp(-0.045 * epoch)`` is ``decay=math.exp(-0.045)``; SpotTune stays at 5, ``decay=1``. ValueError
+    unless ``step`` is at least 0, ``initial`` above 0 and ``decay`` above 0 and at most 1.
     """
     if step < 0 or not initial > 0 or not 0 < decay <= 1:
         raise ValueError(

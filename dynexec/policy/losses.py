@@ -43,11 +43,27 @@ def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trai
 
 
 def entropy_term(probabilities, *, exploration=1.0, trained=None):
-    """``-p' log p'`` summed over blocks: float ``[N]``, with p' the bounded probability.
+    """``-p' log p'`` summed over blocks, with p' the bounded probability.
 
     This is half of a Bernoulli entropy, as published: its largest value is at p' = 1/e, so besides keeping decisions
-    undecided it leans towards dropping. ``trained`` as in :func:`reinforce_loss`: without it, blocks that the
-    curriculum has not reached would start at 1/e, dropped.
+    undecided it leans towards dropping.
+
+    Parameters
+    ----------
+    probabilities : float tensor ``[N, L]``
+    exploration : float
+        See :func:`dynexec.policy.explore`.
+    trained : bool tensor ``[L]``, optional
+        As in :func:`reinforce_loss`. Without it, blocks that the curriculum has not reached start at 1/e, dropped.
+
+    Returns
+    -------
+    float tensor ``[N]``
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`dynexec.policy.explore`, and if ``trained`` is not what it should be.
     """
     _check_two_dimensions(probabilities)
     bounded = clamp_open(explore(probabilities, exploration))
@@ -58,8 +74,14 @@ def entropy_term(probabilities, *, exploration=1.0, trained=None):
 def curriculum_loss(probabilities, decisions, advantage, *, exploration=0.8, entropy=0.1, trained=None):
     """Loss of the first stage, in which only the policy is trained: a scalar, the mean over samples.
 
-    ``mean(reinforce_loss - entropy * entropy_term)``; arguments as in :func:`reinforce_loss`. ``entropy`` is the
-    published code's beta.
+    ``mean(reinforce_loss - entropy * entropy_term)``.
+
+    Parameters
+    ----------
+    probabilities, decisions, advantage, exploration, trained
+        As in :func:`reinforce_loss`, with its errors.
+    entropy : float
+        Weight of :func:`entropy_term`, the published code's beta.
     """
     reinforce = reinforce_loss(probabilities, decisions, advantage, exploration=exploration, trained=trained)
     return (reinforce - entropy * entropy_term(probabilities, exploration=exploration, trained=trained)).mean()
@@ -73,6 +95,8 @@ def finetuning_loss(probabilities, decisions, advantage, logits, labels, *, expl
 
     Parameters
     ----------
+    probabilities, decisions, advantage, exploration
+        As in :func:`reinforce_loss`, with its errors.
     logits : float tensor ``[N, classes]``
         The backbone's output under ``decisions``.
     labels : int64 tensor ``[N]``

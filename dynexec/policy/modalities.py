@@ -63,6 +63,11 @@ def modality_loss(logits, labels, decisions=None, costs=None, *, penalty=10.0):
     labels : int64 tensor ``[N]``
     decisions, costs, penalty
         As :func:`modality_cost`; None while only the main networks are trained.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`modality_cost`, and if only one of ``decisions`` and ``costs`` is given.
     """
     if (decisions is None) != (costs is None):
         raise ValueError(

@@ -20,6 +20,12 @@ def sparsity_loss(logits, *, trained=None, weighted=False):
         With both, as in all published configurations, the term is not weighted.
 
     Equivalent to ``sum(F.cross_entropy(task, torch.ones(L, dtype=torch.int64)) for task in logits)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``logits`` is not a floating-point tensor of such a shape or, on the CPU, holds NaN; or ``trained``
+        is not bool ``[L]``, or all False.
     """
     _check(logits)
     loss = -log_softmax(logits, -1)[..., 1]
@@ -45,6 +51,11 @@ def sharing_loss(logits, *, weighted=True):
 
     Equivalent, for ``a = logits[..., 0]``, to ``sum((weights * (a[i] - a[j]).abs()).sum() for i in range(T) for j in
     range(i))``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``logits`` is not a floating-point tensor of such a shape or, on the CPU, holds NaN.
     """
     _check(logits)
     execute = logits[..., 0]
@@ -70,6 +81,11 @@ def open_untrained(weights, trained):
     Returns
     -------
     float tensor like ``weights``; gradients flow to the trained layers only
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``trained`` is not bool ``[L]``.
     """
     _check_trained(trained, weights)
     return weights.masked_fill(~trained.to(weights.device), 1.0)
