@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 
 _PART = re.compile(
-    r"^<!-- test\n(?P<test>.*?)^-->$"
+    r"^ *<!-- test\n(?P<test>.*?)^ *-->$"
     r"|^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -41,7 +41,7 @@ def blocks(page):
     for part in _PART.finditer(text):
         line = text.count("\n", 0, part.start()) + 2
         if part["test"] is not None:
-            found.append(Block(page, line, "test", part["test"]))
+            found.append(Block(page, line, "test", dedent(part["test"])))
         else:
             found.append(Block(page, line, part["language"], dedent(part["code"])))
     return found

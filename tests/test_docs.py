@@ -145,7 +145,7 @@ def test_api_page_is_that_of_the_docstrings(api):
 
 
 def test_every_argument_is_described(api):
-    """By name, in the docstring of what users call; values of __all__ without a docstring fail as well."""
+    """Of what users call: among the parameters; in the text where that has no such list."""
     missing = []
     for module, names in api.EXPORTS.items():
         for name in names:
@@ -154,9 +154,19 @@ def test_every_argument_is_described(api):
             members = [getattr(member, "fget", getattr(member, "__func__", member)) for member in members]
             for function in (*([] if name in api.NOT_BUILT else [thing]), *members):
                 text = inspect.getdoc(function) or ""
+                described = described_names(text)
                 for reference in re.findall(r"rguments[^.]* as in :func:`(\w+)`", text):
-                    text += inspect.getdoc(getattr(module, reference))
+                    described |= described_names(inspect.getdoc(getattr(module, reference)))
                 arguments = set(inspect.signature(function).parameters) - {"self", "cls"}
-                missing += [(name, function.__name__, a) for a in arguments if not re.search(rf"\b{a}\b", text)]
+                missing += [(name, function.__name__, argument) for argument in arguments - described]
                 missing += [(name, function.__name__)] * (not text)
     assert not missing
+
+
+def described_names(docstring):
+    parts = re.split(r"^(\w+)\n-{3,}\n", docstring, flags=re.MULTILINE)
+    lists = [body for title, body in zip(parts[1::2], parts[2::2]) if title in ("Parameters", "Attributes")]
+    if not lists:
+        return set(re.findall(r"\w+", docstring))
+    entries = [line.partition(" : ")[0] for body in lists for line in body.splitlines() if line[:1].strip()]
+    return {name for entry in entries for name in re.findall(r"\w+", entry)}

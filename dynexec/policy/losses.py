@@ -21,6 +21,8 @@ def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trai
         Drawn from them with the same ``exploration``.
     advantage : float tensor ``[N]``
         Reward minus baseline. No gradient flows through it.
+    exploration : float
+        See :func:`dynexec.policy.explore`.
     trained : bool tensor ``[L]``, optional
         Blocks that count; the others were forced on and say nothing about the policy.
 
