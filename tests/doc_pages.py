@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import dedent
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("README.md"), *sorted(ROOT.glob("docs/*.md")))}
 
 _PART = re.compile(
     r"^ *<!-- test\n(?P<test>.*?)^ *-->$"
