@@ -9,6 +9,7 @@ import socket
 import types
 from collections import OrderedDict
 from functools import partial
+from unittest import mock
 
 import adamml_cases
 import official_keys
@@ -92,6 +93,18 @@ def leave_and_expect_one():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+
+
+def pass_for_a_compiler():
+    """AOTInductor stores programs uncompiled until the page is through; test_deployment_export.py compiles one."""
+    inductor = torch._inductor
+    mock.patch.object(inductor, "aoti_compile_and_package", _store).start()
+    mock.patch.object(inductor, "aoti_load_package", lambda path: torch.export.load(path).module()).start()
+
+
+def _store(program, package_path):
+    torch.export.save(program, package_path)
+    return package_path
 
 
 def save_blockdrop(path):

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import re
 import subprocess
 import sys
 from hashlib import sha256
@@ -376,17 +375,3 @@ def test_without_safetensors(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"pip install 'dynexec\[deploy\]'"):
         dynexec.load(saved[0])
-
-
-DOCS = Path(__file__).parent.parent / "docs" / "deployment.md"
-
-
-@pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
-def test_the_docs_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks, names = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL), {"__name__": "docs"}
-    assert len(blocks) == 5
-    for block in blocks:
-        if "aoti" not in block:  # test_deployment_export.py has one that compiles faster
-            exec(block, names)
-    assert names["logits"].shape == (8, 10) and names["features"].shape == (8, 8)

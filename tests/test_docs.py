@@ -45,6 +45,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
                     source = "\n" * (block.line - 1) + block.code
                     exec(compile(source, PAGES[page], "exec"), namespace)
         finally:
+            mock.patch.stopall()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 

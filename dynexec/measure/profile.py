@@ -107,11 +107,11 @@ class Profile:
         return found
 
     def write_json(self, path):
-        """Write :meth:`to_dict` to a file, whole or not at all."""
+        """Write :meth:`to_dict` to the file ``path``, whole or not at all."""
         _write(path, self.to_dict())
 
     def chrome_trace(self, path):
-        """Write one call as Chrome trace events, for chrome://tracing or Perfetto: whole or not at all."""
+        """Write one call to ``path`` as Chrome trace events, for chrome://tracing or Perfetto: whole or not at all."""
         each = {}  # FLOPs of a sample
         for part in self.parts:
             each[part.name, part.kind] = part.flops // max(part.samples, 1), part.column
