@@ -11,13 +11,6 @@ from dynexec import convert, decide
 from dynexec.report import baselines, nets, rows, tables
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cost_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model():
     return nets.build(TINY)

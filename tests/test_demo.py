@@ -15,13 +15,6 @@ from dynexec.report import demo, demo_parts, demo_table, experiment, lite0, medi
 KEPT = torch.tensor([[True, False, True, True], [False, True, True, False]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cost_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 # Media
 
 

@@ -9,13 +9,6 @@ from dynexec.measure import timing
 from dynexec.report import baselines, experiment, nets, rows
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cost_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model():
     return nets.build(TINY)

@@ -27,13 +27,6 @@ LEVEL = 4  # how much brighter each frame is than the one before
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cost_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def picture(number, width=64, height=48):
     """As bright as its number says, with a white square in the middle and a black stripe on the left."""
     frame = np.full((height, width, 3), LEVEL * number, np.uint8)
