@@ -1,23 +1,18 @@
 """The example that serves a frozen network: batches, a full queue, errors, and the end."""
 
-import importlib.util
 import queue
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import load_example, needs_examples
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "serve.py"
-pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="needs the source tree")
+pytestmark = needs_examples
 
 
 @pytest.fixture(scope="module")
 def serve():
-    spec = importlib.util.spec_from_file_location("serve", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("serve")
 
 
 class Network:

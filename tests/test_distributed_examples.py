@@ -1,6 +1,5 @@
 """The examples for many processes: interrupted at any time, they go on, and nothing is computed twice."""
 
-import importlib.util
 import json
 import os
 import re
@@ -15,25 +14,17 @@ import numpy as np
 import pytest
 import torch
 import toys
+from example_scripts import EXAMPLES, load_example, needs_examples
 
 from dynexec import convert, freeze
 from dynexec.nn import DynamicNetwork
 from dynexec.report import media
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
+pytestmark = needs_examples
 needs_torchrun = pytest.mark.skipif(
     not (sys.platform == "linux" and torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="needs gloo, and the list of a process's children",
 )
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_network():

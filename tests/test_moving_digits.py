@@ -4,18 +4,16 @@ import importlib
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from example_scripts import EXAMPLES, needs_examples
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("sklearn")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
+pytestmark = needs_examples
 
 
 @pytest.fixture

@@ -1,25 +1,20 @@
 """The recipes on digits run, on less of everything, and their tables say what was measured."""
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
+from example_scripts import load_example, needs_examples
 
 pytest.importorskip("sklearn")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
+pytestmark = needs_examples
 
 
-def load_example(name, **settings):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def load_recipe(name, **settings):
+    module = load_example(name)
     vars(module).update(TIMING_SECONDS=0.0, **settings)
     return module
 
@@ -38,7 +33,7 @@ def run(module, folder):
 def test_an_output_that_is_no_folder_is_noticed_before_the_work(name, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["", "--output", str(tmp_path / "file")])
-    module, threads = load_example(name, run_seed=None), torch.get_num_threads()
+    module, threads = load_recipe(name, run_seed=None), torch.get_num_threads()
     arguments = ("doc", "output", None, {}) if name == "moving_digits" else ()
     try:
         with pytest.raises(FileExistsError, match="file"):
@@ -52,7 +47,7 @@ def test_an_output_that_is_no_folder_is_noticed_before_the_work(name, tmp_path, 
 
 @pytest.fixture(scope="module")
 def spottune():
-    return load_example("digits_spottune", PRETRAINING_STEPS=40, STEPS=30, SETTLING_STEPS=10, BLOCKS=(1, 1, 1))
+    return load_recipe("digits_spottune", PRETRAINING_STEPS=40, STEPS=30, SETTLING_STEPS=10, BLOCKS=(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +148,7 @@ def test_faces_are_as_large_as_digits(spottune):
 
 @pytest.mark.parametrize("name", ["digits_spottune", "digits_adashare"])
 def test_what_differs_is_not_timed(name):
-    check = load_example(name).check_equal
+    check = load_recipe(name).check_equal
     assert check("same", torch.ones(2), torch.ones(2)) == 0
     for wrong in (torch.tensor([1.0, 1.01]), torch.tensor([1.0, float("nan")])):
         with pytest.raises(RuntimeError, match="routed differs from its reference"):
@@ -166,7 +161,7 @@ def test_what_differs_is_not_timed(name):
 @pytest.fixture(scope="module")
 def adashare():
     epochs = {"WARM_UP_EPOCHS": 1, "POLICY_EPOCHS": 2, "EPOCHS": 2}
-    return load_example("digits_adashare", **epochs, BLOCKS=(1, 2), WIDTHS=(4, 8), SPARSITY=0.5, POLICY_RATE=0.2)
+    return load_recipe("digits_adashare", **epochs, BLOCKS=(1, 2), WIDTHS=(4, 8), SPARSITY=0.5, POLICY_RATE=0.2)
 
 
 @pytest.fixture(scope="module")

