@@ -1,3 +1,5 @@
+"""``python -m dynexec``: the command line."""
+
 import sys
 
 from dynexec.cli import main

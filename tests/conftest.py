@@ -1,3 +1,5 @@
+"""What holds for every test: one thread, NaN in memory that nobody wrote, a cost cache that is not the user's."""
+
 import os
 
 import pytest

@@ -1,3 +1,5 @@
+"""Imports point one way, kernels stand alone, and importing dynexec brings nothing that is optional."""
+
 import ast
 import subprocess
 import sys

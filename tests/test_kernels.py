@@ -1,3 +1,5 @@
+"""The Triton kernels against the reference of their ops, in the interpreter where there is no GPU."""
+
 import itertools
 
 import pytest

@@ -1,3 +1,5 @@
+"""The model of a GPU's time, layer by layer."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Routes: the groups of decisions, what the host knows of them, and what is refused."""
+
 import dataclasses
 
 import pytest

@@ -1,3 +1,4 @@
+// Running a program: the memory of a call, how samples are divided among threads, the instructions in order.
 #include "engine_parts.h"
 
 #include <cstdlib>

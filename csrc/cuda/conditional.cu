@@ -1,3 +1,4 @@
+// Conditional nodes added to a stream's capture. See conditional.h.
 #include "conditional.h"
 
 #include <cuda_runtime.h>

@@ -1,3 +1,4 @@
+// Instances of the kernel in resident.h, and their launches.
 #include "resident.h"
 
 #include <cuda_runtime.h>

@@ -1,3 +1,4 @@
+// How the machine runs: turns of threads, meetings of warps, barriers, deadlocks, checks of memory.
 #undef _FORTIFY_SOURCE  // its longjmp takes another thread's stack for a mistake
 #include <sys/mman.h>
 
