@@ -4,11 +4,10 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynexec.models.feature_sharing import FeatureSharing
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = nn.modules.batchnorm._BatchNorm
+from dynexec.nn.structure import CONVOLUTIONS
 
 
 def select_filters(weight, count):
@@ -95,10 +94,10 @@ def thin(network, widths):
 
 def _thin_layers(module, kept, width, name):
     """Thin the layers of ``module`` in place; ``kept``: of how many input channels which ones are left, None: all."""
-    layers = [m for m in module.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, _NORMS))]
-    weighted = [m for m in layers if not isinstance(m, _NORMS)]
+    layers = [m for m in module.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear, _BatchNorm))]
+    weighted = [m for m in layers if not isinstance(m, _BatchNorm)]
     for layer in layers:
-        if isinstance(layer, _NORMS):
+        if isinstance(layer, _BatchNorm):
             if kept is not None:
                 _keep_norm(layer, kept[1])
             continue
