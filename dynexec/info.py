@@ -1,6 +1,5 @@
 """``dynexec info``: versions, devices, threads, what is native, and why not where it isn't."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -9,7 +8,7 @@ import torch
 
 from dynexec import dispatch, native
 from dynexec.executors.engine import instruction_set
-from dynexec.measure.environment import processor_name
+from dynexec.measure.environment import package_version, processor_name
 
 # Used where installed, never required.
 OPTIONAL = (
@@ -44,7 +43,7 @@ def facts():
     """
     return {
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("dynexec", "torch", "numpy")},
+        | {name: package_version(name) for name in ("dynexec", "torch", "numpy")},
         "system": platform.platform(),
         "devices": ["cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))],
         "cpu": {
@@ -59,7 +58,7 @@ def facts():
         "conditional": native.cuda_missing(),
         "engine": instruction_set(),
         "build": native.build_facts(),
-        "optional": {name: _version(name) for name in OPTIONAL},
+        "optional": {name: package_version(name) for name in OPTIONAL},
     }
 
 
@@ -96,10 +95,3 @@ def _lines(found):
     present = {name: version for name, version in found["optional"].items() if version is not None}
     yield f"{'optional':<14}{', '.join(f'{name} {version}' for name, version in present.items()) or 'none'}"
     yield f"{'absent':<14}{', '.join(name for name in found['optional'] if name not in present) or 'none'}"
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

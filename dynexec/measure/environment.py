@@ -1,5 +1,6 @@
-"""What measured times depend on: the processor."""
+"""What measured times depend on: the processor, and versions of packages."""
 
+import importlib.metadata
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -15,3 +16,11 @@ def processor_name():
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def package_version(package):
+    """The version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

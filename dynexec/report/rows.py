@@ -4,7 +4,6 @@ A row is a dict, one JSON line: one network, batch size and keep rate, with the 
 interleaved run.
 """
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dynexec.files import replacing
-from dynexec.measure.environment import processor_name
+from dynexec.measure.environment import package_version, processor_name
 
 #: Keys of every row, with the types of their values.
 SCHEMA = {
@@ -169,7 +168,7 @@ def environment(device=None, dtype=torch.float32):
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in (("torch", "triton") if gpu else packages)},
+        "versions": {name: package_version(name) for name in (("torch", "triton") if gpu else packages)},
         "commit": _commit(),
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -178,13 +177,6 @@ def environment(device=None, dtype=torch.float32):
 def now():
     """The present time for a row: UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit():
