@@ -1,11 +1,10 @@
 """The network as a backend's programs run it: whether it gives the same, in CUDA graphs too, and how fast it is."""
 
 from functools import partial
-from hashlib import sha256
 
 import torch
 
-from dynexec.executors.costs import device_name, is_time, seconds
+from dynexec.executors.costs import are_times, device_name, digest, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.segment import make_segments
@@ -108,17 +107,6 @@ def race(fast, layers, images, cache):
         "race", digest(signature), tuple(images.shape), layers.dtype, *fast.backend.version, *device_name(images.device)
     )
     return cache.get(key, are_times(names), lambda: {name: measure(name) for name in names})
-
-
-def are_times(names):
-    """A check of an entry of the cost cache: positive seconds for these names."""
-    return lambda entry: (
-        isinstance(entry, dict) and entry.keys() == set(names) and all(is_time(time) for time in entry.values())
-    )
-
-
-def digest(value):
-    return sha256(str(value).encode()).hexdigest()
 
 
 def halves(num_samples, num_blocks):

@@ -7,6 +7,7 @@ import os
 import time
 from bisect import bisect_left
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from dynexec.executors.block import run_all
 from dynexec.files import replacing
 from dynexec.measure.environment import processor_name
 
-VERSION = 1
+_VERSION = 1  # of the file
 _LARGEST = 16  # rows; beyond, time grows linearly because blocks run in chunks
 _CHUNKS = (32, 16, 8, 4)
 _ROWS = {str(rows) for rows in range(1, _LARGEST + 1)}
@@ -54,7 +55,8 @@ class CostCache:
         self._changed, self._measure = False, measure
 
     def key(self, *signature):
-        machine = (VERSION, _library_version(), torch.__version__, processor_name(), torch.get_num_threads())
+        """The key of what ``signature`` says was measured, here and now."""
+        machine = (_VERSION, _library_version(), torch.__version__, processor_name(), torch.get_num_threads())
         return " | ".join(map(str, (*machine, *signature)))
 
     def get(self, key, valid, make):
@@ -78,7 +80,7 @@ class CostCache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"version": VERSION, "entries": self._read()[0] | self.entries})
+            text = json.dumps({"version": _VERSION, "entries": self._read()[0] | self.entries})
             with replacing(self.path) as file:
                 file.write(text)
         except OSError:
@@ -94,8 +96,8 @@ class CostCache:
             return {}, f"{type(error).__name__}: {error}"
         if not isinstance(stored, dict) or stored.keys() != {"version", "entries"}:
             return {}, "it is the file of something else"
-        if type(stored["version"]) is not int or stored["version"] != VERSION:
-            return {}, f"its version is {stored['version']!r:.40}, not {VERSION}"
+        if type(stored["version"]) is not int or stored["version"] != _VERSION:
+            return {}, f"its version is {stored['version']!r:.40}, not {_VERSION}"
         entries = stored["entries"]
         return (entries, None) if isinstance(entries, dict) else ({}, "its entries are not named")
 
@@ -139,6 +141,18 @@ def device_name(device):
     return (torch.cuda.get_device_name(device),) if device.type == "cuda" else ()
 
 
+def digest(value):
+    """A long text for a cache's key, or a value with such a one, as a short text."""
+    return sha256(str(value).encode()).hexdigest()
+
+
+def are_times(names):
+    """A check for :meth:`CostCache.get`: whether an entry has seconds for each of these names."""
+    return lambda entry: (
+        isinstance(entry, dict) and entry.keys() == set(names) and all(_is_time(time) for time in entry.values())
+    )
+
+
 def measure_block(block, batch, cache):
     """The :class:`BlockCost` of ``block`` up to about ``batch`` rows: from ``cache``, or measured now."""
     key = cache.key(block.signature, block.dtype, batch, *device_name(block.device))
@@ -163,11 +177,11 @@ def _are_points(points):
         isinstance(points, dict)
         and 0 < len(points)
         and all(str(rows) in _ROWS for rows in points)
-        and all(is_time(seconds) for seconds in points.values())
+        and all(_is_time(seconds) for seconds in points.values())
     )
 
 
-def is_time(seconds):
+def _is_time(seconds):
     """Whether a value from a file is a time: a float from 0 on, of a day at most."""
     return isinstance(seconds, float) and 0 <= seconds < 86400
 
@@ -187,9 +201,7 @@ def _measure(block, batch):
     for n in sizes:
         rows = x[:n]
         s = _shortcut(block, rows)
-        index = torch.arange(n, dtype=torch.int32, device=block.device).flip(
-            0
-        )  # descending: nothing contiguous to profit from
+        index = torch.arange(n, dtype=torch.int32, device=block.device).flip(0)  # no rows in order to profit from
         entry["body"][n] = timed(lambda rows=rows, s=s: run_all(block.body, rows, s, chunk))
         entry["move"][n] = timed(lambda s=s, index=index: ops.scatter_rows_(s, index, ops.gather_rows(s, index)))
         if block.shortcut is not None:

@@ -7,8 +7,8 @@ from torch import nn
 
 from dynexec import dispatch
 from dynexec.executors.backends import choose_backend
-from dynexec.executors.candidate import digest, halves, race, try_backend
-from dynexec.executors.costs import CostCache, device_name, seconds
+from dynexec.executors.candidate import halves, race, try_backend
+from dynexec.executors.costs import CostCache, device_name, digest, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.function import freeze_function
 from dynexec.executors.memory import keep_freed_memory

@@ -5,8 +5,7 @@ from functools import partial
 from torch import fx
 
 from dynexec.executors.block import pack_module
-from dynexec.executors.candidate import are_times, digest
-from dynexec.executors.costs import device_name, seconds
+from dynexec.executors.costs import are_times, device_name, digest, seconds
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import make_segments
 from dynexec.executors.stage import EXECUTORS
