@@ -1,4 +1,4 @@
-"""Reads tests/data/*_keys.txt: the parameter names and shapes of published checkpoints."""
+"""Published checkpoints: names and shapes from tests/data/*_keys.txt, states under these names, what became of them."""
 
 import re
 from pathlib import Path
@@ -38,3 +38,24 @@ def expand(pattern):
     return [
         name for choice in choices for name in expand(f"{pattern[: match.start()]}{choice}{pattern[match.end() :]}")
     ]
+
+
+def prefixed(state, prefix="module."):
+    """As a wrapped network saves it."""
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def without_counters(state):
+    """As PyTorch 0.3 saved it."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def holds(module, state):
+    """Whether ``module`` has these values under these names."""
+    own = module.state_dict()
+    return all(torch.equal(own[name], value) for name, value in state.items())
+
+
+def snapshot(net):
+    """The values of ``net``, copied."""
+    return {name: value.clone() for name, value in net.state_dict().items()}

@@ -15,6 +15,7 @@ from adamml_cases import (
     official_state,
     policy_logits,
 )
+from official_keys import holds, prefixed, snapshot, without_counters
 from torch import nn
 
 from dynexec.models import load_official
@@ -155,21 +156,9 @@ def test_a_training_step_of_the_policy():
     assert net.policy.joint_net.nets[0].features[0][0].weight.grad.any()
 
 
-def prefixed(state):
-    return {f"module.{name}": value for name, value in state.items()}
-
-
-def without_counters(state):
-    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-
-
-def holds(net, state):
-    own = net.state_dict()
-    return all(torch.equal(own[name.replace("policy_net.", "policy.")], value) for name, value in state.items())
-
-
-def snapshot(net):
-    return {name: value.clone() for name, value in net.state_dict().items()}
+def own_names(state):
+    """Official names to ours."""
+    return {name.replace("policy_net.", "policy."): value for name, value in state.items()}
 
 
 def same(net, before):
@@ -199,14 +188,14 @@ def test_trained_network(large, state, change):
     report = load_official(large, {"state_dict": change(state)} | ENTRIES)
     assert (report.loaded, report.absent, report.dropped) == (("policy", "main networks"), (), ())
     assert report.info == ENTRIES
-    assert holds(large, without_counters(state))
+    assert holds(large, own_names(without_counters(state)))
     assert load_official(large, change(state)).info == {}
 
 
 def test_from_a_file(large, state, tmp_path):
     torch.save({"state_dict": prefixed(state), "epoch": 20}, tmp_path / "model_best.pth.tar")
     assert load_official(large, tmp_path / "model_best.pth.tar").info == {"epoch": 20}
-    assert holds(large, state)
+    assert holds(large, own_names(state))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +206,7 @@ def test_one_half(large, state, prefix, part, absent):
     half = {name: value for name, value in state.items() if name.startswith(prefix)}
     report = load_official(large, {"state_dict": half})
     assert (report.loaded, report.absent) == ((part,), (absent,))
-    assert holds(large, half)
+    assert holds(large, own_names(half))
     own = large.state_dict()
     assert all(torch.equal(own[name], value) for name, value in before.items() if not name.startswith(prefix))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from official_keys import official_shapes
+from official_keys import holds, official_shapes, prefixed, snapshot, without_counters
 
 from dynexec.models import load_official
 from dynexec.models.arnet import PUBLISHED, build_arnet
@@ -16,10 +16,6 @@ def official_state(section, prefix=""):
         for name, shape in official_shapes(section, "arnet").items()
         if name.startswith(prefix)
     }
-
-
-def prefixed(state, prefix):
-    return {f"{prefix}{name}": value for name, value in state.items()}
 
 
 def flat_names(state, prefix):
@@ -42,15 +38,6 @@ def own_names(state):
         name if name.startswith(("base_model_list.", "new_fc_list.")) else f"policy.{name}": value
         for name, value in state.items()
     }
-
-
-def holds(module, state):
-    own = module.state_dict()
-    return all(torch.equal(own[name], value) for name, value in state.items())
-
-
-def snapshot(net):
-    return {name: value.clone() for name, value in net.state_dict().items()}
 
 
 def is_as_before(net, before, changed=()):
@@ -78,7 +65,7 @@ def test_parameters_are_those_of_the_published_checkpoints(name):
 def test_whole_networks(name, flat):
     network = build_arnet(**PUBLISHED[name])
     state = official_state(name.removeprefix("arnet_"))
-    given = prefixed(flat_names(state, "lite_backbone.") if flat else state, "module.")
+    given = prefixed(flat_names(state, "lite_backbone.") if flat else state)
     assert ("module.lite_backbone.features.1.conv.4.weight" in given) == flat
     source = {"epoch": 50, "arch": "resnet50", "state_dict": given, "optimizer": {}, "best_prec1": 73.8}
     report = load_official(network, source)
@@ -100,10 +87,9 @@ def test_flat_names_number_the_layers_of_a_block():
 
 def test_bare_parameters_and_files(net, tmp_path):
     state = official_state("resnet")
-    without_counters = {name: value for name, value in state.items() if not name.endswith("tracked")}
-    assert load_official(net, without_counters).info == {}
-    assert holds(net, own_names(without_counters))
-    torch.save({"state_dict": prefixed(state, "module."), "epoch": 3}, tmp_path / "ckpt.best.pth.tar")
+    assert load_official(net, without_counters(state)).info == {}
+    assert holds(net, own_names(without_counters(state)))
+    torch.save({"state_dict": prefixed(state), "epoch": 3}, tmp_path / "ckpt.best.pth.tar")
     assert load_official(net, tmp_path / "ckpt.best.pth.tar").info == {"epoch": 3}
 
 
@@ -111,7 +97,7 @@ def test_bare_parameters_and_files(net, tmp_path):
 def test_a_network_of_one_resolution_goes_to_the_backbone_that_it_fits(net, number):
     body, head = (official_state("resnet", f"{part}.{number}.") for part in ("base_model_list", "new_fc_list"))
     before = snapshot(net)
-    state = prefixed(prefixed(body, "base_model.") | prefixed(head, "new_fc."), "module.")
+    state = prefixed(prefixed(body, "base_model.") | prefixed(head, "new_fc."))
     report = load_official(net, {"state_dict": state, "epoch": 10})
     others = tuple(f"backbone {other}" for other in range(3) if other != number)
     assert (report.loaded, report.absent) == ((f"backbone {number}", "its head"), (*others, "policy"))
@@ -124,7 +110,7 @@ def test_a_mobilenet_of_one_resolution_becomes_the_policys(net, flat):
     state = official_state("resnet", "lite_backbone.")
     body = flat_names(state, "") if flat else state
     given = prefixed(body, "base_model.") | {"new_fc.weight": torch.ones(200, 1280), "new_fc.bias": torch.ones(200)}
-    report = load_official(net, {"state_dict": prefixed(given, "module.")})
+    report = load_official(net, {"state_dict": prefixed(given)})
     assert report.loaded == ("policy.lite_backbone",)
     assert report.absent == ("backbone 0", "backbone 1", "backbone 2", "rest of the policy")
     assert report.dropped == ("new_fc.weight", "new_fc.bias")
@@ -150,7 +136,7 @@ def test_misfits_are_listed_and_nothing_is_loaded(net):
     state["base_model_list.3.conv1.weight"] = torch.rand(64, 3, 7, 7)
     state["linear.weight"] = torch.rand(5, 512)
     with pytest.raises(ValueError) as error:
-        load_official(net, {"state_dict": prefixed(state, "module.")})
+        load_official(net, {"state_dict": prefixed(state)})
     assert str(error.value).splitlines() == [
         "source does not fit this network, which is left as it was:",
         "  network, missing: policy.rnn.bias_hh",

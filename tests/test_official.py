@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from hostile import Effect
-from official_keys import official_state
+from official_keys import holds, official_state, prefixed, snapshot, without_counters
 from torch import nn
 
 from dynexec import models
@@ -31,15 +31,6 @@ def policy():
     return official_state(f"{NAME} policy")
 
 
-def without_counters(state):
-    """As PyTorch 0.3 saved it."""
-    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-
-
-def prefixed(state):
-    return {f"module.{name}": value for name, value in state.items()}
-
-
 def base_names(state):
     """The names of ordinary residual networks: layer1.0.conv1, layer1.0.downsample.0."""
     renamed = {}
@@ -51,15 +42,6 @@ def base_names(state):
             name = f"layer{int(rest[0]) + 1}.0.downsample." + ".".join(rest[1:])
         renamed[name] = value
     return renamed
-
-
-def holds(module, state):
-    own = module.state_dict()
-    return all(torch.equal(own[name], value) for name, value in state.items())
-
-
-def snapshot(net):
-    return {name: value.clone() for name, value in net.state_dict().items()}
 
 
 @pytest.mark.parametrize("change", [lambda state: state, without_counters, prefixed])
