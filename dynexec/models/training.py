@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from dynexec.measure import evaluation_mode
 from dynexec.models.training_checkpoint import TrainingCheckpoint, check_same_settings, training_group
-from dynexec.nn import DynamicNetwork, dynamic_blocks
+from dynexec.nn import DynamicNetwork
+from dynexec.nn.residual import count_blocks
 from dynexec.policy import (
     curriculum_loss,
     curriculum_mask,
@@ -109,7 +110,7 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
     )
 
     def step(x, y, epoch, generator):
-        rates = torch.full((len(x), num_blocks(net.backbone)), float(keep), device=x.device)
+        rates = torch.full((len(x), count_blocks(net.backbone)), float(keep), device=x.device)
         logits = net.backbone(x) if keep == 1 else net(x, sample(rates, generator=generator))
         return F.cross_entropy(logits, y), {"accuracy": (logits.argmax(1) == y).float().mean()}
 
@@ -174,7 +175,7 @@ def train_policy(
     optimizer = torch.optim.Adam(net.policy.parameters(), settings["learning_rate"])
 
     def step(x, y, epoch, generator):
-        trained = curriculum_mask(num_blocks(net.backbone), epoch, blocks_per_epoch=blocks_per_epoch)
+        trained = curriculum_mask(count_blocks(net.backbone), epoch, blocks_per_epoch=blocks_per_epoch)
         probabilities = net.policy(x)
         drawn = force_untrained(sample(probabilities, generator=generator, exploration=exploration), trained)
         greedy = force_untrained(threshold(probabilities.detach()), trained)
@@ -289,8 +290,3 @@ def _mean(metrics, group, device):
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
     dist.all_reduce(values, group=group)
     return dict(zip(metrics, (values / group.size()).tolist()))
-
-
-def num_blocks(model):
-    """L: how many dynamic blocks of ``model`` have a column."""
-    return sum(block.placement is not None for block in dynamic_blocks(model))

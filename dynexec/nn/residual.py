@@ -260,6 +260,11 @@ def dynamic_blocks(module):
     return [block for block in module.modules() if isinstance(block, DynamicBlock)]
 
 
+def count_blocks(module):
+    """L: how many dynamic blocks of ``module`` have a column of the decisions."""
+    return sum(block.placement is not None for block in dynamic_blocks(module))
+
+
 def assign_columns(module, *, batch_norm="all"):
     """Give every dynamic block of ``module`` its column, in registration order.
 

@@ -18,7 +18,7 @@ from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.segment import make_segments
 from dynexec.nn.experts import ExpertBlock
-from dynexec.nn.residual import apply_layers, dynamic_blocks
+from dynexec.nn.residual import apply_layers, count_blocks, dynamic_blocks
 from dynexec.report.libraries import export_module, open_in_onnx_runtime, open_in_openvino
 
 
@@ -66,7 +66,7 @@ class Baseline:
         if images.device.type == "cuda" and not self.follows_decisions:
             # cuDNN keeps the algorithms that it measures now. Those that run other batches would measure all the time.
             with choosing_algorithms():
-                self(images, images.new_ones(len(images), count_columns(_backbone(model)), dtype=torch.bool))
+                self(images, images.new_ones(len(images), count_blocks(_backbone(model)), dtype=torch.bool))
 
     def prepare(self, model, images, threads):
         raise NotImplementedError
@@ -302,11 +302,6 @@ def static_network(model):
     for block in dynamic_blocks(static):
         block.placement = None  # a layer like any other
     return static.eval()
-
-
-def count_columns(module):
-    """L of a module."""
-    return sum(block.placement is not None for block in dynamic_blocks(module))
 
 
 def _backbone(model):

@@ -10,7 +10,8 @@ import torch
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.measure.flops import count_flops
 from dynexec.measure.timing import compare
-from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec, count_columns
+from dynexec.nn.residual import count_blocks
+from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec
 from dynexec.report.rows import environment, now, speed_up
 
 BERNOULLI, PUBLISHED = "bernoulli", "published"
@@ -285,5 +286,5 @@ def _milliseconds(timing, draws):
 
 
 def num_blocks(model):
-    """L of a model."""
-    return count_columns(getattr(model, "backbone", model))
+    """L of a model, with or without a policy."""
+    return count_blocks(getattr(model, "backbone", model))

@@ -15,7 +15,7 @@ from dynexec.models import blockdrop_resnet, create_model
 from dynexec.models.blockdrop import Bottleneck
 from dynexec.nn.context import decide
 from dynexec.nn.experts import ExpertBlock
-from dynexec.nn.residual import dynamic_blocks
+from dynexec.nn.residual import count_blocks, dynamic_blocks
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def randomize_batch_norm(model, images):
         branches = [block, block.expert()] if isinstance(block, ExpertBlock) else []
         ends |= {_norms(branch)[-1] for branch in branches} or {block.residual_layers()[-1]}
     backbone = getattr(model, "backbone", model)
-    columns = sum(block.placement is not None for block in dynamic_blocks(backbone))
+    columns = count_blocks(backbone)
 
     def run():
         # Of two sets of weights both are to see the images.
