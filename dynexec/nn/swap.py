@@ -4,8 +4,8 @@ import copy
 from functools import cache
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from dynexec.nn.batch_norm import batch_norms
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import DynamicBlock, ResidualBlock
 from dynexec.nn.structure import CONVOLUTIONS
@@ -64,18 +64,13 @@ def second_weights(block, frozen):
     """A second set of weights for ``block``: a copy of it; ValueError if ``frozen`` of the first cannot be."""
     second = copy.deepcopy(block)
     if isinstance(second, ResidualBlock) and second.shortcut_layers():
-        if frozen == "all" and any(uses_statistics(layer) for layer in second.shortcut_layers()):
+        if frozen == "all" and batch_norms(*second.shortcut_layers()):
             raise ValueError(
                 f'fine_tune must not be "all" for a {type(block).__name__} whose shortcut is registered elsewhere: its '
                 'BatchNorm cannot be held in evaluation mode from here; take "convolutions"'
             )
         (second.shortcut,) = second.shortcut_layers()  # it is referred to; the copy's own is to be trained and saved
     return second
-
-
-def uses_statistics(module):
-    """Whether there is a BatchNorm inside."""
-    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
 def add_expert(block, second, frozen):
