@@ -35,24 +35,8 @@ def converted(style):
     return model, dynexec.convert(model).num_blocks
 
 
-def eager(model, x, decisions):
-    with torch.no_grad(), dynexec.decide(decisions):
-        return model(x)
-
-
 def relative_error(actual, expected):
     return float((actual - expected).abs().max() / expected.abs().max()) if expected.numel() else 0.0
-
-
-def decision_patterns(n, num_blocks):
-    one = torch.zeros(n, num_blocks, dtype=torch.bool)
-    one[n // 2] = True
-    yield "none", torch.zeros(n, num_blocks, dtype=torch.bool)
-    yield "all", torch.ones(n, num_blocks, dtype=torch.bool)
-    yield "one sample", one
-    yield "all but one", ~one
-    for keep in (0.25, 0.5, 0.9):
-        yield f"keep {keep}", torch.rand(n, num_blocks) < keep
 
 
 @pytest.mark.parametrize("executor", [None, *ALL_EXECUTORS])
@@ -63,9 +47,9 @@ def test_frozen_network_equals_eager(style, executor):
     for n in (1, 2, 5, 33):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = toys.images(n, layout=layout)
-            for name, decisions in decision_patterns(n, num_blocks):
+            for name, decisions in toys.decision_patterns(n, num_blocks):
                 untouched = x.clone()
-                error = relative_error(frozen(x, decisions), eager(model, x, decisions))
+                error = relative_error(frozen(x, decisions), toys.run(model, x, decisions))
                 assert error < TOLERANCE, (name, n, layout)
                 assert torch.equal(x, untouched)
 
@@ -76,7 +60,7 @@ def test_other_image_sizes_and_an_empty_batch(executor):
     frozen = dynexec.freeze(model, toys.images(2), executor=executor)
     x = toys.images(3, size=18)
     decisions = torch.rand(3, num_blocks) < 0.5
-    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < TOLERANCE
     assert frozen(x[:0], decisions[:0]).shape == (0, 5)
 
 
@@ -84,7 +68,7 @@ def test_float64_runs_without_onednn():
     model, num_blocks = converted("torchvision")
     frozen = dynexec.freeze(model.double(), toys.images(2).double())
     x, decisions = toys.images(3).double(), torch.rand(3, num_blocks) < 0.5
-    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < 1e-12
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-12
 
 
 def test_nan_of_one_sample_does_not_reach_others():
@@ -97,7 +81,7 @@ def test_nan_of_one_sample_does_not_reach_others():
         decisions[1] = False
         output = frozen(x, decisions)
         others = [0, 2, 3]
-        assert relative_error(output[others], eager(model, x[others], decisions[others])) < TOLERANCE
+        assert relative_error(output[others], toys.run(model, x[others], decisions[others])) < TOLERANCE
 
 
 def test_model_and_example_are_not_changed():
@@ -127,7 +111,7 @@ def test_a_stage_input_that_others_read_is_not_overwritten(executor, channels):
     dynexec.convert(model)
     frozen = dynexec.freeze(model, toys.images(2), executor=executor)
     x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
-    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < TOLERANCE
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 7])
@@ -140,7 +124,7 @@ def test_samples_at_once_change_nothing(samples, executor):
         x, decisions = toys.images(n), torch.rand(n, num_blocks) < 0.5
         output, replay = frozen(x, decisions, return_decisions=True)
         assert torch.equal(replay, decisions)
-        assert relative_error(output, eager(model, x, decisions)) < TOLERANCE
+        assert relative_error(output, toys.run(model, x, decisions)) < TOLERANCE
 
 
 def test_a_network_that_mixes_samples_is_never_split(no_engine, monkeypatch):
@@ -180,7 +164,7 @@ def test_blocks_called_with_constants():
     dynexec.convert(model)
     frozen = dynexec.freeze(model, toys.images(2))
     x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
-    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < TOLERANCE
 
 
 def test_policy_decides_and_decisions_replay():
@@ -201,7 +185,7 @@ def test_hooked_layers_still_run():
     model.layers[0][0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
     frozen = dynexec.freeze(model, toys.images(2))
     x, decisions = toys.images(3), torch.ones(num_blocks, dtype=torch.bool)
-    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < TOLERANCE
 
 
 def test_executor_with_wrong_output_is_refused(monkeypatch, no_engine):
@@ -218,7 +202,7 @@ def test_executor_with_wrong_output_is_refused(monkeypatch, no_engine):
 def test_cheapest_executor_is_chosen_per_stage_and_route(no_engine):
     model, num_blocks = converted("torchvision")
     frozen = dynexec.freeze(model, toys.images(4))
-    for _, decisions in decision_patterns(4, num_blocks):
+    for _, decisions in toys.decision_patterns(4, num_blocks):
         route = dynexec.Route.from_decisions(decisions)
         for stage in frozen.stages:
             seconds, _ = stage.predict(route)
@@ -319,7 +303,7 @@ def test_the_fastest_way_to_run_stays(monkeypatch, fastest):
     assert f"-> {fastest}" in frozen.explain()
     assert bool(frozen.segments) == (fastest != "layers") and bool(frozen.stages) == (fastest == "layers")
     x, decisions = toys.images(5), torch.rand(5, num_blocks) < 0.5
-    assert relative_error(frozen(x, decisions), eager(model, x, decisions)) < TOLERANCE
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < TOLERANCE
 
 
 @pytest.mark.parametrize("routed", [False, True])
