@@ -1,5 +1,6 @@
 """Parts of a network as instructions on buffers, for whatever runs them: the CPU engine or a GPU's kernels."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from dynexec.executors.packing import PackedConv, PackedLinear
@@ -27,6 +28,11 @@ class Value:
 
 @dataclass
 class Instruction:
+    """What is done to one value, or to two, and where the result goes.
+
+    ``op`` is "load", "store", "conv", "winograd", "depthwise", "max", "sum", "add", "multiply" or "gate".
+    """
+
     op: str
     input: Value | None
     output: Value | None
@@ -49,6 +55,17 @@ class Instruction:
     @property
     def values(self):
         return [value for value in (self.input, self.output, self.other) if value is not None]
+
+    @property
+    def is_pointwise(self):
+        """Whether it is a convolution that makes each pixel of the one at the same place."""
+        same = self.op == "conv" and self.input.shape[1:] == self.output.shape[1:]
+        return same and (*self.kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
+
+
+def count_readers(instructions):
+    """How many instructions read each value, by its identity; one that reads it twice counts twice."""
+    return Counter(id(value) for step in instructions for value in (step.input, step.other) if value is not None)
 
 
 class Builder:

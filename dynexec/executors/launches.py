@@ -5,7 +5,6 @@ is known to the device alone, so nothing waits for it, and the launches are the 
 run, stems, shortcuts and classifiers, is the library's.
 """
 
-from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 from dynexec.executors.conditional import Conditional, conditional_missing, switch
 from dynexec.executors.frames import Frame, Part
-from dynexec.executors.instructions import Builder
+from dynexec.executors.instructions import Builder, count_readers
 from dynexec.executors.proof import matrix_precision
 from dynexec.executors.resident import Resident
 from dynexec.executors.twins import Twins, find_twins
@@ -335,7 +334,7 @@ class LaunchProgram:
 
 def _find_pairs(instructions):
     """Numbers of the convolutions inside of gates that run as one kernel with the 1x1 convolution behind them."""
-    readers = Counter(id(value) for step in instructions for value in (step.input, step.other) if value is not None)
+    readers = count_readers(instructions)
     pairs, gate_ends = set(), 0
     for number, (step, after) in enumerate(zip(instructions, instructions[1:], strict=False)):
         if step.op == "gate":
@@ -343,10 +342,8 @@ def _find_pairs(instructions):
         if number + 1 >= gate_ends or (step.op, after.op) != ("conv", "conv"):
             continue
         between = step.output
-        pointwise = (*after.kernel, *after.stride, *after.padding) == (1, 1, 1, 1, 0, 0)
-        pointwise &= after.output.shape[1:] == between.shape[1:]  # no zeros around it either
         only = after.input is between and after.other is not between and readers[id(between)] == 1
-        if pointwise and only and step.kernel[0] * step.kernel[1] > 1 and after.output is not step.input:
+        if only and after.is_pointwise and step.kernel[0] * step.kernel[1] > 1 and after.output is not step.input:
             if step.other is None and between.channels <= _LARGEST_MIDDLE:
                 pairs.add(number)
     return pairs

@@ -17,12 +17,10 @@ of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels 
 Winograd's F(4x4, 3x3) takes a convolution's weights; the engine transforms them itself.
 """
 
-from collections import Counter
-
 import torch
 
 from dynexec.executors.engine import Program
-from dynexec.executors.instructions import Builder
+from dynexec.executors.instructions import Builder, count_readers
 from dynexec.executors.weights import Weights
 
 _VERSION = 3
@@ -157,7 +155,7 @@ class ProgramBuilder(Builder):
 
 def _find_bands(instructions, phase_of, floats):
     """Mark where a 1x1, a depthwise and a 1x1 convolution follow each other, or two of these."""
-    readers = Counter(id(value) for step in instructions for value in (step.input, step.other) if value is not None)
+    readers = count_readers(instructions)
     ends = {number + step.gated for number, step in enumerate(instructions) if step.op == "gate"}
 
     def follows(number):
@@ -166,17 +164,13 @@ def _find_bands(instructions, phase_of, floats):
         inner = step.output is not None and readers[id(step.output)] == 1 and after.input is step.output
         return inner and phase_of[number] == phase_of[number + 1] and number not in ends
 
-    def pointwise(step):
-        same = step.op == "conv" and step.input.shape[1:] == step.output.shape[1:]
-        return same and (*step.kernel, *step.stride, *step.padding) == (1, 1, 1, 1, 0, 0)
-
     taken = -1  # the last instruction of the group before
     for number, step in enumerate(instructions):
         if step.op != "depthwise":
             continue
         before, after = instructions[number - 1], instructions[min(number + 1, len(instructions) - 1)]
-        expands = number - 1 > taken and pointwise(before) and before.other is None and follows(number - 1)
-        projects = pointwise(after) and follows(number) and not any(step.output.border)
+        expands = number - 1 > taken and before.is_pointwise and before.other is None and follows(number - 1)
+        projects = after.is_pointwise and follows(number) and not any(step.output.border)
         # The last one may overwrite the first one's input only row by row.
         source, result = (before if expands else step).input, (after if projects else step).output
         if source is result and not (expands and step.stride[0] == 1):
