@@ -1,4 +1,4 @@
-"""Decisions compiled once per forward for all blocks; the only module that may wait for the device."""
+"""Decisions of all blocks compiled once per forward, and with them the one wait for the device that blocks need."""
 
 from dataclasses import dataclass
 from itertools import pairwise

@@ -19,10 +19,12 @@ class Value:
 
     @property
     def shape(self):
+        """``[channels, height, width]``."""
         return self.channels, self.height, self.width
 
     @property
     def pixels(self):
+        """Of a sample."""
         return self.height * self.width
 
 
@@ -54,6 +56,7 @@ class Instruction:
 
     @property
     def values(self):
+        """All that it reads or writes."""
         return [value for value in (self.input, self.output, self.other) if value is not None]
 
     @property

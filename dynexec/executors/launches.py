@@ -57,9 +57,11 @@ class LaunchPrograms:
         self.first = None  # of the programs
 
     def builder(self):
+        """A builder for one program."""
         return LaunchBuilder(self.columns)
 
     def finish(self, builder):
+        """The program of what a builder has collected."""
         program = LaunchProgram(builder.instructions, self)
         self.first = self.first or program
         return program

@@ -54,9 +54,11 @@ class Programs:
         self.weights = Weights()
 
     def builder(self):
+        """A builder for one program."""
         return ProgramBuilder(self.weights, self.columns, self.winograd)
 
     def finish(self, builder):
+        """The program of what a builder has collected."""
         return Program(builder.finish(), self.weights.tensor(), builder.instructions)
 
     def renew(self, program, executor):

@@ -43,10 +43,12 @@ class Timing:
 
     @property
     def p10(self):
+        """10th percentile of the elapsed seconds."""
         return float(np.percentile(self.wall, 10))
 
     @property
     def p90(self):
+        """90th percentile of the elapsed seconds."""
         return float(np.percentile(self.wall, 90))
 
     @property

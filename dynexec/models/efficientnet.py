@@ -36,6 +36,7 @@ def padded_conv(in_channels, channels, kernel, stride, size, groups=1):
 
 
 def batch_norm(channels):
+    """BatchNorm with the constants of the published networks."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 

@@ -175,6 +175,8 @@ class OneInput(nn.Module):
 
 
 class BlockTracer(fx.Tracer):
+    """Goes into the forward of one block, and into none of the modules that it calls."""
+
     def __init__(self, block):
         super().__init__()
         self.block = block
@@ -220,6 +222,7 @@ def _split(block, graph):
 
 
 def is_addition(node):
+    """Whether ``node`` adds two different values, neither of them a constant nor scaled."""
     return (
         node.op in ("call_function", "call_method")
         and node.target in _ADDITIONS

@@ -69,6 +69,7 @@ class Baseline:
                 self(images, images.new_ones(len(images), count_blocks(_backbone(model)), dtype=torch.bool))
 
     def prepare(self, model, images, threads):
+        """Build what :meth:`__call__` runs; arguments are those of the class."""
         raise NotImplementedError
 
     def __call__(self, images, decisions):

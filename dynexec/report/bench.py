@@ -137,6 +137,7 @@ def print_table(console, rows):
 
 
 def positive(text):
+    """For argparse: an int of 1 or more."""
     value = int(text)
     if value < 1:
         raise ArgumentTypeError(f"must be 1 or more, got {value}")
@@ -152,6 +153,7 @@ def _device(text):
 
 
 def keep_share(text):
+    """For argparse: a float from 0 to 1, or the word :data:`PUBLISHED`."""
     if text == PUBLISHED:
         return text
     try:
@@ -164,6 +166,7 @@ def keep_share(text):
 
 
 def make_settings(net, blocks, batch, keeps):
+    """A :class:`Setting` for each of ``keeps``, less those of which nothing is published."""
     settings = []
     for keep in keeps:
         if keep != PUBLISHED:

@@ -31,6 +31,7 @@ class Setting:
 
     @property
     def label(self):
+        """What its candidates' times are kept under."""
         return f"{self.kind} {self.keep:.4g}"
 
 
