@@ -1,13 +1,15 @@
-"""Programs of the CPU engine for tests: made of a few instructions, run, compared."""
+"""Programs of the CPU engine for tests: made of a few instructions, run, compared; and a mark for what needs it."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from dynexec.executors.engine import Program
+from dynexec.executors.engine import Program, engine_missing
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.program import BAND_FLOATS, ProgramBuilder
 from dynexec.executors.weights import Weights
 
+needs_engine = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
 NOTHING = torch.zeros(0, 0, dtype=torch.bool)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from engine_programs import needs_engine
 
 import dynexec
 from dynexec.executors.engine import engine_missing
@@ -73,7 +74,7 @@ def test_the_policy_and_networks_of_parts():
             torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.skipif(engine_missing() is not None, reason="no engine")
+@needs_engine
 def test_with_several_threads_inside():
     """Callers whose layers are shared by all threads of the engine, more than there are cores."""
     torch.set_num_threads(2)
@@ -108,7 +109,7 @@ def test_what_was_used_last_is_kept_and_made_once():
     assert set(together(lambda _: kept.find(100, lambda: make(100)), 100)) == {-100} and made == [100]
 
 
-@pytest.mark.skipif(engine_missing() is not None, reason="no engine")
+@needs_engine
 def test_programs_of_few_image_sizes_are_kept():
     model, twin, blocks = toys.converted()
     frozen = dynexec.freeze(model, toys.images(2), executor="resident")

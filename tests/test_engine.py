@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_programs import close, packed, program, run
+from engine_programs import close, needs_engine, packed, program, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dynexec.executors.engine import Program, engine_missing
+from dynexec.executors.engine import Program
 from dynexec.executors.packing import ACTIVATIONS
 
 BANDS = Path(__file__).with_name("test_engine_bands.py")
-pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+pytestmark = needs_engine
 
 
 def _scale(sums):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_programs import Inverted, close, packed, program, run
+from engine_programs import Inverted, close, needs_engine, packed, program, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynexec.executors.engine import Program, engine_missing
+from dynexec.executors.engine import Program
 
-pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+pytestmark = needs_engine
 
 ALWAYS, NEVER = 1, 1 << 40  # floats between the instructions from which they run on bands
 

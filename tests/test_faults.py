@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from engine_programs import needs_engine
 
 import dynexec
 from dynexec import files
-from dynexec.executors.engine import engine_missing
 from dynexec.executors.proof import relative_error
 from dynexec.models import blockdrop_resnet, load_official
 from dynexec.report import page, rows, tables
@@ -229,7 +229,7 @@ print(test_faults.right(frozen, model, num_blocks, 1, 200))
 """
 
 
-@pytest.mark.skipif(engine_missing() is not None, reason="no engine")
+@needs_engine
 @pytest.mark.parametrize("samples", [1, 32], ids=["workspace", "output"])
 def test_no_memory_for(tmp_path, samples):
     command = [sys.executable, "-c", _LITTLE_MEMORY, str(ROOT / "tests"), str(samples)]

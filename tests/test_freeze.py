@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import toys
+from engine_programs import needs_engine
 from torch import nn
 
 import dynexec
@@ -293,7 +294,7 @@ def test_bad_arguments():
         pickle.dumps(dynexec.freeze(model, toys.images(2)))
 
 
-@pytest.mark.skipif(engine_missing() is not None, reason="no engine")
+@needs_engine
 @pytest.mark.parametrize("fastest", ["resident", "fused", "layers"])
 def test_the_fastest_way_to_run_stays(monkeypatch, fastest):
     model, num_blocks = converted("torchvision")

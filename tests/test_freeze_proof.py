@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
+from engine_programs import needs_engine
 from torch import nn
 
 import dynexec
-from dynexec.executors.engine import engine_missing
 from dynexec.executors.proof import relative_error
 from dynexec.executors.segment import Segment
 from dynexec.nn import ResidualBlock, assign_columns
@@ -204,9 +204,6 @@ def test_a_shortcut_that_shares_its_inputs_memory(shortcut, executor):
     with torch.no_grad(), dynexec.decide(decisions):
         expected = model(x)
     assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
-
-
-needs_engine = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
 
 
 def break_segments(monkeypatch, broken):

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
+from engine_programs import needs_engine
 from torch import nn
 
 import dynexec
-from dynexec.executors.engine import engine_missing
 
-pytestmark = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
+pytestmark = needs_engine
 
 
 class Network(nn.Module):

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 from engine_cases import run
-
-from dynexec.executors.engine import engine_missing
+from engine_programs import needs_engine
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 pytestmark = [
-    pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}"),
+    needs_engine,
     pytest.mark.skipif(not SOURCES.exists(), reason="needs the source tree"),
     pytest.mark.skipif(None in (COMPILER, EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64"),
 ]

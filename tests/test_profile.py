@@ -10,7 +10,7 @@ import pytest
 import torch
 import toys
 from bench_toys import TINY
-from engine_programs import Inverted
+from engine_programs import Inverted, needs_engine
 from torch.profiler import ProfilerActivity
 
 import dynexec
@@ -32,7 +32,6 @@ from dynexec.route import Route
 LAYERS = ["compact", "masked", "grouped"]
 ENGINE = [] if engine_missing() else ["resident", "fused"]
 EXECUTORS = LAYERS + ENGINE
-needs_engine = pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}")
 
 
 @pytest.fixture

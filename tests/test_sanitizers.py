@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from engine_cases import run, write_cases
-
-from dynexec.executors.engine import engine_missing
+from engine_programs import needs_engine
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
@@ -20,7 +19,7 @@ SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 MUTATIONS = {"address": 600, "thread": 100}  # of each program
 
 pytestmark = [
-    pytest.mark.skipif(engine_missing() is not None, reason=f"no engine: {engine_missing()}"),
+    needs_engine,
     pytest.mark.skipif(shutil.which("g++") is None or not SOURCES.exists(), reason="needs g++ and the source tree"),
 ]
 
