@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Rates that are drawn with, at which all samples are dropped, and none.
+ALMOST_1, ALMOST_0 = 1 - 1e-12, 1e-12
+
 
 class DropPath(nn.Module):
     """As in timm, drawing included."""

@@ -6,14 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from drop_path_toys import DropPath, assert_same
+from drop_path_toys import ALMOST_0, ALMOST_1, DropPath, assert_same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dynexec.nn import SubsetDropPath
 from dynexec.nn.drop_path import draw_samples
-
-ALMOST_1, ALMOST_0 = 1 - 1e-12, 1e-12
 
 
 def tokens_branch():

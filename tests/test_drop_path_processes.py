@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from drop_path_toys import DropPath, ViTBlock, assert_same
+from drop_path_toys import ALMOST_1, DropPath, ViTBlock, assert_same
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -11,8 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dynexec
 from dynexec.nn import SubsetDropPath
-
-ALMOST_1 = 1 - 1e-12
 
 
 def branch():

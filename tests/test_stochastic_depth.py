@@ -8,13 +8,11 @@ from pathlib import Path
 import drop_path_toys as toys
 import pytest
 import torch
-from drop_path_toys import DropPath, ResNetBlock, StochasticDepth, ViTBlock, assert_same, results, set_rates
+from drop_path_toys import ALMOST_1, DropPath, ResNetBlock, StochasticDepth, ViTBlock, assert_same, results, set_rates
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import dynexec
-
-ALMOST_1 = 1 - 1e-12
 
 
 def converted(name, **options):

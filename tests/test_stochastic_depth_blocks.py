@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from drop_path_toys import DropPath, StochasticDepth, ViTBlock, assert_same, results, set_rates
+from drop_path_toys import ALMOST_1, DropPath, StochasticDepth, ViTBlock, assert_same, results, set_rates
 from torch import nn
 
 import dynexec
-
-ALMOST_1 = 1 - 1e-12
 
 
 class Odd(nn.Module):
