@@ -14,19 +14,18 @@ writes table.txt and results.json there. Needs scikit-learn.
 import argparse
 import copy
 import json
-import sys
 from functools import partial
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from time import process_time
 
 import torch
 import torch.nn.functional as F
+from recipe import Progress, check_equal, spread, time_lines
 from torch import nn
 
 import dynexec
 from dynexec import policy
-from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.measure import count_flops
 from dynexec.measure.environment import processor_name
 from dynexec.measure.timing import compare
@@ -258,30 +257,17 @@ def time_training(nets, singles, decisions, images, labels):
     return {"milliseconds": times, "errors": {"routed": error}, "spread": timings.spread, "batch": len(images)}
 
 
-def check_equal(name, actual, expected):
-    error = relative_error(actual, expected)
-    if not error <= TOLERANCE[torch.float32]:
-        raise RuntimeError(f"{name} differs from its reference by {error:.1e}: not timed")
-    return error
-
-
 def run_seed(seed):
-    live = sys.stdout.isatty()
-
-    def show(what):
-        if live:
-            print(f"\r\033[Kseed {seed}: {what}", end="", flush=True)
-
-    start = process_time()
+    progress, start = Progress(seed), process_time()
     parts = load_parts(seed)
-    rows, nets, singles, decisions = compare_sharing(parts, seed, show)
-    show("timing")
+    rows, nets, singles, decisions = compare_sharing(parts, seed, progress.show)
+    progress.show("timing")
     images, labels = parts[2]
     inference = time_inference(nets, singles, decisions, images)
     training = time_training(nets, singles, decisions, images[:BATCH], labels[:BATCH])
     seconds = process_time() - start
     blocks = ", ".join(f"{task} {''.join(map(str, row.int().tolist()))}" for task, row in zip(TASKS, decisions))
-    print(f"{chr(13) if live else ''}seed {seed}: {blocks}; {seconds:.0f} s of CPU time", flush=True)
+    progress.done(f"{blocks}; {seconds:.0f} s of CPU time")
     return {"seed": seed, "rows": rows, "inference": inference, "training": training, "seconds": seconds}
 
 
@@ -299,20 +285,7 @@ def make_table(runs):
             + "".join(f"{count:9.0f}" for count in flops) + f"{spread(costs):>15}   "
             + "  ".join(f"{gain:+.1f}" for gain in gains)
         )  # fmt: skip
-    for part, unit in (("inference", "microseconds"), ("training", "milliseconds")):
-        lines += ["", f"{f'{part}, CPU {unit}':34}{'median':>16}{'times as fast':>16}{'largest error':>16}"]
-        for name in runs[0][part][unit]:
-            times = [run[part][unit][name] for run in runs]
-            ratios = [run[part][unit]["a pass per task, weighed"] / run[part][unit][name] for run in runs]
-            errors = [run[part]["errors"][name] for run in runs if name in run[part]["errors"]]
-            error = f"{max(errors):.0e}" if errors else "-"
-            lines.append(f"{name:34}{spread(times):>16}{spread(ratios, 2):>16}{error:>16}")
-        lines.append(f"{'wall clock of the first, twice':34}{max(run[part]['spread'] for run in runs):16.2f}")
-    return "\n".join(lines)
-
-
-def spread(values, digits=1):
-    return f"{mean(values):.{digits}f} +- {pstdev(values):.{digits}f}"
+    return "\n".join(lines + time_lines(runs, "a pass per task, weighed"))
 
 
 def main(argv=None):

@@ -13,20 +13,19 @@ writes table.txt and results.json there. Needs scikit-learn; faces need scikit-i
 import argparse
 import copy
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from time import process_time
 
 import torch
 import torch.nn.functional as F
+from recipe import Progress, check_equal, spread, time_lines
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynexec
-from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.measure import count_flops
 from dynexec.measure.environment import processor_name
 from dynexec.measure.timing import compare
@@ -269,31 +268,15 @@ def time_training(spot, full, images, labels):
     }  # fmt: skip
 
 
-def check_equal(name, actual, expected):
-    error = relative_error(actual, expected)
-    if not error <= TOLERANCE[torch.float32]:
-        raise RuntimeError(f"{name} differs from its reference by {error:.1e}: not timed")
-    return error
-
-
 def run_seed(seed, target):
-    live = sys.stdout.isatty()
-
-    def show(what):
-        if live:
-            print(f"\r\033[Kseed {seed}: {what}", end="", flush=True)
-
-    start = process_time()
+    progress, start = Progress(seed), process_time()
     problem = load_problem(target, seed)
-    rows, spot, full = adapt(problem, seed, show)
-    show("timing")
+    rows, spot, full = adapt(problem, seed, progress.show)
+    progress.show("timing")
     inference = time_inference(spot, full, problem.test[0])
     training = time_training(spot, full, *(part[:BATCH] for part in problem.test))
     seconds = process_time() - start
-    print(
-        f"{chr(13) if live else ''}seed {seed}: {len(problem.test[0])} test images, {seconds:.0f} s of CPU time",
-        flush=True,
-    )
+    progress.done(f"{len(problem.test[0])} test images, {seconds:.0f} s of CPU time")
     return {"seed": seed, "rows": rows, "inference": inference, "training": training, "seconds": seconds}
 
 
@@ -308,24 +291,7 @@ def make_table(runs):
             f"{rows[0]['flops'] / 1e3:9.0f}{rows[0]['parameters']:12}{rows[0]['trained']:9}   "
             + "  ".join(f"{accuracy:.1f}" for accuracy in accuracies)
         )
-    for part, unit in (("inference", "microseconds"), ("training", "milliseconds")):
-        lines += [
-            "",
-            f"{part + ', CPU ' + unit:34}{'median':>16}{'times as fast':>16}{'largest error':>16}{'kFLOPs':>9}",
-        ]
-        for name in runs[0][part][unit]:
-            times = [run[part][unit][name] for run in runs]
-            ratios = [run[part][unit]["both sets, weighed"] / run[part][unit][name] for run in runs]
-            errors = [run[part]["errors"][name] for run in runs if name in run[part]["errors"]]
-            error = f"{max(errors):.0e}" if errors else "-"
-            flops = f"{runs[0][part]['flops'][name] / 1e3:.0f}" if "flops" in runs[0][part] else "-"
-            lines.append(f"{name:34}{spread(times):>16}{spread(ratios, 2):>16}{error:>16}{flops:>9}")
-        lines.append(f"{'wall clock of the first, twice':34}{max(run[part]['spread'] for run in runs):16.2f}")
-    return "\n".join(lines)
-
-
-def spread(values, digits=1):
-    return f"{mean(values):.{digits}f} +- {pstdev(values):.{digits}f}"
+    return "\n".join(lines + time_lines(runs, "both sets, weighed", flops=True))
 
 
 def main(argv=None):

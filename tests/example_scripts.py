@@ -14,5 +14,7 @@ def load_example(name):
     """``examples/<name>.py`` as a new module, which is not registered."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)  # as where it is run: some import what they share
+        spec.loader.exec_module(module)
     return module
