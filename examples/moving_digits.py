@@ -155,10 +155,10 @@ def convolutions(channels, widths):
     return nn.Sequential(*layers)
 
 
-def epoch_of(make_clips, digits, count, generator, batch=32):
-    """Batches of new clips, made of ``count`` of the digits."""
+def epoch_of(make_clips, digits, count, generator):
+    """Batches of 32 new clips, made of ``count`` of the digits."""
     images, labels = digits
-    rows = torch.randperm(len(labels), generator=generator)[:count].split(batch)
+    rows = torch.randperm(len(labels), generator=generator)[:count].split(32)
     return (make_clips(images[some], labels[some], generator) for some in rows)
 
 

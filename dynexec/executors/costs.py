@@ -20,6 +20,7 @@ from dynexec.measure.environment import processor_name
 _VERSION = 1  # of the file
 _LARGEST = 16  # rows; beyond, time grows linearly because blocks run in chunks
 _CHUNKS = (32, 16, 8, 4)
+_REPEATS, _BUDGET = 5, 0.2  # runs of which the least time counts, unless they take more seconds than that
 _ROWS = {str(rows) for rows in range(1, _LARGEST + 1)}
 _log = logging.getLogger(__name__)
 
@@ -218,18 +219,18 @@ def _shortcut(block, x):
     return x if block.shortcut is None else block.shortcut(x)
 
 
-def seconds(function, device=None, repeats=5, budget=0.2):
+def seconds(function, device=None):
     """Seconds that ``function()`` takes on ``device``, the least of a few runs: noise only ever adds."""
     wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     function()
     wait()
     best, start = float("inf"), time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         before = time.perf_counter()
         function()
         wait()
         now = time.perf_counter()
         best = min(best, now - before)
-        if now - start > budget:
+        if now - start > _BUDGET:
             break
     return best

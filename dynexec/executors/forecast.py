@@ -7,6 +7,7 @@ from dynexec.executors.launches import BUCKETS
 from dynexec.executors.resident import cluster_size, read_network
 from dynexec.measure.roofline import Layer, layer_seconds
 
+_ARCHITECTURE = 90  # whose tiles are assumed: Hopper's
 _OURS = (0, 0, 0)  # the tile of a kernel of ours that has none
 # What a conditional node takes, as a kernel that moves nothing: setting its value, and starting the body.
 _NODE = Layer(0, 0, 0, 0, 0)
@@ -25,7 +26,7 @@ def program_seconds(gpu, program, samples, kept, dtype, executor):
     return sum(layer_seconds(gpu, *launch) for launch in launches(program, samples, kept, dtype, executor))
 
 
-def launches(program, samples, kept, dtype, executor="fused", architecture=90):
+def launches(program, samples, kept, dtype, executor="fused"):
     """The launches of a program, each as a Layer and the number of samples that it works on.
 
     Parameters
@@ -38,11 +39,9 @@ def launches(program, samples, kept, dtype, executor="fused", architecture=90):
     dtype : torch.dtype
     executor : str
         One of the program's, or "static": the library's convolutions, and no decisions.
-    architecture : int
-        The GPU's, 10 times its compute capability.
     """
     found, number = [], 0
-    what = program, samples, dtype, architecture
+    what = program, samples, dtype
     while number < len(program.instructions):
         step = program.instructions[number]
         number += 1
@@ -64,9 +63,9 @@ def launches(program, samples, kept, dtype, executor="fused", architecture=90):
     return found
 
 
-def _gated(numbers, count, executor, program, samples, dtype, architecture):
+def _gated(numbers, count, executor, program, samples, dtype):
     """Of the instructions behind a gate that so many samples pass."""
-    what = program, samples, dtype, architecture
+    what = program, samples, dtype
     if executor == "fused":
         return [(_layer(number, program.pairs, False, *what), count) for number in numbers]
     if executor == "conditional":
@@ -125,7 +124,7 @@ def _copy(value, dtype):
     return Layer(value.pixels, value.channels, 0, 2 * dtype.itemsize * value.channels * value.pixels, 0, _OURS)
 
 
-def _layer(number, pairs, library, program, samples, dtype, architecture):
+def _layer(number, pairs, library, program, samples, dtype):
     """Of one instruction, as one of ``pairs`` if it is, and by the library or a kernel of ours."""
     from dynexec.kernels.configs import choose_pair_tile, choose_tile  # importing Triton takes a second
 
@@ -139,10 +138,10 @@ def _layer(number, pairs, library, program, samples, dtype, architecture):
     if step.op == "conv":
         reduction = weights // channels
         tile = choose_tile(
-            samples * pixels, channels, reduction // step.input.channels, step.input.channels, dtype, architecture
+            samples * pixels, channels, reduction // step.input.channels, step.input.channels, dtype, _ARCHITECTURE
         )
         if between:
-            tile = choose_pair_tile(samples * pixels, between[0].channels, step.input.channels, dtype, architecture)
+            tile = choose_pair_tile(samples * pixels, between[0].channels, step.input.channels, dtype, _ARCHITECTURE)
         tile = None if library else (tile.bm, min(tile.bn, channels), tile.programs)
     size, launched = dtype.itemsize, number - 1 not in pairs
     return Layer(pixels, channels, reduction, size * traffic, size * weights, tile, launched)

@@ -129,13 +129,13 @@ def check_mapping(state, part, entry, given):
         raise ValueError(f"{given} must have names for the {part}, got the keys {shorten(map(repr, wrong))}")
 
 
-def without_prefix(state, prefix="module."):
-    """``state`` with a prefix of its names taken away, which ``DataParallel`` puts there."""
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+def without_prefix(state):
+    """``state`` without the ``module.`` before its names, which ``DataParallel`` puts there."""
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def shorten(items, limit=12):
-    """The first of ``items`` as one text, and how many more there are."""
+def shorten(items):
+    """The first dozen of ``items`` as one text, and how many more there are."""
     items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    more = f" and {len(items) - 12} more" if len(items) > 12 else ""
+    return ", ".join(items[:12]) + more

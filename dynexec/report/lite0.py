@@ -97,7 +97,7 @@ class Agreement:
         return self.decisions.sum(1)
 
 
-def judge(net, frozen, images, *, draws=5, seed=0, progress=None):
+def judge(net, frozen, images, *, draws=5, progress=None):
     """Compare a policy with the full network on images without labels.
 
     Parameters
@@ -110,7 +110,6 @@ def judge(net, frozen, images, *, draws=5, seed=0, progress=None):
         uint8 ones are normalised in batches.
     draws : int
         How often random decisions are drawn.
-    seed : int
     progress : callable, optional
         Called with the share done, 0 to 1.
 
@@ -140,7 +139,7 @@ def judge(net, frozen, images, *, draws=5, seed=0, progress=None):
     def share(decisions, images=images):
         return (run(decisions, images)[0] == labels).double().mean().item()
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     orders = [torch.rand(decisions.shape, generator=generator).argsort(1) for _ in range(draws)]
     random = sum(share(decisions.gather(1, order)) for order in orders) / draws
     number = round(decisions.sum().item() / len(decisions))

@@ -119,8 +119,10 @@ def center_crop(pictures, size=224):
     return torch.cat(scaled)[..., top : top + size, left : left + size].contiguous()
 
 
-def random_crops(pictures, count, generator, *, size=224, smallest=0.4):
+def random_crops(pictures, count, generator, *, size=224):
     """Cut random parts out of random pictures, mirror half of them, and change brightness and contrast a little.
+
+    The shorter side of a part is 40 to 100 % of the picture's shorter side; the longer side up to a third longer.
 
     Parameters
     ----------
@@ -130,9 +132,6 @@ def random_crops(pictures, count, generator, *, size=224, smallest=0.4):
     generator : torch.Generator
     size : int
         Of the result.
-    smallest : float
-        The shorter side of a part is between this share of the picture's shorter side and all of it; the longer side
-        up to a third longer.
 
     Returns
     -------
@@ -142,7 +141,7 @@ def random_crops(pictures, count, generator, *, size=224, smallest=0.4):
     for row in range(count):
         picture = pictures[torch.randint(len(pictures), (), generator=generator)]
         draw = torch.rand(8, generator=generator).tolist()
-        side = min(picture.shape[:2]) * (smallest + (1 - smallest) * draw[0])
+        side = min(picture.shape[:2]) * (0.4 + 0.6 * draw[0])
         longer = side * (1 + draw[1] / 3)
         height, width = (round(side), round(longer)) if draw[2] < 0.5 else (round(longer), round(side))
         height, width = min(height, picture.shape[0]), min(width, picture.shape[1])
