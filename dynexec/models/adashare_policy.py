@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.checkpoints import shorten
-from dynexec.models.deeplab import BasicBlock, conv_shortcut, initialize
+from dynexec.models.deeplab import BasicBlock, conv_shortcut
+from dynexec.models.resnet import initialize_convolutions
 from dynexec.policy import draw
 from dynexec.policy.bernoulli import check_logits
 
@@ -115,7 +116,7 @@ class InstancePolicy(SharingPolicy):
             channels = width
         self.bn2 = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
         self.linear = nn.Linear(channels, num_tasks * num_blocks * 2)
-        initialize(self)
+        initialize_convolutions(self)
 
     def forward(self, images):
         x = self.bn1(self.conv1(images))  # no ReLU, as published

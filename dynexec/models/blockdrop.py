@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
+from dynexec.models.resnet import initialize_convolutions
 from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
 from dynexec.policy import sample
 
@@ -116,9 +117,7 @@ class SegmentedResNet(nn.Module):
         self.num_features = channels
         if num_classes is not None:
             self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize_convolutions(self)
 
     def forward(self, images):
         x = self.stem_pool(torch.relu(self.bn1(self.conv1(images))))

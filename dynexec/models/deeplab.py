@@ -7,6 +7,8 @@ Parameter names are those of the published AdaShare checkpoints: ``blocks.{segme
 import torch
 from torch import nn
 
+from dynexec.models.resnet import initialize_convolutions
+
 #: Per segment, before widths: an image's features keep an eighth of its size.
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
@@ -108,7 +110,7 @@ class DilatedResNet(nn.Module):
             self.blocks.append(nn.ModuleList([first, *others]))
             channels = outputs
         self.num_features = channels
-        initialize(self)
+        initialize_convolutions(self)
 
     def chain(self):
         """Pairs of block and shortcut, in the order of execution; None for a shortcut that is the identity."""
@@ -200,10 +202,3 @@ class Head(nn.Module):
 def conv_shortcut(in_channels, channels, stride):
     """1x1 convolution and batch norm."""
     return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
-
-
-def initialize(module):
-    """Weights of convolutions for training from scratch."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -91,9 +91,7 @@ class ResNet(nn.Module):
         self.num_features = channels
         if num_classes is not None:
             self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize_convolutions(self)
 
     def stem(self, images):
         """Images to the input of ``layer1``, a fourth of their size."""
@@ -103,3 +101,10 @@ class ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.fc(x) if hasattr(self, "fc") else x
+
+
+def initialize_convolutions(module):
+    """Weights of convolutions for training from scratch (He et al., ICCV 2015)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -9,6 +9,7 @@ from torch import nn
 from dynexec.models.blockdrop import pool_shortcut
 from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
 from dynexec.models.inert import state_of
+from dynexec.models.resnet import initialize_convolutions
 from dynexec.nn import DynamicNetwork, ExpertBlock, assign_columns, dynamic_blocks
 from dynexec.policy import draw, gumbel_softmax
 
@@ -94,9 +95,7 @@ class SpotTuneResNet(nn.Module):
             self.parallel_blocks = parallel
         self.bn2 = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
         self.linear = nn.Linear(channels, num_outputs)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        initialize_convolutions(self)
 
     def forward(self, images):
         x = self.bn1(self.conv1(images))
