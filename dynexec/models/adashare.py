@@ -11,7 +11,7 @@ from dynexec.models.adashare_policy import InstancePolicy, TaskPolicy
 from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
 from dynexec.models.deeplab import BasicBlock, Bottleneck, DilatedResNet, Head
 from dynexec.nn import RoutedNetwork
-from dynexec.nn.tasks import SharingPlan, check_decisions, count_shared_rows
+from dynexec.nn.tasks import SharingPlan, check_task_decisions, count_shared_rows
 
 #: Depth to block and number of blocks per segment.
 DEPTHS = {
@@ -68,7 +68,7 @@ class AdaShareFlops:
 
     def backbone(self, decisions, *, shared=True):
         """As :meth:`of`, for the backbone alone; ``shared`` False: once per task, without the blocks it skips."""
-        check_decisions(decisions)
+        check_task_decisions(decisions)
         tasks, blocks = len(self.head), len(self.block)
         if decisions.shape[-2:] != (tasks, blocks):
             raise ValueError(
@@ -155,7 +155,7 @@ class AdaShare(RoutedNetwork):
             features = [self.backbone.run_soft(images, soft_decisions[..., t, :]) for t in range(self.num_tasks)]
         else:
             used = self.policy.decide(images) if decisions is None else decisions
-            check_decisions(used)
+            check_task_decisions(used)
             self._check_shape(used, "decisions", len(images))
             features = self.backbone.run_shared(images, SharingPlan.from_decisions(used, len(images), images.device))
         maps = [head(x) for head, x in zip(self.heads, features)]

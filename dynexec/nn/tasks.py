@@ -54,7 +54,7 @@ class SharingPlan:
         TypeError, ValueError
             If dtype or shape do not fit.
         """
-        check_decisions(decisions)
+        check_task_decisions(decisions)
         if decisions.dim() == 3 and len(decisions) != num_samples:
             raise ValueError(f"decisions must be for {num_samples} samples, got {tuple(decisions.shape)}")
         device = decisions.device if device is None else device
@@ -93,7 +93,7 @@ def count_shared_rows(decisions):
         Distinct histories before the block, and how many of them have a task that runs it. Without sharing these
         were T, and ``decisions.sum(-2)``.
     """
-    check_decisions(decisions)
+    check_task_decisions(decisions)
     same = decisions.unsqueeze(-2) == decisions.unsqueeze(-3)  # [..., task, other task, L]
     same = same.long().cumprod(-1).bool()
     earlier = torch.ones(same.shape[-2], same.shape[-2], dtype=torch.bool, device=same.device).tril(-1)
@@ -103,7 +103,7 @@ def count_shared_rows(decisions):
     return torch.cat([torch.ones_like(after[..., :1]), after[..., :-1]], -1), running
 
 
-def check_decisions(decisions):
+def check_task_decisions(decisions):
     """Raise TypeError or ValueError unless ``decisions`` is a bool tensor ``[T, L]`` or ``[N, T, L]``."""
     kind = getattr(decisions, "dtype", type(decisions).__name__)
     if kind != torch.bool:
