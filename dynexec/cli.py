@@ -13,7 +13,7 @@ COMMANDS = {
     "info": ("dynexec.info", None, "versions, devices, threads, what is native and why not"),
     "demo": ("dynexec.report.demo", "demo", "dynamic networks on real digits, photos and video: one table, one page"),
     "bench": ("dynexec.report.bench", "bench", "theoretical against realised speed-up, against every baseline"),
-    "report": ("dynexec.report.page", "bench", "one self-contained HTML page of bench and demo results"),
+    "report": ("dynexec.report.page", "bench", "one self-contained HTML page of bench, demo and profile results"),
     "profile": (
         "dynexec.report.profile",
         "bench",

@@ -205,10 +205,10 @@ def test_losses_of_made_up_times():
     run = Run(dict(zip(keys, (0.3, 0.7, 2.5, 6.25), strict=True)), idle=0.2, launches=0.4)
     full = Run(dict(zip(keys, (0.1, 0.5, 8.0, 8.0), strict=True)), idle=0.1, launches=0.2)
     parts = [
-        Part(name, kind, None, samples, flops, 0.0, run.parts[name, kind], full.parts[name, kind])
+        Part(name, kind, None, samples, 8, flops, 0.0, run.parts[name, kind], full.parts[name, kind])
         for (name, kind), samples, flops in zip(keys, (8, 8, 2, 6), (0, 0, 200, 600), strict=True)
     ]
-    found = find_losses(parts, 8, run, full, 10.6, 17.1, 1600)
+    found = find_losses(parts, run, full, 10.6, 17.1, 1600)
     assert found == pytest.approx({
         "planning": 0.3 - 0.05, "policy": 0, "launches": 0.4 - 0.1, "row moves": 0, "dropped rows computed": 0,
         "under-filled hardware": (2.5 - 2) + (6.25 - 6) + 0.2 - 0.05,
@@ -232,6 +232,22 @@ def test_policy_that_decides_is_a_part(case):
     assert found.losses["policy"] == pytest.approx(policy.measured - found.dense * policy.flops / found.dense_flops)
     assert sum(found.losses.values()) == pytest.approx(found.measured - found.theoretical)
     assert not [part for part in frozen.profile(x, decisions, rounds=1).parts if part.kind == "policy"]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_rows_that_are_moved_are_counted(case, executor):
+    """Each way of two rows that lie apart: read and written, out of the batch and back. Neighbours stay in place."""
+    model, x, _ = case
+    frozen, row = dynexec.freeze(model, x, executor=executor), 8 * 13 * 13 * 4
+    for samples, expected in (([0, 2], 2 * 2 * 2 * row), ([1, 2], 0), ([], 0)):
+        decisions = torch.zeros(6, frozen.num_blocks, dtype=torch.bool)
+        decisions[samples, 0] = True
+        found = frozen.profile(x, decisions, rounds=1)
+        if executor == "grouped" and samples:
+            expected = 2 * 2 * 2 * row  # copies neighbours, too
+        assert found.moved == (expected if executor in ("compact", "grouped") else 0)
+        (line,) = (line for line in str(found).splitlines() if line.strip().startswith("row moves"))
+        assert line.split()[-1] == f"{found.moved / 1e6:.2f}"
 
 
 def test_what_cannot_be_profiled_is_an_error(case):

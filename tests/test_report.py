@@ -204,7 +204,8 @@ def report(tmp_path, *more):
     return parser.parse_args([*fixed, *more])
 
 
-def test_page_needs_no_other_file(some_rows, tmp_path, capsys):
+def test_page_needs_no_other_file(some_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no profiles are
     for row in some_rows:
         rows.append_row(tmp_path / "rows.jsonl", row)
     (tmp_path / "demo").mkdir()

@@ -32,6 +32,9 @@ class Choice(RoutedNetwork):
     def example_decisions(self, inputs):
         return [torch.full((len(inputs),), choice) for choice in self.reached]
 
+    def run_dense(self, inputs):
+        return [net(inputs) for net in self.nets]
+
     def check_inputs(self, inputs):
         if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
             raise ValueError("inputs must be images")

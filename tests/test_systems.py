@@ -1,10 +1,9 @@
 """The bench of systems that choose among parts: fair candidates, honest rows, decisions at the published rates."""
 
 import argparse
-import functools
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import adamml_cases
 import pytest
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dynexec import models
+from dynexec.measure.profile import ROUTED_LOSSES
 from dynexec.models.adashare_policy import published_policy
 from dynexec.report import baselines, bench, systems, systems_experiment
 from dynexec.report.catalogue import HEADINGS, model_rows
@@ -81,7 +81,7 @@ def test_a_row(name):
     assert row["theoretical"] == pytest.approx(row["flops_dense"] / row["flops_needed"])
     causes = dict(row["losses"])
     assert causes.pop("total") == pytest.approx(sum(causes.values()))
-    assert causes.keys() == {"parts of unequal speed", "fewer rows at once", "rest"}
+    assert causes.keys() == {*ROUTED_LOSSES, "rest"} - {"not explained"}
 
 
 def test_whole_graphs_and_a_fixed_policy():
@@ -192,39 +192,13 @@ def test_the_table_of_models_is_what_they_are():
     assert markdown_table(HEADINGS, model_rows()) in text, "run python bench/tables.py"
 
 
-def test_losses_of_parts_of_unequal_speed():
-    """Two parts of as many FLOPs, one of which takes three times as long: choosing that one alone loses half again."""
-
-    class Part(torch.nn.Module):
-        def __init__(self, seconds):
-            super().__init__()
-            self.seconds = seconds
-
-        def forward(self, x):
-            time.sleep(self.seconds * len(x))
-            return x
-
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.slow, self.fast = Part(0.03), Part(0.01)
-
-        def part_names(self):
-            return ["slow", "fast"]
-
-    class Frozen:
-        network = Network()
-
-    def dense(frozen, decisions):
-        for part in (frozen.network.slow, frozen.network.fast):
-            part(torch.zeros(2))
-
-    def chosen(decisions):
-        Frozen.network.slow(torch.zeros(2))
-
+def test_losses_of_a_row_are_those_of_its_profiles():
     row = {"flops_needed": 1.0, "flops_dense": 2.0}
     row["milliseconds"] = {"dynexec": {"median": 60.0}, "dense frozen": {"median": 80.0}}
-    candidates = {"dense frozen": functools.partial(dense, Frozen()), "dynexec": chosen}
-    losses = systems_experiment._losses(row, candidates, [None])
-    assert losses["total"] == pytest.approx(20.0)
-    assert losses["parts of unequal speed"] == pytest.approx(20.0, abs=4) and abs(losses["fewer rows at once"]) < 4
+    causes = dict.fromkeys(ROUTED_LOSSES, 0.001) | {"policy": 0.002, "not explained": 7.0}
+    profiles = [SimpleNamespace(losses=causes), SimpleNamespace(losses=causes | {"policy": 0.006})]
+    losses = systems_experiment._losses(row, profiles)
+    assert losses == pytest.approx({
+        "total": 20.0, "policy": 4.0, "fewer rows at once": 1.0, "parts of unequal speed": 1.0, "between parts": 1.0,
+        "rest": 13.0,
+    })  # fmt: skip

@@ -5,7 +5,7 @@ from torch import fx, nn
 
 from dynexec import dispatch
 from dynexec.executors.choose import CAUSES
-from dynexec.executors.profile import profile
+from dynexec.executors.profile import check_rounds, profile
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import only_segment
 from dynexec.nn.context import check_decisions
@@ -70,8 +70,7 @@ class FrozenNetwork(nn.Module):
         ValueError
             Also where ``rounds`` is no positive int.
         """
-        if not isinstance(rounds, int) or rounds < 1:
-            raise ValueError(f"rounds must be an int of 1 or more, got {rounds!r}")
+        check_rounds(rounds)
         x, decisions = self._check(x, decisions)
         if len(x) == 0:
             raise ValueError("x must hold at least one image to profile, got a batch of 0")

@@ -102,6 +102,13 @@ class _Function(fx.Interpreter):
         return _count_node(self.work, self, node, super().run_node)
 
 
+def count_part(function, row):
+    """The :class:`Work` of a packed function, or a module as it is, for ``row``, a tensor ``[1, ...]``."""
+    work = Work()
+    work.traffic = _bytes(row, _count_function(work, function, row))
+    return work
+
+
 def _count_function(work, function, *arguments):
     """Add to ``work`` what a packed function, or a module as it is, costs; give its result."""
     module = getattr(function, "__self__", function)
@@ -120,7 +127,7 @@ def _count_node(work, interpreter, node, run_node):
     """Add to ``work`` what a node costs that neither engine nor stage runs; give its value."""
     if isinstance(node.target, PackedConv):
         y = run_node(node)
-        _count_packed(work, node.target, y.shape[2] * y.shape[3], y.element_size())
+        _count_packed(work, node.target, y.shape[0] * y.shape[2] * y.shape[3], y.element_size())
         return y
     if node.op == "call_module":
         layer = interpreter.fetch_attr(node.target)
@@ -134,7 +141,7 @@ def _count_node(work, interpreter, node, run_node):
 
 def _count_conv(work, conv, output, x):
     if conv is not None:
-        _count_packed(work, conv, output.pixels, x.element_size())
+        _count_packed(work, conv, len(x) * output.pixels, x.element_size())
 
 
 def _count_packed(work, conv, pixels, size):

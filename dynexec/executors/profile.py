@@ -4,7 +4,7 @@ import gc
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import fx
@@ -14,6 +14,7 @@ from dynexec.executors.engine import Program, engine_missing, peak_rate
 from dynexec.executors.parts import POLICY, Work, columns, find_parts
 from dynexec.executors.segment import Segment
 from dynexec.executors.stage import Stage
+from dynexec.measure.moves import MoveCounter
 from dynexec.measure.profile import LOSSES, Part, Profile
 from dynexec.measure.ranges import Recorder, Span
 from dynexec.measure.rates import copy_rate, matrix_rate
@@ -39,30 +40,20 @@ class Run:
 def profile(frozen, x, decisions, rounds):
     """See :meth:`FrozenNetwork.profile`: ``x`` and ``decisions`` as :meth:`FrozenNetwork.call` takes them."""
     everything = torch.ones(len(x), frozen.num_blocks, dtype=torch.bool, device=x.device)
-    cases = [(decisions, [], []), (everything, [], [])]
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(-1, rounds):  # the first one is a warm-up
-            for given, walls, runs in cases:
-                wall, run = _seconds(frozen, x, given), record(frozen, x, given)[1]
-                if turn >= 0:
-                    walls.append(wall)
-                    runs.append(run)
-    finally:
-        if collecting:
-            gc.enable()
+    cases = [
+        (partial(frozen.call, x, given), lambda given=given: record(frozen, x, given)[1])
+        for given in (decisions, everything)
+    ]
+    (measured, run), (dense, dense_run) = take_turns(cases, rounds, x.device)
     if decisions is None:
         decisions = frozen.decide(x)
-    (_, walls, runs), (_, dense_walls, dense_runs) = cases
-    run, dense_run, measured, dense = _least(runs), _least(dense_runs), min(walls), min(dense_walls)
     works = find_parts(frozen, x)
     if POLICY not in run.parts:
         works.pop(POLICY, None)
-    rates = _peak(x.device, x.dtype), copy_rate(x.device)
+    rates = peak_flops(x.device, x.dtype), copy_rate(x.device)
     parts = _make_parts(frozen, works, decisions, run, dense_run, rates)
     dense_flops = len(x) * sum(work.flops for (_, kind), work in works.items() if kind not in ("policy", "other"))
-    losses = find_losses(parts, len(x), run, dense_run, measured, dense, dense_flops)
+    losses = find_losses(parts, run, dense_run, measured, dense, dense_flops)
     moved = frozen.predict_losses(decisions)
     for cause in ("row moves", "dropped rows computed"):
         losses[cause] = moved[cause]
@@ -86,6 +77,7 @@ def profile(frozen, x, decisions, rounds):
         dense=dense,
         parts=parts,
         losses={cause: losses[cause] for cause in LOSSES},
+        moved=_count_moved(frozen, x, decisions),
         spans=tuple(spans),
     )
 
@@ -159,11 +151,11 @@ def _make_parts(frozen, works, decisions, run, dense_run, rates):
         arithmetic, traffic = samples * work.flops / rates[0], (samples * work.traffic + work.weights) / rates[1]
         roofline = max(arithmetic, traffic) if samples else 0.0
         times = run.parts.get(key, 0.0), dense_run.parts.get(key, 0.0)
-        parts.append(Part(name, kind, column, samples, samples * work.flops, roofline, *times))
+        parts.append(Part(name, kind, column, samples, total, samples * work.flops, roofline, *times))
     return tuple(parts)
 
 
-def find_losses(parts, total, run, dense_run, measured, dense, dense_flops):
+def find_losses(parts, run, dense_run, measured, dense, dense_flops):
     """Seconds by cause, moving rows and computing dropped ones among what blocks lose.
 
     With the share s of the dense FLOPs that is needed, every time loses what it has above s times that of the dense
@@ -178,7 +170,7 @@ def find_losses(parts, total, run, dense_run, measured, dense, dense_flops):
         elif part.kind == "policy":
             losses["policy"] += part.measured - dense * part.flops / dense_flops
         elif part.kind in ("block", "other"):
-            ideal = full[part.name].dense * part.samples / total
+            ideal = full[part.name].dense * part.samples / part.total
             losses["under-filled hardware"] += part.measured - ideal
             losses["dense remainder"] += ideal - share * part.dense
         else:
@@ -189,13 +181,45 @@ def find_losses(parts, total, run, dense_run, measured, dense, dense_flops):
     return losses
 
 
-def _seconds(frozen, x, decisions):
-    """Of an ordinary call."""
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+def _count_moved(frozen, x, decisions):
+    if frozen.segments and x.device.type == "cuda":
+        return None
+    with MoveCounter() as counter:
+        for part in zip(*frozen.split(x, decisions), strict=True):
+            frozen.run(*part)
+    return counter.bytes
+
+
+def check_rounds(rounds):
+    """Raise ValueError unless it is an int of 1 or more."""
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds must be an int of 1 or more, got {rounds!r}")
+
+
+def take_turns(cases, rounds, device):
+    """Of each case (a function that calls, one that takes down a call) the least seconds and the least :class:`Run`."""
+    found = [([], []) for _ in cases]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(-1, rounds):  # the first one is a warm-up
+            for (call, take_down), (walls, runs) in zip(cases, found, strict=True):
+                wall, run = _seconds(call, device), take_down()
+                if turn >= 0:
+                    walls.append(wall)
+                    runs.append(run)
+    finally:
+        if collecting:
+            gc.enable()
+    return [(min(walls), _least(runs)) for walls, runs in found]
+
+
+def _seconds(call, device):
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     with torch.no_grad():
-        frozen.call(x, decisions)
+        call()
     wait()
     return time.perf_counter() - start
 
@@ -206,7 +230,7 @@ def _least(runs):
     return Run(parts, min(run.idle for run in runs), min(run.launches for run in runs), runs[-1].spans)
 
 
-def _peak(device, dtype):
+def peak_flops(device, dtype):
     """FLOP per second of all threads: what the engine's arithmetic can do, or else a large matrix product does."""
     if device.type == "cpu" and dtype == torch.float32 and engine_missing() is None:
         return torch.get_num_threads() * _engine_rate()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 from dynexec.files import replacing
@@ -18,11 +19,15 @@ LOSSES = (
     "dense remainder",
     "not explained",
 )
+#: The same of a routed network.
+ROUTED_LOSSES = ("policy", "fewer rows at once", "parts of unequal speed", "between parts", "not explained")
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of a network: a block, a shortcut, a layer that all samples run, the policy, or planning.
+
+    Of a routed network: one of its parts, the policy, or what lies between them.
 
     Attributes
     ----------
@@ -32,7 +37,9 @@ class Part:
     column : int, optional
         Of the decisions.
     samples : int
-        How many run it.
+        How many run it; of a routed network how many of its rows.
+    total : int
+        How many do where everything is kept; where none do, how many could.
     flops : int
         For these. A multiply-add counts as two, a convolution as its direct algorithm.
     roofline : float
@@ -41,30 +48,37 @@ class Part:
     measured : float
         Seconds.
     dense : float
-        Seconds where all samples keep all blocks.
+        Seconds where everything is kept.
     """
 
     name: str
     kind: str
     column: int | None
     samples: int
+    total: int
     flops: int
     roofline: float
     measured: float
     dense: float
 
+    @property
+    def theoretical(self):
+        """The share of its dense time that its samples are of all of them."""
+        return self.dense * self.samples / max(self.total, 1)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """What :meth:`FrozenNetwork.profile` gives; ``print`` shows a table. Times are in seconds.
+    """What ``profile`` of a frozen network gives; ``print`` shows a table. Times are in seconds.
 
     Attributes
     ----------
     executor : str
-        Which one ran, or "layers".
+        Which one ran, "layers", or "routed".
     samples, num_blocks, threads, rounds : int
+        ``num_blocks`` of a routed network are its parts.
     kept : float
-        Share of the (sample, block) pairs that are kept.
+        Share of the (sample, block) pairs that are kept; of a routed network, of the rows of its parts.
     peak, bandwidth : float
         The machine's FLOP and bytes per second, with all of these threads.
     flops, dense_flops : int
@@ -74,7 +88,10 @@ class Profile:
     parts : tuple of Part
         In the order in which they run.
     losses : dict of str to float
-        Seconds by cause, see :data:`LOSSES`; their sum is ``measured - theoretical``.
+        Seconds by cause, see :data:`LOSSES` and :data:`ROUTED_LOSSES`; their sum is ``measured - theoretical``.
+    moved : int or None
+        Bytes that gathering and scattering rows reads and writes. The engine moves none; None: not counted, as kernels
+        for GPUs do it.
     spans : tuple of Span
         One call, for :meth:`chrome_trace`.
     """
@@ -93,6 +110,7 @@ class Profile:
     dense: float
     parts: tuple[Part, ...]
     losses: dict[str, float]
+    moved: int | None
     spans: tuple[Span, ...]
 
     @property
@@ -110,48 +128,120 @@ class Profile:
         """Write :meth:`to_dict` to the file ``path``, whole or not at all."""
         _write(path, self.to_dict())
 
+    @classmethod
+    def read_json(cls, path):
+        """What :meth:`write_json` wrote to ``path``, without spans; ValueError names file and entry that are wrong."""
+        try:
+            found = json.loads(Path(path).read_text())
+        except ValueError as error:  # no text, or no JSON
+            raise ValueError(f"{path} must be JSON, as dynexec profile writes it: {error}") from None
+        entries = {key: kind for key, kind in cls.__annotations__.items() if key != "spans"} | {"theoretical": float}
+        _check_entries(path, "", found, entries)
+        for number, part in enumerate(found["parts"]):
+            _check_entries(path, f"parts[{number}].", part, Part.__annotations__)
+        for cause, seconds in found["losses"].items():
+            _check(path, f"losses.{cause}", seconds, "a finite number", _is_finite)
+        _check(path, "dense_flops", found["dense_flops"], "1 or more", bool)
+        del found["theoretical"]
+        return cls(**found | {"parts": tuple(Part(**part) for part in found["parts"]), "spans": ()})
+
     def chrome_trace(self, path):
         """Write one call to ``path`` as Chrome trace events, for chrome://tracing or Perfetto: whole or not at all."""
         each = {}  # FLOPs of a sample
         for part in self.parts:
-            each[part.name, part.kind] = part.flops // max(part.samples, 1), part.column
+            each[part.name, part.kind] = part.flops // max(part.samples, 1), part.column, part.total
         events = []
         for span in self.spans:
-            flops, column = each[span.name, span.kind]
-            arguments = {"kind": span.kind, "kept": span.samples, "samples": self.samples}
+            flops, column, total = each[span.name, span.kind]
+            arguments = {"kind": span.kind, "kept": span.samples, "samples": total}
             arguments |= {"flops": flops * span.samples} | ({} if column is None else {"column": column})
             events.append({
-                "name": _title(span),
+                "name": title(span),
                 "ph": "X", "pid": 0, "tid": span.thread, "ts": span.begin / 1e3, "dur": (span.end - span.begin) / 1e3,
                 "args": arguments,
             })  # fmt: skip
         _write(path, {"traceEvents": events, "displayTimeUnit": "ns"})
 
-    def __str__(self):
-        rows = [("", "column", "kept", "MFLOP", "roofline ms", "ms", "dense ms")]
+    def table(self):
+        """Headings and rows of the parts, as texts."""
+        headings = ("", "column", "kept", "MFLOP", "roofline ms", "ms", "dense ms")
+        rows = []
         for part in self.parts:
             rows.append((
-                _title(part),
+                title(part),
                 "" if part.column is None else str(part.column),
-                f"{part.samples}/{self.samples}",
+                f"{part.samples}/{part.total}",
                 f"{part.flops / 1e6:.2f}",
                 *(f"{1e3 * seconds:.3f}" for seconds in (part.roofline, part.measured, part.dense)),
             ))  # fmt: skip
-        times = ("measured", self.measured), ("theoretical", self.theoretical)
-        total = ("lost", self.measured - self.theoretical)
-        return "\n".join([
-            f"{self.samples} samples, {self.num_blocks} blocks, {100 * self.kept:.0f} % kept: {self.executor}, "
-            f"{self.threads} threads, {self.peak / 1e9:.1f} GFLOP/s and {self.bandwidth / 1e9:.1f} GB/s at most",
+        return headings, tuple(rows)
+
+    def summary(self):
+        """What was measured, in two lines."""
+        kept = f"{self.num_blocks} blocks, {100 * self.kept:.0f} % kept"
+        if self.executor == "routed":
+            kept = f"{self.num_blocks} parts, {100 * self.kept:.0f} % of their rows run"
+        return (
+            f"{self.samples} samples, {kept}: {self.executor}, {self.threads} threads, "
+            f"{self.peak / 1e9:.1f} GFLOP/s and {self.bandwidth / 1e9:.1f} GB/s at most",
             f"{self.flops / 1e6:.1f} of {self.dense_flops / 1e6:.1f} MFLOP, dense {1e3 * self.dense:.3f} ms",
+        )
+
+    def __str__(self):
+        headings, rows = self.table()
+        times = self.losses | {"measured": self.measured, "theoretical": self.theoretical}
+        times["lost"] = self.measured - self.theoretical
+        moved = {} if self.moved is None else dict.fromkeys(("row moves", "between parts"), f"{self.moved / 1e6:.2f}")
+        return "\n".join([
+            *self.summary(),
             "",
-            *_align(rows),
+            *_align((headings, *rows)),
             "",
-            *_align([("", "ms"), *((f"  {cause}", f"{1e3 * seconds:.3f}") for cause, seconds in self.losses.items()),
-                     *((name, f"{1e3 * seconds:.3f}") for name, seconds in (*times, total))]),
+            *_align([
+                ("", "ms", "MB moved"),
+                *((f"  {name}" if name in self.losses else name, f"{1e3 * seconds:.3f}", moved.get(name, ""))
+                  for name, seconds in times.items()),
+            ]),
         ])  # fmt: skip
 
 
-def _title(part):
+def _check_entries(path, place, found, expected):
+    """Raise ValueError unless ``found`` is a dict of just these entries, each of its type."""
+    where = place.rstrip(".") or "the file"
+    _check(path, where, found, "an object", lambda value: isinstance(value, dict))
+    if found.keys() != expected.keys():
+        wrong = ", ".join(sorted(found.keys() ^ expected.keys()))
+        raise ValueError(f"{path}: {where} must have the entries {', '.join(expected)}; missing or unknown: {wrong}")
+    for key, kind in expected.items():
+        _check(path, place + key, found[key], *_KINDS[kind])
+
+
+def _check(path, name, value, text, fits):
+    if not fits(value):
+        raise ValueError(f"{path}: {name} must be {text}, got {value!r}")
+
+
+def _is_finite(value):
+    return type(value) in (int, float) and isfinite(value)
+
+
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+# Of an entry by its annotation: what a file may hold.
+_KINDS = {
+    str: ("text", lambda value: isinstance(value, str)),
+    int: ("an int of 0 or more", _is_count),
+    int | None: ("an int of 0 or more, or null", lambda value: value is None or _is_count(value)),
+    float: ("a number of 0 or more", lambda value: _is_finite(value) and value >= 0),
+    tuple[Part, ...]: ("a list", lambda value: isinstance(value, list)),
+    dict[str, float]: ("an object", lambda value: isinstance(value, dict)),
+}
+
+
+def title(part):
+    """What a :class:`Part` or a :class:`Span` is called."""
     return f"{part.name} {part.kind}" if part.kind in ("shortcut", "other") else part.name
 
 

@@ -22,7 +22,8 @@ class Span(NamedTuple):
     """That a thread worked on a part of a network, for so many samples, from ``begin`` to ``end`` (nanoseconds).
 
     ``kind`` is "block" (the branch of samples with a True decision), "other" (the branch of those with a False one, in
-    blocks of two sets of weights), "shortcut", "layer", "policy" or "planning".
+    blocks of two sets of weights), "shortcut", "layer", "policy" or "planning"; in routed networks "part", "policy" or
+    "between".
     """
 
     thread: int

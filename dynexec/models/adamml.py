@@ -259,6 +259,11 @@ class AdaMML(RoutedNetwork):
         number = torch.arange(decided.numel(), device=decided.device).view(decided.shape)
         return [torch.ones_like(decided), decided, number % 3 == 0, number % 5 > 1]
 
+    def run_dense(self, inputs):
+        """All modalities of all segments."""
+        first = inputs[self.modalities[0]]
+        return self(inputs, soft_decisions=first.new_ones(*first.shape[:2], len(self.modalities)))
+
     def check_inputs(self, inputs):
         """Raise TypeError or ValueError unless ``inputs`` hold what the class says, and nothing else."""
         expected = [*self.modalities, *(name for name in self.policy.modalities if name not in self.modalities)]

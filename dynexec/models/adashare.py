@@ -176,6 +176,10 @@ class AdaShare(RoutedNetwork):
         drawn = torch.rand(len(inputs), *size, generator=torch.Generator().manual_seed(0)) < 0.5
         return [torch.ones(size, dtype=torch.bool), alternating % 2 == 0, drawn]
 
+    def run_dense(self, inputs):
+        """The backbone once per task, with all blocks."""
+        return self(inputs, soft_decisions=inputs.new_ones(self.num_tasks, self.num_blocks))
+
     def check_inputs(self, inputs):
         """Raise TypeError or ValueError unless ``inputs`` is a float tensor ``[N, C, H, W]`` of at least one image."""
         if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():

@@ -156,6 +156,12 @@ class ARNet(RoutedNetwork):
         every = (numbers + numbers // shape[1]) % policy.num_actions
         return [decisions.to(inputs.device) for decisions in (*turns, every, every.flip(1))]
 
+    def run_dense(self, inputs):
+        """Every prediction of every frame, of which the first backbone's counts."""
+        weights = inputs.new_zeros(*inputs.shape[:2], self.policy.num_actions)
+        weights[..., 0] = 1.0
+        return self(inputs, soft_decisions=weights)
+
     def check_inputs(self, inputs):
         """Raise unless ``inputs`` are frames ``[N, T, 3, H, W]`` with N at least 1 and all else as constructed."""
         self._check_shape(inputs)

@@ -232,6 +232,11 @@ class FeatureSharing(RoutedNetwork):
         third = (samples[:, None] + tasks) % 3 == 0
         return [everything, ~everything, third, ~third]
 
+    def run_dense(self, inputs):
+        """One task after the other, sharing nothing."""
+        tasks = torch.eye(self.num_tasks, dtype=torch.bool, device=inputs.device)
+        return [self(inputs, wanted)[task] for task, wanted in enumerate(tasks)]
+
     def check_inputs(self, inputs):
         """Raise TypeError or ValueError unless ``inputs`` is a float tensor ``[N, C, ...]`` with N at least 1."""
         if not isinstance(inputs, torch.Tensor):

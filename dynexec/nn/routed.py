@@ -10,7 +10,7 @@ class RoutedNetwork(nn.Module):
     row alone; rows are images, frames or segments. ``forward(inputs, decisions=None, *, return_decisions=False,
     soft_decisions=None)`` gathers for each part the rows that need it, calls it once with all of them, and not at all
     where there are none. :func:`dynexec.freeze` replaces the parts by fast ones and leaves ``forward`` as it is, which
-    is why parts must be called as modules.
+    is why parts must be called as modules. What decides, where anything does, is ``policy.decide(inputs)``.
 
     ``soft_decisions`` are float weights instead of choices: everything is computed and weighted, as published code
     does in training and in evaluation. Gradients reach the weights, so that a policy can be trained through them; and
@@ -25,6 +25,10 @@ class RoutedNetwork(nn.Module):
 
     def example_decisions(self, inputs):
         """Decisions for ``inputs``, a list of tensors, such that every part runs under at least one of them."""
+        raise NotImplementedError
+
+    def run_dense(self, inputs):
+        """Compute every part on every row, without a policy: what ``count_flops(inputs).dense`` counts."""
         raise NotImplementedError
 
     def check_inputs(self, inputs):

@@ -10,13 +10,24 @@ from pathlib import Path
 from jinja2 import Environment
 
 from dynexec.files import replacing
+from dynexec.measure import Profile
 from dynexec.report.plots import plot_speed_up
+from dynexec.report.profile_plots import plot_losses, plot_parts
 from dynexec.report.rows import read_rows
 from dynexec.report.tables import COLUMNS, LEGEND, candidate_table, cells, group_rows, machine, versions
 
 DEFAULT_RESULTS = ("bench/results", "out/bench.jsonl")
 DEFAULT_DEMO = "out/demo.json"
+DEFAULT_PROFILES = "out/profile*.json"
 DEFAULT_OUT = "out/report.html"
+
+_PROFILE_TEXT = (
+    "A bar is what a part took under these decisions, the black line its theoretical time: the share of its dense "
+    "time that its samples are of all. What a bar has beyond the line is lost. The diamond is the part's roofline, "
+    "which the machine's arithmetic and memory allow; a part may pass it, as FLOPs are those of the direct algorithm "
+    "and caches spare traffic."
+)
+_PROFILE_NOTE = "Kept: samples (or rows) that run the part, of how many. Dense: the same part where everything is kept."
 
 _PAGE = """\
 <!DOCTYPE html>
@@ -161,6 +172,24 @@ def bench_sections(rows, folder):
     return sections
 
 
+def profile_sections(paths, folder):
+    """A section for each file of ``dynexec profile --json``; their plots are written to ``folder``."""
+    sections = []
+    for number, path in enumerate(paths):
+        profile = Profile.read_json(path)
+        stem = f"{folder}/profile_{number}"
+        figures = [(picture, "Per part: bars are measured.") for picture in plot_parts(profile, stem)]
+        figures.append((plot_losses(profile, f"{stem}_losses.png"), "Lost, by cause; below zero: gained."))
+        times = f"Measured {1e3 * profile.measured:.3f} ms, theoretical {1e3 * profile.theoretical:.3f} ms."
+        if profile.moved is not None:
+            times += f" Gathering and scattering rows moves {profile.moved / 1e6:.2f} MB."
+        text = "\n\n".join([". ".join((*profile.summary(), times)), _PROFILE_TEXT])
+        headings, rows = profile.table()
+        table = PageTable(headings, rows, note=_PROFILE_NOTE)
+        sections.append(Section(f"Where the time went: {Path(path).stem}", text, (table,), tuple(figures)))
+    return sections
+
+
 def _speed_up_figures(rows, folder):
     """(PNG, caption) per network, and per machine of all networks that have one row for each batch size."""
     several, single = {}, {}
@@ -181,6 +210,9 @@ def add_arguments(parser):
     """Add the arguments of ``dynexec report`` to an argparse parser."""
     parser.add_argument("--results", nargs="+", type=Path, help="files or folders of bench rows (bench/results, out)")
     parser.add_argument("--demo", type=Path, default=Path(DEFAULT_DEMO), help="demo results, if any (%(default)s)")
+    parser.add_argument(
+        "--profiles", nargs="+", type=Path, help=f"files of dynexec profile --json ({DEFAULT_PROFILES})"
+    )
     parser.add_argument("--out", type=Path, default=Path(DEFAULT_OUT), help="the page (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -189,19 +221,30 @@ def main(args):
     """Run ``dynexec report``; return the exit status: 1 if there is nothing to report."""
     paths = args.results or [Path(path) for path in DEFAULT_RESULTS if Path(path).exists()]
     rows = read_rows(*paths)
+    profiles = args.profiles or sorted(Path().glob(DEFAULT_PROFILES))
     sections = read_sections(args.demo) if args.demo.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         sections += bench_sections(rows, folder)
+        sections += profile_sections(profiles, folder)
         if sections:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_html(args.out, "dynexec: time saved against FLOPs saved", sections)
     written = str(args.out) if sections else None
     if args.json:
-        print(json.dumps({"report": written, "rows": len(rows), "sections": [section.title for section in sections]}))
+        print(
+            json.dumps(
+                {
+                    "report": written,
+                    "rows": len(rows),
+                    "profiles": len(profiles),
+                    "sections": [section.title for section in sections],
+                }
+            )
+        )
     elif written:
-        print(f"{written}: {len(sections)} sections, {len(rows)} bench rows")
+        print(f"{written}: {len(sections)} sections, {len(rows)} bench rows, {len(profiles)} profiles")
     else:
-        print("nothing to report yet: run dynexec bench or dynexec demo first")
+        print("nothing to report yet: run dynexec bench, demo or profile first")
     return 0 if sections else 1
 
 

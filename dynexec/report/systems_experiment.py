@@ -1,7 +1,6 @@
 """One row of the bench of a system: candidates, equal outputs first, then times."""
 
 import math
-import time
 from copy import deepcopy
 from functools import partial
 
@@ -11,6 +10,7 @@ from torch import nn
 from dynexec.executors import freeze
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.routed import convert_inputs
+from dynexec.measure.profile import ROUTED_LOSSES
 from dynexec.measure.timing import compare
 from dynexec.report.baselines import DenseCompiled, DenseEager, OnnxRuntime, OpenVino
 from dynexec.report.experiment import PUBLISHED, allowed_error
@@ -97,59 +97,25 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
         "losses": {},
     }
     if not {"dynexec", "dense frozen"} & set(failed):
-        row["losses"] = _losses(row, candidates, draws)
+        frozen, *told = candidates["dynexec"].args
+        profiles = [_follow(partial(frozen.profile, rounds=2), *told, draw) for draw in draws]
+        row["losses"] = _losses(row, profiles)
     return [row]
 
 
-def _losses(row, candidates, draws):
-    """Milliseconds per forward that dynexec takes above its own dense time for the same FLOPs, by cause.
+def _losses(row, profiles):
+    """Milliseconds per forward that dynexec takes above its own dense time for the same FLOPs: measured, and by cause.
 
-    Parts of unequal speed: what the parts that ran take per FLOP in the dense run, against what all of them take. Fewer
-    rows at once: what they took above that.
+    The causes are those of the profiles, one for each draw; the rest is what remains.
     """
-    network = candidates["dense frozen"].args[0].network
-    dense = _time_parts(network, partial(candidates["dense frozen"], draws[0]))
-    causes = {"parts of unequal speed": 0.0, "fewer rows at once": 0.0}
-    share = row["flops_needed"] / row["flops_dense"]
-    causes["parts of unequal speed"] -= share * sum(seconds for _, seconds in dense.values())
-    for draw in draws:
-        for name, (rows, seconds) in _time_parts(network, partial(candidates["dynexec"], draw)).items():
-            of_all, needed = dense.get(name, (rows, seconds))  # a policy's part runs alike wherever it does
-            alike = rows * needed / of_all
-            causes["parts of unequal speed"] += alike / len(draws)
-            causes["fewer rows at once"] += (seconds - alike) / len(draws)
     times = row["milliseconds"]
-    total = times["dynexec"]["median"] - share * times["dense frozen"]["median"]
-    causes = {cause: 1e3 * seconds for cause, seconds in causes.items()}
+    total = times["dynexec"]["median"] - times["dense frozen"]["median"] * row["flops_needed"] / row["flops_dense"]
+    causes = {
+        cause: 1e3 * sum(profile.losses[cause] for profile in profiles) / len(profiles)
+        for cause in ROUTED_LOSSES
+        if cause != "not explained"
+    }
     return {"total": total, **causes, "rest": total - sum(causes.values())}
-
-
-def _time_parts(network, run):
-    """{part: (rows, seconds)} of a run of a frozen network, the faster of two."""
-    best, wait = {}, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    begun = {}
-
-    def begin(part, arguments):
-        wait()
-        begun[part] = time.perf_counter()
-
-    def end(name, found, part, arguments, output):
-        wait()
-        rows, seconds = found.get(name, (0, 0.0))
-        found[name] = rows + len(arguments[0]), seconds + time.perf_counter() - begun[part]
-
-    for _ in range(2):
-        found = {}
-        parts = {name: network.get_submodule(name) for name in network.part_names()}
-        hooks = [part.register_forward_pre_hook(begin) for part in parts.values()]
-        hooks += [part.register_forward_hook(partial(end, name, found)) for name, part in parts.items()]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        best = {name: min(found[name], best.get(name, found[name]), key=lambda pair: pair[1]) for name in found}
-    return best
 
 
 def _numbers(timing):
