@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dynexec.deployment.network import count_blocks
 from dynexec.executors.candidate import halves
 from dynexec.executors.proof import is_rounding, relative_error
-from dynexec.executors.routed import convert_inputs, tensors_of
+from dynexec.executors.routed import convert_inputs
 from dynexec.nn import RoutedNetwork
 
 _SAMPLES = 8  # of the example input that are kept
@@ -56,6 +56,18 @@ class Example:
             example.decided, example.sure = decided, (less == decided) & (more == decided)
         return example
 
+    @torch.no_grad()
+    def misfit(self, net):
+        """Why it cannot have been recorded of a network, which is on the CPU, or None."""
+        try:
+            for decisions in self.decisions:
+                net(self.inputs, decisions)
+            decided = None if self.decided is None else net(self.inputs, return_decisions=True)[1]
+        except Exception as error:  # of any layer, on what may be anything
+            return f"it cannot be run on these inputs and decisions: {error}"
+        shapes = [tuple(tensor.shape) for tensor in (decided, self.decided, self.sure) if tensor is not None]
+        return f"shapes of what the policy decides differ: {shapes}" if len(set(shapes)) > 1 else None
+
     def difference(self, frozen, net, most):
         """How ``frozen``, made of ``net``, differs by more than ``most`` from what was recorded, or None."""
         inputs = convert_inputs(self.inputs, device=frozen.device)
@@ -66,7 +78,7 @@ class Example:
                 return f"under its decisions {number} the output differs by {error:.1e} of the largest value"
         if self.decided is None:
             return None
-        wrong = (frozen(inputs, return_decisions=True)[1].cpu() != self.decided) & self.sure
+        wrong = (frozen(inputs, return_decisions=True)[1].cpu() != self.decided) & self.sure.bool()
         return f"the policy decides otherwise {int(wrong.sum())} times of {wrong.numel()}" if wrong.any() else None
 
     def _are_roundings(self, net, decisions, *outputs):
@@ -103,7 +115,8 @@ class Example:
         outputs = [_numbered(tensors, f"outputs.{number}") for number in range(len(decisions))]
         own = {name: tensors[name] for name in ("decided", "sure") if "decided" in tensors}
         example = cls(inputs.get("", inputs), decisions, outputs, **own)
-        if not inputs or any(len(x) == 0 for x in tensors_of(example.inputs)) or not all((decisions, *outputs)):
+        empty = any(x.dim() == 0 or len(x) == 0 for x in inputs.values())
+        if not inputs or empty or not all((decisions, *outputs)):
             raise KeyError("inputs, decisions or outputs")
         return example
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
@@ -9,6 +10,10 @@ from dynexec.executors.proof import TOLERANCE
 
 MANIFEST, WEIGHTS, EXAMPLE = "manifest.json", "weights.safetensors", "example.safetensors"
 _FORMAT = 1
+#: The most samples that a network is frozen to be fast at.
+LARGEST_BATCH = 2**16
+_LARGEST_ARGUMENT = 2**20
+_MOST_ARGUMENTS = 2**12
 #: The dtypes that a network may be frozen in, by name.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 
@@ -30,7 +35,7 @@ class Manifest:
     num_blocks : int or None
         L, where decisions are bool ``[N, L]``.
     batch_size : int
-        To be fast at.
+        To be fast at; at most :data:`LARGEST_BATCH`.
     options : dict
         ``dtype``, ``executor``, ``winograd`` and ``batch_invariant`` for :func:`dynexec.freeze`.
     """
@@ -60,18 +65,18 @@ class Manifest:
             raise ValueError(f"{path} must hold an object with the entries {sorted(names)}")
         if type(entries["format"]) is not int or entries["format"] != _FORMAT:
             raise ValueError(
-                f"{path} has the format {entries['format']!r}, and this version of dynexec reads {_FORMAT}: "
+                f"{path} has format {reprlib.repr(entries['format'])}, and this version of dynexec reads {_FORMAT}: "
                 "save the network again"
             )
         if entries.keys() != names:
-            raise ValueError(f"{path} must have the entries {sorted(names)}, got {sorted(entries)}")
+            raise ValueError(f"{path} must have the entries {sorted(names)}, got {reprlib.repr(sorted(entries))}")
         if entries.pop("sha256") != _digest(entries):
             raise ValueError(f"{path} is damaged or was changed: its own sha256 is another one")
         del entries["format"]
         for name, value in entries.items():
             expected, fits = _EXPECTED[name]
             if not fits(value):
-                raise ValueError(f"{path}: {name} must be {expected}, got {value!r}")
+                raise ValueError(f"{path}: {name} must be {expected}, got {reprlib.repr(value)}")
         return cls(**entries)
 
 
@@ -88,6 +93,8 @@ def read_tensors(path, digest):
 
 def read_bytes(path):
     """What is in a file; ValueError, which names it, where it cannot be read."""
+    if path.exists() and not path.is_file():  # a pipe might never end
+        raise ValueError(f"{path} is not a file: dynexec.save writes such files")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -122,6 +129,21 @@ def _has(value, **kinds):
     )
 
 
+def are_plain(arguments):
+    """Whether a manifest may hold these arguments of a network, which bounds what somebody else's can build here."""
+    values, rest = [], list(arguments.values())
+    while rest:
+        value = rest.pop()
+        (rest.extend if isinstance(value, list) else values.append)(value)
+    numbers = [abs(value) <= _LARGEST_ARGUMENT for value in values if isinstance(value, (int, float))]
+    plain = all(value is None or isinstance(value, (int, float, str)) for value in values)
+    return plain and all(numbers) and len(values) <= _MOST_ARGUMENTS
+
+
+def _is_network(value):
+    return _has(value, name=str, arguments=dict) and are_plain(value["arguments"])
+
+
 def _is_conversion(value):
     kinds = {"match": list, "batch_norm": str, "fine_tune": str | None}
     return _has(value, **kinds) and value["match"] and all(isinstance(name, str) for name in value["match"])
@@ -142,14 +164,18 @@ _EXPECTED = {
     "versions": ("those of dynexec and torch", lambda value: _has(value, dynexec=str, torch=str)),
     "files": (f"the SHA-256 of {WEIGHTS} and of {EXAMPLE}, and of no other file", _are_files),
     "network": (
-        "null, or a name and arguments by name",
-        lambda value: value is None or _has(value, name=str, arguments=dict),
+        f"null, or a name and arguments by name: texts, numbers up to {_LARGEST_ARGUMENT} and lists of them, "
+        f"{_MOST_ARGUMENTS} at most",
+        lambda value: value is None or _is_network(value),
     ),
     "conversion": (
         "null, or match (names of blocks), batch_norm and fine_tune",
         lambda value: value is None or _is_conversion(value),
     ),
     "num_blocks": ("null or a positive number", lambda value: value is None or _is_count(value)),
-    "batch_size": ("a positive number", _is_count),
+    "batch_size": (
+        f"a positive number up to {LARGEST_BATCH}",
+        lambda value: _is_count(value) and value <= LARGEST_BATCH,
+    ),
     "options": (f"dtype (null or one of {list(DTYPES)}), executor, winograd and batch_invariant", _are_options),
 }

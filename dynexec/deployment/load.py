@@ -38,7 +38,7 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
     ------
     ValueError
         If a file is missing, damaged, or not what it must be, naming the file and what is wrong; or if the model is
-        not the one whose weights these are, naming them all.
+        not the one whose weights these are, naming them all; or if it does not run on the example, on the CPU.
     RuntimeError
         If it cannot be frozen here, or does not give what the saved network gave.
     ImportError
@@ -58,9 +58,14 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
     except KeyError as error:
         raise ValueError(f"{folder / EXAMPLE} is not an example that dynexec.save wrote: it has no {error}") from error
     net = build(manifest, path, state, model, policy)
+    if (problem := example.misfit(net)) is not None:
+        raise ValueError(f"{folder / EXAMPLE} is not of the network of {WEIGHTS}: {problem}")
     saved = manifest.options | {"dtype": DTYPES.get(manifest.options["dtype"])}
     inputs = example.tile(manifest.batch_size, device)
-    frozen = freeze(net.to(device), inputs, **(saved | options))
+    try:
+        frozen = freeze(net.to(device), inputs, **(saved | options))
+    except RuntimeError as error:
+        raise RuntimeError(f"{folder}: the network cannot be frozen here: {error}") from error
     dtypes = (frozen.dtype, next(net.parameters()).dtype)
     difference = example.difference(frozen, net, max(tolerance(dtype, device) for dtype in dtypes))
     if difference is not None:

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import reprlib
 
 import torch
 
 from dynexec.convert import convert, recall
+from dynexec.deployment.files import are_plain
 from dynexec.models import create_model
 from dynexec.models.checkpoints import mismatches
 from dynexec.nn import DynamicNetwork, RoutedNetwork
@@ -40,7 +42,8 @@ def _recipe(net, name, arguments):
         state = outline(recipe)
     except (TypeError, ValueError):  # no name, or an argument that is an object
         return None
-    return None if mismatches("network", state, net.state_dict()) else recipe
+    fits = are_plain(recipe["arguments"]) and not mismatches("network", state, net.state_dict())
+    return recipe if fits else None
 
 
 def outline(recipe):
@@ -73,7 +76,7 @@ def _create(manifest, path, state):
     try:
         problems = mismatches("network", outline(recipe), state)  # before there is memory for what may be anything
     except Exception as error:  # of a constructor, on what may be anything
-        raise ValueError(f"{path}: create_model cannot build its network {recipe}: {error}") from error
+        raise ValueError(f"{path}: create_model cannot build its network {reprlib.repr(recipe)}: {error}") from error
     if problems:
         raise ValueError("\n".join([f"{path}: its network {recipe['name']} has other weights:", *problems]))
     return create_model(recipe["name"], **recipe["arguments"])
@@ -84,5 +87,8 @@ def _adopt(manifest, path, model, policy):
         return join(model, policy)
     if manifest.conversion is None:
         raise ValueError(f"model has no dynamic blocks, and {path} does not say which: convert it as it was when saved")
-    convert(model, **manifest.conversion)
+    try:
+        convert(model, **manifest.conversion)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: model cannot be converted as its conversion says: {error}") from error
     return join(model, policy)

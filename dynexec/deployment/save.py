@@ -10,7 +10,7 @@ from uuid import uuid4
 import torch
 
 from dynexec.deployment.example import Example
-from dynexec.deployment.files import DTYPES, EXAMPLE, MANIFEST, WEIGHTS, Manifest, import_safetensors
+from dynexec.deployment.files import DTYPES, EXAMPLE, LARGEST_BATCH, MANIFEST, WEIGHTS, Manifest, import_safetensors
 from dynexec.deployment.network import describe, join
 from dynexec.executors.freeze import check_arguments
 from dynexec.executors.proof import TOLERANCE
@@ -31,7 +31,7 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     ----------
     model : nn.Module
         As for :func:`dynexec.freeze`; not changed. One of :func:`dynexec.models.create_model` is loaded without code
-        as long as its arguments are plain values.
+        as long as its arguments are texts, numbers or lists of them.
     folder : path
         Its parent must exist.
     example_input : tensor ``[N, C, H, W]``, or what a RoutedNetwork takes
@@ -75,7 +75,7 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
             versions={name: version(name) for name in ("dynexec", "torch")},
             files={name: sha256(data).hexdigest() for name, data in files.items()},
             **describe(net),
-            batch_size=len(tensors_of(example_input)[0]),
+            batch_size=min(len(tensors_of(example_input)[0]), LARGEST_BATCH),
             options=options,
         ).write(made / MANIFEST)
         _put_in_place(made, folder)
