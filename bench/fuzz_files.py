@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 
 import torch
@@ -159,6 +160,11 @@ def write_pickle(path, folder, generator):
         pickled = head + pickled + b"\x80\x02]."
     with open(path, "wb") as file:
         file.write(pickled)
+
+
+def acted(folder):
+    """Whether something in a hostile file was executed."""
+    return os.path.exists(f"{folder}/effect")
 
 
 def mutate_json(text, generator):

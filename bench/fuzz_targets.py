@@ -5,11 +5,10 @@ independent computation, and one that is not an error of ours: a TypeError, Valu
 whose text begins by naming the argument.
 """
 
-import os
-
 import numpy as np
 import torch
-from fuzz_files import mutate_bytes, mutate_json, mutate_state, write_pickle
+from fuzz_files import acted, draw, mutate_bytes, mutate_json, mutate_state, pick, write_pickle
+from fuzz_folders import saved_folders
 from torch import nn
 
 import dynexec
@@ -31,14 +30,6 @@ def refused(function, names):
         if not str(error).startswith(names):
             raise AssertionError(f"not an error of ours: {type(error).__name__}: {error}") from error
         return True, None
-
-
-def draw(generator, high):
-    return int(torch.randint(high, (), generator=generator))
-
-
-def pick(generator, options):
-    return options[draw(generator, len(options))]
 
 
 def blockdrop():
@@ -100,11 +91,6 @@ def official_checkpoints(folder):
 def _only_absent(loaded, state):
     """Whether whole parts of the network were left alone, and the others are right."""
     return all(torch.equal(value, state[name]) or not value.any() for name, value in loaded.items())
-
-
-def acted(folder):
-    """Whether something in a hostile file was executed."""
-    return os.path.exists(f"{folder}/effect")
 
 
 def training_checkpoints(folder):
@@ -327,6 +313,7 @@ TARGETS = {
     "checkpoints": official_checkpoints,
     "trainings": training_checkpoints,
     "caches": cost_caches,
+    "folders": saved_folders,
     "decisions": decision_tensors,
     "images": image_tensors,
     "routes": routes,
