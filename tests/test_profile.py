@@ -1,4 +1,4 @@
-"""Profiles: what they count, that what they measure adds up and changes nothing; ranges of torch's profiler."""
+"""Profiles: what they count, that what they measure adds up and changes nothing."""
 
 import json
 import time
@@ -11,7 +11,6 @@ import torch
 import toys
 from bench_toys import TINY
 from engine_programs import Inverted, needs_engine
-from torch.profiler import ProfilerActivity
 
 import dynexec
 from dynexec import cli
@@ -23,24 +22,25 @@ from dynexec.executors.program import ProgramBuilder
 from dynexec.executors.weights import Weights
 from dynexec.measure import count_flops
 from dynexec.measure.profile import LOSSES, Part
-from dynexec.measure.ranges import part_range
-from dynexec.models import create_model
 from dynexec.nn import DynamicNetwork
 from dynexec.report import nets
-from dynexec.route import Route
 
 LAYERS = ["compact", "masked", "grouped"]
 ENGINE = [] if engine_missing() else ["resident", "fused"]
 EXECUTORS = LAYERS + ENGINE
 
 
-@pytest.fixture
-def case():
+def make_case():
     """A converted model, images and decisions under which all keep the first block and nobody the second."""
     model, _, blocks = toys.converted()
     decisions = torch.rand(6, blocks) < 0.6
     decisions[:, 0], decisions[:, 1] = True, False
     return model, toys.images(6), decisions
+
+
+@pytest.fixture
+def case():
+    return make_case()
 
 
 def blocks_of(profile):
@@ -322,62 +322,3 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert cli.main(["profile", "tiny", "--rounds", "1", "--keep", "published"]) == 0
     with pytest.raises(SystemExit):
         cli.main(["profile", "no_such_net"])
-
-
-# Ranges of torch's profiler
-
-
-def names_in(call):
-    """Names of the ranges that torch's profiler sees."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
-        call()
-    return {event.key for event in profiler.key_averages()}
-
-
-def labels(decisions):
-    names = ("layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1", "layers.1.2")
-    counts = decisions.sum(0).tolist()
-    return {f"{name} kept {count}/6" for name, count in zip(names, counts, strict=True)}
-
-
-def test_eager_blocks_are_ranges(case, monkeypatch):
-    model, x, decisions = case
-    made = []
-    plan = Route.from_decisions
-    monkeypatch.setattr(Route, "from_decisions", lambda *args, **options: made.append(1) or plan(*args, **options))
-    assert labels(decisions) <= names_in(lambda: toys.run(model, x, decisions))
-    assert len(made) == 1  # nobody else asks for counts
-    assert not [name for name in names_in(lambda: toys.run(model, x, decisions, "capacity")) if " kept " in name]
-    assert len(made) == 1
-    shared = {f"layers.0.0 kept {6 * int(keep)}/6" for keep in decisions[0, :1]}
-    assert shared <= names_in(lambda: toys.run(model, x, decisions[0]))
-
-
-def test_networks_of_the_literature_name_their_blocks():
-    net = create_model("blockdrop_resnet32_cifar10").eval()
-    decisions = torch.zeros(2, 15, dtype=torch.bool)
-    decisions[0, 14] = True
-    assert {"blocks.0.0 kept 0/2", "blocks.2.4 kept 1/2"} <= names_in(lambda: net(torch.rand(2, 3, 32, 32), decisions))
-
-
-@pytest.mark.parametrize("executor", LAYERS)
-def test_frozen_blocks_are_ranges(case, executor):
-    model, x, decisions = case
-    if executor == "grouped":
-        decisions[:] = decisions[0].clone()  # its ranges count one group of samples
-    frozen = dynexec.freeze(model, x, executor=executor)
-    names = names_in(lambda: frozen(x, decisions))
-    ran = {label for label in labels(decisions) if executor == "masked" or " kept 0/" not in label}
-    assert ran <= names and "layers.1.0 shortcut" in names
-    assert {name for name in names if " kept " in name} == ran
-
-
-def test_without_a_profiler_nothing_is_recorded(case, monkeypatch):
-    model, x, decisions = case
-    frozen = dynexec.freeze(model, x, executor="compact")
-    monkeypatch.setattr(torch.profiler, "record_function", None)  # whoever calls it fails
-    toys.run(model, x, decisions)
-    frozen(x, decisions)
-    assert part_range("a", "block", 1, 2) is part_range("b", "shortcut", 2, 2)
-    with pytest.raises(TypeError, match="not callable"):
-        names_in(lambda: frozen(x, decisions))
