@@ -164,7 +164,8 @@ def test_what_is_refused(photos, monkeypatch, capsys):
 
 
 _SLOW = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 sys.path.insert(0, sys.argv[1])
 import test_distributed_examples as tests
 sys.exit(tests.load_example("infer_folder").main(sys.argv[2:], lambda size: tests.load_small(size, pause=0.3)))
