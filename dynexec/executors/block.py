@@ -9,6 +9,7 @@ from dynexec.executors.rewrite import pack
 from dynexec.measure.ranges import part_range
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import DynamicBlock, apply_layers
+from dynexec.nn.tracing import Tracer
 from dynexec.reference import empty_rows
 
 
@@ -166,7 +167,7 @@ class _Branch(nn.Module):
         return self.branch(x, *self.args, **self.kwargs)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Goes into every module but torch's own, placed dynamic blocks and, if ``coarse``, any that is not a container."""
 
     def __init__(self, coarse):

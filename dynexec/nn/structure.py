@@ -13,6 +13,8 @@ from importlib import import_module
 import torch
 from torch import fx, nn
 
+from dynexec.nn.tracing import Tracer
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -174,7 +176,7 @@ class OneInput(nn.Module):
         return self.block.forward(x)  # not its hooks: they stay on the block and run around its call
 
 
-class BlockTracer(fx.Tracer):
+class BlockTracer(Tracer):
     """Goes into the forward of one block, and into none of the modules that it calls."""
 
     def __init__(self, block):
