@@ -240,6 +240,9 @@ def test_an_old_folder_is_replaced_and_another_one_left_alone(tmp_path):
     assert same(dynexec.load(folder), net, x, torch.ones(4, dtype=torch.bool))
     other = tmp_path / "other"
     other.mkdir()
+    dynexec.save(net, other, x)
+    for path in other.iterdir():
+        path.unlink()
     (other / "thesis.txt").write_text("mine")
     for name in ("one", MANIFEST, WEIGHTS, EXAMPLE):
         with pytest.raises(FileExistsError, match="holds other things"):

@@ -158,6 +158,8 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="policy must be"):
         dynexec.freeze(model, x, policy=3)
     frozen = dynexec.freeze(model, x)
+    with pytest.raises(TypeError, match="model must be the original one, got a FrozenNetwork"):
+        dynexec.freeze(frozen, x)
     for wrong, kind in ((None, TypeError), (x[0], ValueError)):
         with pytest.raises(kind, match=r"x must be a .*tensor \[N, C, H, W\]"):
             frozen(wrong, torch.ones(5, dtype=torch.bool))

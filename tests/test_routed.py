@@ -115,6 +115,24 @@ def test_wrong_inputs_and_copies():
             frozen(wrong, torch.zeros(2).long())
     with pytest.raises(TypeError, match="cannot be pickled or copied"):
         pickle.dumps(frozen)
+    with pytest.raises(TypeError, match="model must be the original one, got a FrozenRouted"):
+        dynexec.freeze(frozen, toys.images(2))
+
+
+class Moody(Choice):
+    """Does something else in training, outside of its parts."""
+
+    def forward(self, inputs, decisions=None):
+        return super().forward(inputs, decisions) * (2 if self.training else 1)
+
+
+def test_frozen_networks_stay_in_evaluation_mode():
+    """Also as a part of a module that is trained."""
+    x = toys.images(2)
+    around = nn.Sequential(dynexec.freeze(toys.finish(Moody()).eval(), x))
+    decisions = torch.tensor([0, 1])
+    expected = around[0](x, decisions)
+    assert torch.equal(around.train()[0](x, decisions), expected) and not around[0].training
 
 
 def test_flops_of_a_call():

@@ -137,6 +137,8 @@ def test_what_cannot_be_profiled_is_an_error():
         frozen.profile(toys.images(2), torch.zeros(2).long(), rounds=0)
     with pytest.raises(TypeError, match="inputs must be of floating-point tensors"):
         frozen.profile(toys.images(2).byte(), torch.zeros(2).long())
+    with pytest.raises(ValueError, match="at least one sample to profile, got a batch of 0"):
+        frozen.profile(toys.images(2)[:0], torch.zeros(0).long())
 
 
 def test_own_times():

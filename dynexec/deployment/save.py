@@ -25,7 +25,7 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     network gives for them) and ``manifest.json``. There is no code in it, and no pickle.
 
     Writing is atomic: the folder is made beside its place and then renamed. One that this function wrote before is
-    replaced, any other is left alone.
+    replaced, and so is an empty one; any other is left alone.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     TypeError, ValueError
         If an argument is not what it should be.
     FileExistsError
-        If ``folder`` exists and is not such a folder.
+        If ``folder`` exists and holds anything else.
     ImportError
         If the package safetensors is not installed.
     """
@@ -85,7 +85,7 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
 
 def _is_ours(folder):
     """Whether there is nothing in a folder but what :func:`save` writes: it may be replaced."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} == {MANIFEST, WEIGHTS, EXAMPLE}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} in (set(), {MANIFEST, WEIGHTS, EXAMPLE})
 
 
 def _plain(tensors):

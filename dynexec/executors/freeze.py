@@ -14,7 +14,7 @@ from dynexec.executors.function import freeze_function
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.executors.partition import pack_stages
 from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error
-from dynexec.executors.routed import freeze_routed, tensors_of
+from dynexec.executors.routed import FrozenRouted, freeze_routed, tensors_of
 from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.context import decide
 from dynexec.nn.network import DynamicNetwork
@@ -174,6 +174,8 @@ def check_arguments(model, example_input, dtype=None, policy=None):
     """The device of a model and its example input; TypeError or ValueError where :func:`freeze` cannot take them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, (FrozenNetwork, FrozenRouted)):
+        raise TypeError(f"model must be the original one, got a {type(model).__name__}, which freeze made of it")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model must be the network itself, got {type(model).__name__}: pass model.module")
     if isinstance(model, RoutedNetwork):

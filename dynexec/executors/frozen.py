@@ -231,6 +231,10 @@ class FrozenNetwork(nn.Module):
         found = [stage.predict_losses(route) for route in routes for stage in self.stages]
         return {cause: sum(losses[cause] for losses in found) for cause in CAUSES}  # segments have none of them
 
+    def train(self, mode=True):
+        """Stay in evaluation mode, whatever a module that this is a part of does."""
+        return super().train(False)
+
     def explain(self):
         """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
         by = f" of the {self.backend.name} ({self.backend.runs_on})" if self.segments else ""

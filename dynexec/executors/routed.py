@@ -39,7 +39,7 @@ class FrozenRouted(nn.Module):
         Parameters
         ----------
         inputs, decisions
-            As for :meth:`forward`.
+            As for :meth:`forward`; at least one sample.
         rounds : int
             Four calls each: one as it is and one that is taken down, of these decisions and of
             :meth:`RoutedNetwork.run_dense`. Of each time the least counts: noise only ever adds.
@@ -57,7 +57,8 @@ class FrozenRouted(nn.Module):
         check_rounds(rounds)
         self._check(inputs)
         inputs = convert_inputs(inputs, self.dtype)
-        samples = len(tensors_of(inputs)[0])
+        if (samples := len(tensors_of(inputs)[0])) == 0:
+            raise ValueError("inputs must hold at least one sample to profile, got a batch of 0")
         with dispatch.on_device(self.device):
             return profile_routed(self.network, inputs, decisions, samples, rounds, self.device, self.dtype)
 
@@ -68,6 +69,10 @@ class FrozenRouted(nn.Module):
                 raise TypeError(f"inputs must be of floating-point tensors, got {kind}")
             if tensor.device != self.device:
                 raise ValueError(f"inputs are on {tensor.device}, but the network was frozen on {self.device}")
+
+    def train(self, mode=True):
+        """Stay in evaluation mode, whatever a module that this is a part of does."""
+        return super().train(False)
 
     def explain(self):
         """What runs each part, as text."""
