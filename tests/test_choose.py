@@ -1,5 +1,6 @@
 """The cost model against sums written out naively, with made-up costs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,20 @@ def test_cache_in_a_place_that_cannot_be_written(tmp_path):
     cache = CostCache(tmp_path / "file" / "costs.json")
     cache.entries["a"] = {"chunk": 1}
     cache.save()
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    """As in a container under a number that no user has."""
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
+    cache = CostCache()
+    assert cache.get("a", bool, lambda: {"chunk": 1}) == {"chunk": 1}
+    cache.save()
+    assert CostCache().entries == {} and CostCache(tmp_path / "costs.json").path == tmp_path / "costs.json"
 
 
 def test_key_changes_with_threads():

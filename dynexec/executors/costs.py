@@ -40,7 +40,8 @@ class CostCache:
     Parameters
     ----------
     path : path, optional
-        Default: ``$XDG_CACHE_HOME/dynexec/costs.json`` (``~/.cache`` without the variable).
+        Default: ``$XDG_CACHE_HOME/dynexec/costs.json`` (``~/.cache`` without the variable); nothing is kept where the
+        user has no home.
     measure : bool
         False: what is not in the file is an error.
     """
@@ -48,8 +49,7 @@ class CostCache:
     def __init__(self, path=None, measure=True):
         if not isinstance(measure, bool):
             raise TypeError(f"measure must be True or False, got {measure!r}")
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = Path(path) if path is not None else home / "dynexec" / "costs.json"
+        self.path = Path(path) if path is not None else _default_path()
         self.entries, problem = self._read()
         if problem is not None:
             _log.warning("cost cache %s is ignored: %.200s", self.path, problem)
@@ -67,7 +67,8 @@ class CostCache:
             if not self._measure:
                 raise ValueError(
                     f"cost_cache {str(self.path)!r} holds no times for {key:.200}: freeze with measure=True first, "
-                    "on this machine, with this number of threads and these versions of dynexec and torch"
+                    "a batch and images of this size, on this machine, with this number of threads and these versions "
+                    "of dynexec and torch"
                 )
             if known:
                 _log.warning("cost cache %s: measuring anew what its entry does not fit: %.200s", self.path, key)
@@ -77,7 +78,7 @@ class CostCache:
 
     def save(self):
         """Write new entries, keeping those that others wrote meanwhile; a read-only place is no error."""
-        if not self._changed:
+        if not self._changed or self.path is None:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,8 @@ class CostCache:
 
     def _read(self):
         """The entries in the file, and why there are none, or None."""
+        if self.path is None:
+            return {}, None
         try:
             stored = json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -101,6 +104,15 @@ class CostCache:
             return {}, f"its version is {stored['version']!r:.40}, not {_VERSION}"
         entries = stored["entries"]
         return (entries, None) if isinstance(entries, dict) else ({}, "its entries are not named")
+
+
+def _default_path():
+    """The user's file, or None where the user has no home, as in some containers."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return home / "dynexec" / "costs.json"
 
 
 class Curve:
