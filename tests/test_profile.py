@@ -20,7 +20,7 @@ from dynexec.executors.parts import columns
 from dynexec.executors.profile import Run, find_losses, record
 from dynexec.executors.program import ProgramBuilder
 from dynexec.executors.weights import Weights
-from dynexec.measure import count_flops
+from dynexec.measure import count_flops, rates
 from dynexec.measure.profile import LOSSES, Part
 from dynexec.nn import DynamicNetwork
 from dynexec.report import nets
@@ -248,6 +248,13 @@ def test_rows_that_are_moved_are_counted(case, executor):
         assert found.moved == (expected if executor in ("compact", "grouped") else 0)
         (line,) = (line for line in str(found).splitlines() if line.strip().startswith("row moves"))
         assert line.split()[-1] == f"{found.moved / 1e6:.2f}"
+
+
+def test_rates_of_slow_arithmetic_are_measured_once(monkeypatch):
+    """A large product in float16 takes seconds on a CPU without instructions for it."""
+    now, calls = iter(range(100)), []
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(now))
+    assert rates._least_seconds(lambda: calls.append(1), torch.device("cpu")) == 1 and len(calls) == 1
 
 
 def test_what_cannot_be_profiled_is_an_error(case):

@@ -56,6 +56,7 @@ def test_what_is_written_is_read(tmp_path):
         (lambda found: found.update(executor=None), "executor must be text, got None"),
         (lambda found: found.update(parts={}), "parts must be a list, got {}"),
         (lambda found: found.update(measured=float("nan")), "measured must be a number of 0 or more, got nan"),
+        (lambda found: found.update(losses={}), "losses must be an object that is not empty, got {}"),
         (lambda found: found.update(moved=0.5), "moved must be an int of 0 or more, or null, got 0.5"),
         (lambda found: found.update(dense_flops=0), "dense_flops must be 1 or more, got 0"),
         (lambda found: found["losses"].update(policy="1"), "losses.policy must be a finite number, got '1'"),
@@ -73,7 +74,7 @@ def test_a_bad_file_names_its_entry(change, message, tmp_path):
         Profile.read_json(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_what_is_no_json_is_named(content, tmp_path):
     (tmp_path / "bad.json").write_bytes(content)
     with pytest.raises(ValueError, match="bad.json must be JSON, as dynexec profile writes it"):

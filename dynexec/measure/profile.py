@@ -133,7 +133,7 @@ class Profile:
         """What :meth:`write_json` wrote to ``path``, without spans; ValueError names file and entry that are wrong."""
         try:
             found = json.loads(Path(path).read_text())
-        except ValueError as error:  # no text, or no JSON
+        except (ValueError, RecursionError) as error:  # no text, or no JSON
             raise ValueError(f"{path} must be JSON, as dynexec profile writes it: {error}") from None
         entries = {key: kind for key, kind in cls.__annotations__.items() if key != "spans"} | {"theoretical": float}
         _check_entries(path, "", found, entries)
@@ -236,7 +236,7 @@ _KINDS = {
     int | None: ("an int of 0 or more, or null", lambda value: value is None or _is_count(value)),
     float: ("a number of 0 or more", lambda value: _is_finite(value) and value >= 0),
     tuple[Part, ...]: ("a list", lambda value: isinstance(value, list)),
-    dict[str, float]: ("an object", lambda value: isinstance(value, dict)),
+    dict[str, float]: ("an object that is not empty", lambda value: isinstance(value, dict) and len(value) > 0),
 }
 
 
