@@ -3,9 +3,9 @@
     python bench/fuzz.py --seconds 60 --seed 0                  # all targets, 60 seconds together
     python bench/fuzz.py --seconds 60 --seed 0 decisions  # this one
 
-Batches of inputs run in processes of their own, so that a crash or a hang is seen, too. An input is made seed and
-number alone: ``--only 17`` repeats number 17 of a target in this process. bench/fuzz_targets.py says what counts as an
-error of ours. Exit status 1 if an input failed.
+Batches of inputs run in processes of their own, so that a crash or a hang is seen, too. An input is made of seed
+and number alone: ``--only 17`` repeats number 17 of a target in this process. bench/fuzz_targets.py says what counts as
+an error of ours. Exit status 1 if an input failed.
 """
 
 import argparse

@@ -177,6 +177,8 @@ def test_what_is_no_file(folder):
         with pytest.raises(ValueError, match=f"{name} is not a file"):
             dynexec.load(folder)
         path.unlink()
+        with pytest.raises(ValueError, match=f"^[^:]*{name} cannot be read"):
+            dynexec.load(folder)
         path.write_bytes(content)
 
 

@@ -97,3 +97,17 @@ def test_the_example(serve, capsys):
         "refused",
         "largest",
     ]
+
+
+def test_an_answer_that_is_wrong_is_told(serve, capsys, monkeypatch):
+    """One NaN among many right answers, wherever it comes."""
+    answered = []
+
+    def network(images):
+        answered.append(images)
+        y = images.sum((1, 2, 3))
+        return y * float("nan") if len(answered) == 4 else y  # behind two of the warm-up
+
+    monkeypatch.setattr(serve, "load", lambda folder, example: network)
+    arguments = ["--requests", "9", "--clients", "1", "--workers", "1", "--size", "4", "--max-wait", "0"]
+    assert serve.main(arguments) == 1 and "alone: nan of" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,6 +154,14 @@ def test_source_tree_says_it_is_not_installed(tmp_path):
     result = run([sys.executable, "-S", "-c", "import dynexec"], cwd=tree)
     assert result.returncode == 1
     assert "is a source tree that is not installed: run `pip install -e .` there" in result.stderr.splitlines()[-1]
+
+
+def test_the_readme_brings_what_a_build_without_isolation_needs():
+    """Setuptools of its own: that of a new virtual environment of Python 3.11 is older."""
+    (needed,) = re.findall(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    readme = (ROOT / "README.md").read_text()
+    (brought,) = re.findall(r"^pip install (.*)\npip install --no-build-isolation", readme, re.MULTILINE)
+    assert set(re.findall(r'"(.*?)"', needed)) <= set(shlex.split(brought))
 
 
 def test_left_out_by_the_environment(tmp_path):

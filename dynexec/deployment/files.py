@@ -56,8 +56,9 @@ class Manifest:
     @classmethod
     def read(cls, path):
         """The manifest in a file; ValueError, which names it and the entry, unless each is as it must be."""
+        data = read_bytes(path)
         try:
-            entries = json.loads(read_bytes(path))
+            entries = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged, or not a manifest: {error or type(error).__name__}") from None
         names = {"format", "sha256", *_EXPECTED}
