@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynexec.deployment.network import count_blocks
+from dynexec.deployment.network import num_columns
 from dynexec.executors.candidate import halves
 from dynexec.executors.proof import is_rounding, relative_error
 from dynexec.executors.routed import convert_inputs
@@ -44,7 +44,7 @@ class Example:
         """Run a network on the first of its inputs; ``error``: what it may differ by where it is loaded, relative."""
         net = copy.deepcopy(net).cpu().eval()
         inputs = tree_map(lambda tensor: tensor[:_SAMPLES].detach().cpu(), inputs)
-        routed, blocks = isinstance(net, RoutedNetwork), count_blocks(net)
+        routed, blocks = isinstance(net, RoutedNetwork), num_columns(net)
         if routed:
             decisions = net.example_decisions(inputs)
         else:

@@ -11,7 +11,7 @@ from dynexec.deployment.files import are_plain
 from dynexec.models import create_model
 from dynexec.models.checkpoints import mismatches
 from dynexec.nn import DynamicNetwork, RoutedNetwork
-from dynexec.nn.residual import dynamic_blocks
+from dynexec.nn.residual import count_blocks, dynamic_blocks
 
 
 def join(model, policy):
@@ -21,18 +21,16 @@ def join(model, policy):
     return DynamicNetwork(model.backbone if isinstance(model, DynamicNetwork) else model, policy)
 
 
-def count_blocks(net):
+def num_columns(net):
     """L, or None where decisions are of another kind."""
-    if isinstance(net, RoutedNetwork):
-        return None
-    return sum(block.placement is not None for block in dynamic_blocks(net.backbone))
+    return None if isinstance(net, RoutedNetwork) else count_blocks(net.backbone)
 
 
 def describe(net):
     """The manifest's entries ``network``, ``conversion`` and ``num_blocks``."""
     name, arguments = getattr(net, "created_by", (None, None))
     conversion = None if isinstance(net, RoutedNetwork) else recall(net.backbone)
-    return {"network": _recipe(net, name, arguments), "conversion": conversion, "num_blocks": count_blocks(net)}
+    return {"network": _recipe(net, name, arguments), "conversion": conversion, "num_blocks": num_columns(net)}
 
 
 def _recipe(net, name, arguments):
@@ -63,8 +61,8 @@ def build(manifest, path, state, model, policy):
         net = _adopt(manifest, path, copy.deepcopy(model), copy.deepcopy(policy))
     if problems := mismatches("network", net.state_dict(), state):
         raise ValueError("\n".join([f"model is not the network of {path}:", *problems]))
-    if count_blocks(net) != manifest.num_blocks:
-        raise ValueError(f"model has {count_blocks(net)} dynamic blocks, but that of {path} had {manifest.num_blocks}")
+    if num_columns(net) != manifest.num_blocks:
+        raise ValueError(f"model has {num_columns(net)} dynamic blocks, but that of {path} had {manifest.num_blocks}")
     net.load_state_dict(state, strict=False, assign=True)  # its dtypes, too; counters of batches may be missing
     return net.eval()
 
