@@ -1,6 +1,6 @@
 """What ``bench/gpu.sh`` runs: correctness tests, rates of the GPU, then networks against every baseline.
 
-    python bench/gpu.py FOLDER [--minutes 10] [--dry]
+    python bench/gpu.py FOLDER [--minutes 10] [--steps tests headline] [--dry]
 
 Every step is a process of its own with a time limit, so that none takes another one's results with it. The rows of a
 network and batch size are written when they are measured: ``rates.jsonl``, ``gpu.jsonl`` (as of ``dynexec bench``);
@@ -44,14 +44,14 @@ ON_A_GPU = "test_graphs or test_launches or test_kernels or a_gpu or kernels or 
 KEEPS = (0.5, 0.25, 0.75, 0.9, 1.0)
 # Network and batch size, the most important first.
 HEADLINE = [
-    *(("resnet101", 32), ("resnet101", 128), ("resnet110", 128), ("resnet101", 64), ("resnet110", 32)),
-    *(("spottune", 64), ("resnet101", 8), ("resnet101", 256), ("resnet110", 1024), ("resnet101", 1)),
-    *(("resnet50", 64), ("resnet32", 128), ("resnet110", 1), ("efficientnet_lite0", 64)),
+    *(("resnet101", 32), ("spottune", 64), ("resnet101", 128), ("resnet110", 128), ("resnet101", 8)),
+    *(("efficientnet_lite0", 64), ("resnet110", 1024), ("resnet50", 64), ("resnet101", 256), ("resnet101", 1)),
+    *(("resnet101", 64), ("resnet110", 32), ("resnet32", 128), ("resnet110", 1)),
 ]
 # Systems that choose among parts, and how many of their samples.
 PARTS = [("arnet_resnet", 4), ("adamml_rgb_flow_sound", 1), ("adashare_nyu_v2", 2)]
 COMPILED = [("resnet110", 128)]
-SHARDS = 8
+SHARDS = 16
 
 
 def tests(folder, dry, seconds):
@@ -215,6 +215,7 @@ def measure_network(folder, dry, net, batch, names):
             flush=True,
         )
     print(frozen[0].explain().replace("\n", "\n  "), flush=True)
+    print(frozen[0].profile(images.to(dtype), settings[0].draws[0].to(device), rounds=3), flush=True)
     return int(failed)
 
 
@@ -259,7 +260,7 @@ def use_kernels_on_the_cpu():
 
 
 # What it does, and its share of the time. Steps of one line run at the same time.
-STEPS = [([tests, warm_up], 0.3), ([rates], 0.15), ([headline], 0.35), ([systems], 0.1), ([compiled], 0.1)]
+STEPS = [([tests, warm_up], 0.25), ([headline], 0.4), ([systems], 0.15), ([rates], 0.1), ([compiled], 0.1)]
 
 
 def main():
@@ -267,6 +268,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--steps", nargs="+", choices=[step.__name__ for line, _ in STEPS for step in line])
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--network", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--system", nargs=2, help=argparse.SUPPRESS)
@@ -286,11 +288,15 @@ def main():
     environment = dict(os.environ)
     if args.dry:
         environment["TRITON_INTERPRET"] = "1"
-    codes, start, left = {}, time.monotonic(), 1.0
-    for line, share in STEPS:
+    wanted = args.steps or steps
+    plan = [([step for step in line if step.__name__ in wanted], share) for line, share in STEPS]
+    plan = [(line, share) for line, share in plan if line]
+    codes, start, left = {}, time.monotonic(), sum(share for _, share in plan)
+    for line, share in plan:
         # What an earlier step left of its time goes to all later ones.
         seconds = (60 * args.minutes - (time.monotonic() - start)) * share / left
         left -= share
+        print(f"{[step.__name__ for step in line]}, {seconds:.0f} s at most", flush=True)
         command = [sys.executable, __file__, args.folder, *["--dry"] * args.dry, "--step"]
         running = {
             step.__name__: subprocess.Popen(

@@ -2,11 +2,12 @@
 
     python bench/training.py                # prints a table
     python bench/training.py --write        # also into docs/routed_training.md
+    python bench/training.py --device cuda --only bottleneck --size 224 --batch 64
 
 A step is forward, backward and SGD with momentum, on one thread. Times are CPU seconds of the process: on an idle core
-the elapsed time, on a shared one still the work. The gradients of candidates that compute the same function are
-compared before they are timed, in float64. Memory is what autograd saves for the backward pass, each storage once,
-without the parameters.
+the elapsed time, on a shared one still the work; on a GPU they are those of its own clock. The gradients of candidates
+that compute the same function are compared before they are timed, in float64. Memory is what autograd saves for the
+backward pass, each storage once, without the parameters.
 """
 
 import argparse
@@ -181,11 +182,11 @@ def count_flops(net, images, labels, batch_norm):
     return counter.get_total_flops(), skippable
 
 
-def build(make, size, batch, layout, batch_norm):
+def build(make, size, batch, layout, batch_norm, device):
     torch.manual_seed(0)
-    net = make().to(memory_format=layout)
-    images = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
-    labels = torch.randint(10, (batch,))
+    net = make().to(device, memory_format=layout)
+    images = torch.randn(batch, 3, size, size).to(device, memory_format=layout)
+    labels = torch.randint(10, (batch,)).to(device)
     recompute_batch_norm(net, [images])  # of an untrained network they are 0 and 1, which is nothing like them
     assign_columns(net.train(), batch_norm=batch_norm)
     if batch_norm == "frozen":
@@ -193,11 +194,12 @@ def build(make, size, batch, layout, batch_norm):
     return net, images, labels
 
 
-def measure(make, size, batch, layout, batch_norm, seconds):
+def measure(make, size, batch, layout, batch_norm, seconds, device):
     """Table rows of a network with a kind of BatchNorm, and a line on how it went."""
-    net, images, labels = build(make, size, batch, layout, batch_norm)
+    net, images, labels = build(make, size, batch, layout, batch_norm, device)
     generator = torch.Generator().manual_seed(0)
-    decisions = {keep: torch.rand(batch, len(dynamic_blocks(net)), generator=generator) < keep for keep in KEEPS}
+    draws = {keep: torch.rand(batch, len(dynamic_blocks(net)), generator=generator) < keep for keep in KEEPS}
+    decisions = {keep: draw.to(device) for keep, draw in draws.items()}
     total, skippable = count_flops(net, images, labels, batch_norm)
     others = net
     if batch_norm == "kept":  # masking cannot do that: it is timed as it is published
@@ -211,10 +213,13 @@ def measure(make, size, batch, layout, batch_norm, seconds):
             candidates[f"naive {keep}"] = Candidate(net, images, labels, naive(decisions[keep]))
     error = max(check(candidates, others, decisions[keep], keep, batch_norm) for keep in KEEPS)
     megabytes = {name: candidate.saved_megabytes() for name, candidate in candidates.items()}
-    found = compare({name: c.step for name, c in candidates.items()}, seconds=seconds, min_rounds=5)
+    steps = {name: candidate.step for name, candidate in candidates.items()}
+    found = compare(steps, device=device, seconds=seconds, min_rounds=5)
     note = f'"{batch_norm}": gradients within {error:.0e}, {found.rounds} rounds, noise {found.spread:.1%}'
     print(note, file=sys.stderr, flush=True)
-    milliseconds = {name: 1e3 * timing.cpu_median for name, timing in found.timings.items()}
+    on_gpu = device.type == "cuda"
+    times = {name: timing.median if on_gpu else timing.cpu_median for name, timing in found.timings.items()}
+    milliseconds = {name: 1e3 * seconds for name, seconds in times.items()}
     rows = []
     for keep in KEEPS:
         names = ("dense", "masked", f"naive {keep}", f"dynexec {keep}")
@@ -224,7 +229,7 @@ def measure(make, size, batch, layout, batch_norm, seconds):
         saved = f"{(1 - 1 / realised) / (1 - 1 / theoretical):.2f}" if theoretical > 1.001 else "-"
         rows.append(
             [batch_norm, f"{keep}"]
-            + [f"{milliseconds[name]:.0f}" if name in milliseconds else "-" for name in names]
+            + [f"{milliseconds[name]:.3g}" if name in milliseconds else "-" for name in names]
             + [f"{theoretical:.2f}x", f"{realised:.2f}x", f"{realised / theoretical:.2f}", saved]
             + [f"{megabytes[name]:.1f}" if name in megabytes else "-" for name in names]
         )
@@ -251,18 +256,24 @@ def main():
     parser.add_argument("--batch", type=int, help="instead of those of the network")
     parser.add_argument("--seconds", type=float, default=20.0, help="per network and kind of BatchNorm, at least")
     parser.add_argument("--only", default="", help="networks whose title holds this")
+    parser.add_argument("--size", type=int, help="of the images, instead of that of the network")
+    parser.add_argument("--kinds", nargs="+", choices=("frozen", "kept", "all"), help="of BatchNorm, likewise")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--layout", choices=("channels_last", "contiguous_format"), default="channels_last")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as an allocator of a GPU does, for all candidates alike
     layout = getattr(torch, args.layout)
-    parts = [f"{processor_name()}, 1 thread, torch {torch.__version__}, float32, {args.layout}\n"]
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else processor_name()
+    parts = [f"{where}, 1 thread, torch {torch.__version__}, float32, {args.layout}\n"]
     print(parts[0])
     for title, (make, size, kinds, batches) in NETWORKS.items():
         for batch in [args.batch] if args.batch else batches:
             if args.only not in title:
                 continue
-            found = [measure(make, size, batch, layout, kind, args.seconds) for kind in kinds]
+            size = args.size or size
+            kinds = args.kinds or kinds
+            found = [measure(make, size, batch, layout, kind, args.seconds, args.device) for kind in kinds]
             table = markdown_table(HEADINGS, [row for rows, _ in found for row in rows])
             parts.append(
                 f"{title}, {size}x{size}, batch {batch}:\n\n{table}\n{'; '.join(note for _, note in found)}.\n"

@@ -1,10 +1,12 @@
-"""CUDA graphs of frozen networks; only a GPU can run them."""
+"""CUDA graphs of frozen networks, and their profiles on a GPU; only one can run them."""
 
+import math
 import threading
 
 import pytest
 import torch
 import toys
+from test_routed import choice
 from torch import nn
 
 import dynexec
@@ -163,3 +165,54 @@ def test_inside_of_somebody_elses_graph(executor):
         decisions.copy_(torch.rand(len(x), num_blocks, device="cuda") < 0.5)
         graph.replay()
         close(result, expected(model, x, decisions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parts_of_routed_networks_run_in_graphs(dtype):
+    net = choice().cuda().to(dtype)
+    frozen = dynexec.freeze(net, torch.randn(12, 3, 13, 13, device="cuda", dtype=dtype))
+    assert all("in CUDA graphs" in line for line in frozen.explain().splitlines())
+    for samples in (12, 1, 7, 30):
+        for _ in range(2):
+            x = torch.randn(samples, 3, 13, 13, device="cuda", dtype=dtype)
+            decisions = torch.randint(2, (samples,), device="cuda")
+            with torch.no_grad():
+                close(frozen(x, decisions), net(x, decisions))
+    graphs = [part.run.graphs for part in frozen.network.nets]
+    assert all(not found.failed and 1 <= len(found.graphs) <= 8 for found in graphs)
+
+
+@pytest.mark.parametrize("executor", ["fused", "dense"])
+def test_profile_on_a_gpu(executor):
+    model, num_blocks, x, frozen = freeze(executor=executor)
+    decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
+    before = frozen(x, decisions)
+    found = frozen.profile(x, decisions, rounds=3)
+    assert found.executor == executor and found.moved is None
+    names = [part.column for part in found.parts if part.kind == "block"]
+    assert names == list(range(num_blocks))
+    assert all(math.isfinite(part.measured) and part.measured >= 0 for part in found.parts)
+    assert sum(part.measured for part in found.parts) > 0
+    assert math.isclose(sum(found.losses.values()), found.measured - found.theoretical, rel_tol=1e-6, abs_tol=1e-9)
+    assert torch.equal(frozen(x, decisions), before)
+
+
+def test_profile_of_parts_on_a_gpu():
+    net = choice().cuda().half()
+    x = torch.randn(12, 3, 13, 13, device="cuda", dtype=torch.float16)
+    decisions = torch.arange(12, device="cuda") % 2
+    found = dynexec.freeze(net, x).profile(x, decisions, rounds=2)
+    assert [(part.name, part.samples) for part in found.parts[:2]] == [("nets.0", 6), ("nets.1", 6)]
+    assert all(math.isfinite(part.measured) for part in found.parts)
+
+
+def test_ranges_are_shown_to_the_profilers_of_a_gpu():
+    _, num_blocks, x, frozen = freeze()
+    decisions = torch.ones(len(x), num_blocks, dtype=torch.bool, device="cuda")
+    before = frozen(x, decisions)
+    with torch.profiler.profile() as profiler:
+        frozen.compute(x, decisions)
+    names = {event.name for event in profiler.events()}
+    assert {stage.name for segment in frozen.segments for found in segment.stages for stage in found.blocks} <= names
+    with torch.autograd.profiler.emit_nvtx():
+        assert torch.equal(frozen.compute(x, decisions)[0], before)

@@ -20,6 +20,9 @@ from dynexec.measure.ranges import Recorder, Span
 from dynexec.measure.rates import copy_rate, matrix_rate
 
 PLANNING = "planning", "planning"
+# So long a GPU waits before a call that is taken down, in its cycles: while it does, the host queues the launches, and
+# what the GPU's clock tells is not how long the host took. The host may take this many seconds.
+_SLEEP_PER_SECOND, _LONGEST_SLEEP = 2e9, 0.5
 
 
 @dataclass
@@ -198,16 +201,23 @@ def check_rounds(rounds):
 
 def take_turns(cases, rounds, device):
     """Of each case (a function that calls, one that takes down a call) the least seconds and the least :class:`Run`."""
-    found = [([], []) for _ in cases]
+    found, ahead = [([], []) for _ in cases], [0.0] * len(cases)
+    on_gpu = device.type == "cuda"
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(-1, rounds):  # the first one is a warm-up
-            for (call, take_down), (walls, runs) in zip(cases, found, strict=True):
-                wall, run = _seconds(call, device), take_down()
+        for turn in range(-2 if on_gpu else -1, rounds):  # first a warm-up, and what tells how long the host takes
+            for number, ((call, take_down), (walls, runs)) in enumerate(zip(cases, found, strict=True)):
+                wall = _seconds(call, device)
+                if on_gpu:
+                    torch.cuda._sleep(round(ahead[number] * _SLEEP_PER_SECOND))
+                start = time.perf_counter()
+                run = take_down()
                 if turn >= 0:
                     walls.append(wall)
                     runs.append(run)
+                elif turn == -1:
+                    ahead[number] = min(time.perf_counter() - start, _LONGEST_SLEEP)
     finally:
         if collecting:
             gc.enable()
