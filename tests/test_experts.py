@@ -375,7 +375,7 @@ def test_costs_of_both_sets_of_weights():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("executor", ["fused", "dense", "bucketed"])
+@pytest.mark.parametrize("executor", ["fused", "dense", "bucketed", "switched"])
 def test_on_the_kernels(monkeypatch, executor):
     """Twin gates run as one launch per convolution, in every other executor one gate after the other."""
     module = sys.modules["dynexec.executors.freeze"]

@@ -43,9 +43,9 @@ def on_kernels(monkeypatch):
 
 # Conditional nodes need the native part on a GPU; in the interpreter there are none: all bodies of `bucketed` run, and
 # `conditional` is `fused`.
-EXECUTORS = ["fused", "dense"] + ["bucketed"] * (DEVICE.type == "cpu")
+EXECUTORS = ["fused", "dense"] + ["bucketed", "switched"] * (DEVICE.type == "cpu")
 if conditional_missing() is None:
-    EXECUTORS += ["conditional", "bucketed"]
+    EXECUTORS += ["conditional", "bucketed", "switched"]
 needs_nodes = pytest.mark.skipif("bucketed" not in EXECUTORS, reason=f"no conditional nodes: {conditional_missing()}")
 
 
@@ -117,7 +117,35 @@ def test_every_number_of_samples_in_buckets(monkeypatch):
     assert sizes == {2, 4, 6, 8, 10, 11}
 
 
-@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name in ("fused", "bucketed")])
+@needs_nodes
+def test_switched_is_dense_where_enough_is_kept(monkeypatch):
+    """Of four samples and a number of blocks, whatever the share."""
+    model, num_blocks, x, frozen = frozen_pair("timm", executor="switched")
+    launch, ran = launches.LaunchProgram._launch, []
+
+    def choose(offset, size, functions):
+        chosen = min(-(-int(offset[1] - offset[0]) // size), len(functions) - 1)
+        functions[chosen](offset)
+
+    monkeypatch.setattr(launches, "switch", choose)
+    monkeypatch.setattr(
+        launches.LaunchProgram,
+        "_launch",
+        lambda program, x, route, name: ran.append(name) or launch(program, x, route, name),
+    )
+    pairs = len(x) * num_blocks
+    for share in (1.0, 0.6875, 0.1):
+        frozen.switch_at = share
+        frozen.use("switched")
+        for kept in (0, 1, pairs // 2, round(0.6875 * pairs), round(0.6875 * pairs) - 1, pairs - 1, pairs):
+            decisions = (torch.randperm(pairs, device=DEVICE) < kept).reshape(len(x), num_blocks)
+            y = frozen.run(x, decisions)
+            assert ran.pop() == ("dense" if kept >= share * pairs else "fused") == frozen.executor_for(decisions)
+            assert not ran
+            torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name in ("fused", "bucketed", "switched")])
 def test_other_sizes_batches_and_layouts(executor):
     model, num_blocks, _, frozen = frozen_pair("odd", size=13, executor=executor)
     for n, size in ((1, 13), (3, 17), (0, 13)):
@@ -177,7 +205,7 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     monkeypatch.setattr(conv, "conv", fail)
     text = dynexec.freeze(model, x).explain()
     assert "Triton kernels not used: " in text
-    assert all(f"{name}: RuntimeError: out of shared memory" in text for name in EXECUTORS)
+    assert all(f"{name}: RuntimeError: out of shared memory" in text for name in EXECUTORS if name != "switched")
 
 
 @needs_nodes
@@ -191,6 +219,7 @@ def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
             "conditional": 9.0,
             "dense": 2.2,
             "bucketed": 1.9,
+            "switched": 1.0,
         }  # seconds for both of the race's decisions together
         return replace(backends.kernels(device, False), expected=lambda *what: expected[what[-1]] / 2)
 

@@ -4,16 +4,19 @@ from functools import partial
 
 import torch
 
+from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.costs import are_times, device_name, digest, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.segment import make_segments
 
+# Shares of blocks that are kept, at which ``dense`` and ``fused`` are compared for ``switched``.
+_SHARES = tuple(number / 8 for number in range(1, 9))
 # An executor that is expected to take so many times as long as the best one that works is not tried.
 _HOPELESS = 2.0
 
 
-def try_backend(backend, network, layers, proof, images, executor):
+def try_backend(backend, network, layers, proof, images, executor, cache):
     """The network with the backend's segments, or why there is none."""
     if backend.missing is not None:
         return None, backend.missing
@@ -35,7 +38,16 @@ def try_backend(backend, network, layers, proof, images, executor):
     fast.expected = _expect(fast, images)
     names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
     fast.executors = names = names if executor is None else [executor]
-    for name in sorted(names, key=lambda name: fast.expected.get(name, 0.0)):
+    if executor == "switched":
+        fast.switch_at = _measure_switch(fast, images, cache) or fast.switch_at
+    for name in sorted(names, key=lambda name: (name == "switched", fast.expected.get(name, 0.0))):
+        if name == "switched" and executor is None:
+            found = _measure_switch(fast, images, cache) if {"fused", "dense"} <= set(accepted) else None
+            if found is None:
+                fast.executors.remove(name)
+                continue
+            fast.switch_at = found
+            fast.notes.append(f"switched: dense where at least {100 * found:.0f} % of blocks are kept, else fused")
         better = next((other for other in accepted if other != "resident"), None)  # of that one all is guessed
         if better and fast.expected and fast.expected[name] > _HOPELESS * fast.expected[better]:
             fast.notes.append(
@@ -63,6 +75,38 @@ def try_backend(backend, network, layers, proof, images, executor):
     fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
     fast.note_failed_graphs()
     return fast, None
+
+
+def _measure_switch(fast, images, cache):
+    """The share of kept (sample, block) pairs from which on ``dense`` is faster than ``fused``.
+
+    None where one of them is faster at all shares, or where there are no graphs, of which a node chooses.
+    """
+    if fast.graphs is None or conditional_missing() is not None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    shape = len(images), fast.num_blocks
+    draws = [(torch.rand(shape, generator=generator) < share).to(images.device) for share in _SHARES]
+
+    def measure():
+        times = []
+        for name in ("dense", "fused"):
+            with choosing_algorithms(), fast.using(name):
+                times.append([seconds(lambda d=d: fast.call(images, d), images.device) for d in draws])
+        faster = [dense < fused for dense, fused in zip(*times, strict=True)]
+        first = len(faster) - next((n for n, one in enumerate(reversed(faster)) if not one), len(faster))
+        return (_SHARES[first - 1] + _SHARES[first]) / 2 if 0 < first < len(faster) else None
+
+    between = [sum(shares) / 2 for shares in zip(_SHARES, _SHARES[1:], strict=False)]
+    return cache.get(_key(cache, "switch", [fast], images), lambda entry: entry is None or entry in between, measure)
+
+
+def _key(cache, what, networks, images):
+    """Of what was measured of networks, one of which has a backend, with these images."""
+    parts = [part for network in networks for part in (*network.segments, *network.stages)]
+    signature = digest(" ".join(part.signature for part in parts))
+    version = networks[0].backend.version
+    return cache.key(what, signature, tuple(images.shape), images.dtype, *version, *device_name(images.device))
 
 
 def _expect(fast, images):
@@ -101,11 +145,7 @@ def race(fast, layers, images, cache):
             fast.use(name)
         return sum(seconds(lambda d=d: network.call(images, d), images.device) for d in keeps)
 
-    parts = [part for network in (fast, layers) for part in (*network.segments, *network.stages)]
-    signature = " ".join(part.signature for part in parts)
-    key = cache.key(
-        "race", digest(signature), tuple(images.shape), layers.dtype, *fast.backend.version, *device_name(images.device)
-    )
+    key = _key(cache, "race", (fast, layers), images)
     return cache.get(key, are_times(names), lambda: {name: measure(name) for name in names})
 
 

@@ -23,6 +23,9 @@ def program_seconds(gpu, program, samples, kept, dtype, executor):
     """What a program takes by the model; arguments as for :func:`launches`, or the executor ``resident``."""
     if executor == "resident":
         return _resident_seconds(gpu, program, samples, kept)
+    if executor == "switched":
+        either = (program_seconds(gpu, program, samples, kept, dtype, name) for name in ("dense", "fused"))
+        return layer_seconds(gpu, _NODE, 1) + min(either)
     return sum(layer_seconds(gpu, *launch) for launch in launches(program, samples, kept, dtype, executor))
 
 

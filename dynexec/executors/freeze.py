@@ -49,6 +49,7 @@ def freeze(
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
       graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
       ``bucketed`` an eighth of them, two eighths, ... or all, chosen on the device by a node of the graph;
+      ``switched`` is ``dense`` or ``fused``, chosen in the same way by how many samples keep the blocks;
       ``conditional`` is ``fused`` with a node around every block, for very few samples. ``resident`` is one kernel that
       takes a sample through a whole network for images of up to 32 pixels, in 16 bits.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
@@ -67,8 +68,9 @@ def freeze(
     dtype : torch.dtype, optional
         Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``. On a GPU float16
         and bfloat16 are, and float32 uses TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
-    executor : {"fused", "resident", "conditional", "dense", "bucketed", "masked", "compact", "grouped"}, optional
-        Use this one everywhere instead of choosing.
+    executor : str, optional
+        Use this one everywhere instead of choosing: "resident" or "fused", on a GPU also "dense", "switched",
+        "conditional" or "bucketed", layer by layer "masked", "compact" or "grouped".
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
     winograd : bool
@@ -148,7 +150,7 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
         layers.samples_at_once = _measure_samples_at_once(layers, images, cache)
     fast, reason = None, f"executor is {executor!r}"
     if by_layer is None:
-        fast, reason = try_backend(backend, network, layers, proof, images, executor)
+        fast, reason = try_backend(backend, network, layers, proof, images, executor, cache)
     if executor in backend.executors:
         if reason is not None:
             raise RuntimeError(f"executor {executor!r} cannot run this network: {reason}")

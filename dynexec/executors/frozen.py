@@ -1,10 +1,13 @@
 """The inference network that ``freeze`` makes."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import fx, nn
 
 from dynexec import dispatch
 from dynexec.executors.choose import CAUSES
+from dynexec.executors.launches import most_dropped
 from dynexec.executors.profile import check_rounds, profile
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import only_segment
@@ -27,6 +30,7 @@ class FrozenNetwork(nn.Module):
         self.stages, self.segments, self.backend = tuple(stages), tuple(segments), backend
         self.executors = list(backend.executors) if backend is not None else []  # those that were proven
         self.executor, self.expected = None, {}  # the one in use; seconds of each by a model
+        self.switch_at = 1.0  # of the executor "switched"
         self.one_launch = backend is not None and backend.plans  # whether a policy may run in the resident kernel
         self.policy, self.samples_at_once, self.graphs, self.notes = None, None, None, []
 
@@ -107,13 +111,9 @@ class FrozenNetwork(nn.Module):
 
     def _compute_in_other_graph(self, x, decisions):
         """While somebody else captures one: without conditional nodes, whose memory is for this network's own."""
-        with self.graphs.lock:
-            before = self.executor
-            self.use({"conditional": "fused", "bucketed": "dense"}.get(before, before))
-            try:
-                return self.compute(x, decisions)
-            finally:
-                self.use(before)
+        instead = {"conditional": "fused", "bucketed": "dense", "switched": "fused"}
+        with self.graphs.lock, self.using(instead.get(self.executor, self.executor)):
+            return self.compute(x, decisions)
 
     def in_graphs(self, x, decisions):
         """The output alone."""
@@ -192,7 +192,26 @@ class FrozenNetwork(nn.Module):
         """Let segments run as this executor of the :class:`Backend`."""
         self.executor = executor
         for segment in self.segments:
-            segment.executor, segment.options = executor, self.backend.executors[executor]
+            segment.executor, segment.options = executor, dict(self.backend.executors[executor])
+            if executor == "switched":
+                segment.options["switch_at"] = self.switch_at
+
+    @contextmanager
+    def using(self, executor):
+        """Inside, segments run as this executor."""
+        before = self.executor
+        self.use(executor)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def executor_for(self, decisions):
+        """The one in use; of ``switched`` the one that bool decisions ``[N, L]`` make it. Waits for the device."""
+        if self.executor != "switched":
+            return self.executor
+        dropped = int((~decisions).sum())
+        return "dense" if dropped <= most_dropped(self.switch_at, decisions.numel()) else "fused"
 
     def keep_only(self):
         """Give up the weights and graphs that this way to run does not need; return the network."""

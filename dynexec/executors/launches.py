@@ -7,6 +7,7 @@ run, stems, shortcuts and classifiers, is the library's.
 
 from contextlib import nullcontext
 from functools import partial
+from math import floor
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,14 @@ from dynexec.reference import ACTIVATIONS, flat_rows
 _LARGEST_MIDDLE = 128
 # Numbers of samples that a block is prepared for where the library computes it.
 BUCKETS = 8
+# Executors that need conditional nodes on a GPU.
+_WITH_NODES = "conditional", "bucketed", "switched"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def most_dropped(switch_at, pairs):
+    """How many of the (sample, block) pairs may be dropped where the share ``switch_at`` must be kept."""
+    return floor((1.0 - switch_at) * pairs + 1e-6)
 
 
 class LaunchBuilder(Builder):
@@ -68,13 +76,13 @@ class LaunchPrograms:
 
     def renew(self, program, executor):
         """The program itself; what other executors keep between calls is given up."""
-        if executor not in ("conditional", "bucketed"):
+        if executor not in _WITH_NODES:
             self._conditional = None
         return program
 
     def take_conditional(self, x, executor):
         """What inserts conditional nodes, or None where there are none for this batch and executor."""
-        if executor not in ("conditional", "bucketed") or x.device.type != "cuda":
+        if executor not in _WITH_NODES or x.device.type != "cuda":
             return None
         if (reason := conditional_missing()) is not None:
             raise RuntimeError(f"no conditional nodes: {reason}")
@@ -154,7 +162,7 @@ class LaunchProgram:
             for step in self.instructions
         )
 
-    def __call__(self, x, route, executor="fused"):
+    def __call__(self, x, route, executor="fused", switch_at=1.0):
         """Run it.
 
         Parameters
@@ -162,13 +170,16 @@ class LaunchProgram:
         x : tensor ``[N, C, H, W]``
         route : Route
             A device route will do.
-        executor : {"fused", "resident", "conditional", "dense", "bucketed"}
+        executor : {"fused", "resident", "conditional", "dense", "bucketed", "switched"}
             ``resident``: the whole network in one launch, if it is one that :class:`Resident` knows.
             ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
             ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
             that keep it in place: about as fast as a dense network, whatever the decisions. ``bucketed``: the
             library's of the samples that keep a block, and others so that there are a multiple of an eighth of the
-            batch, between a gather and a scatter; a graph holds them all and chooses on the device.
+            batch, between a gather and a scatter; a graph holds them all and chooses on the device. ``switched``: a
+            graph holds ``dense`` and ``fused`` and chooses between them on the device.
+        switch_at : float
+            ``switched`` is ``dense`` where at least this share of (sample, block) pairs is kept.
 
         Returns
         -------
@@ -189,26 +200,41 @@ class LaunchProgram:
         conditional = self.programs.take_conditional(x, executor)
         # Dependent launches are edges of a kind that conditional nodes do not have.
         with nullcontext() if conditional is None else plain_launches():
-            dense = executor in ("dense", "bucketed")
-            frame = Frame(x, self.programs.take_workspace(x.device), dense)
-            number = 0
-            while (step := self.instructions[number]).op != "store":
-                if step.op == "gate":
-                    if number in self.twins and executor == "fused":
-                        with part_range(*step.part, None, len(x)):
-                            number = self._run_twins(number, self.twins[number], frame, route)
-                        continue
-                    gated = range(number + 1, number + 1 + step.gated)
-                    index, offset = route.index[step.column], route.offset[step.column, step.choice :]
-                    # Buckets are of the last rows of the index, those with a True decision.
-                    run = self._run_bucketed if executor == "bucketed" and step.choice else self._run_gated
+            if executor == "switched":
+                return self._run_switched(x, route, switch_at, conditional)
+            return self._launch(x, route, executor, conditional)
+
+    def _launch(self, x, route, executor, conditional=None):
+        frame = Frame(x, self.programs.take_workspace(x.device), executor in ("dense", "bucketed"))
+        number = 0
+        while (step := self.instructions[number]).op != "store":
+            if step.op == "gate":
+                if number in self.twins and executor == "fused":
                     with part_range(*step.part, None, len(x)):
-                        run(gated, frame, index, offset, conditional)
-                else:
-                    with part_range(*step.part, None, len(x)):
-                        self._run(number, step, frame, {})
-                number += 1 + step.gated
-            return frame.values[id(step.input)]
+                        number = self._run_twins(number, self.twins[number], frame, route)
+                    continue
+                gated = range(number + 1, number + 1 + step.gated)
+                index, offset = route.index[step.column], route.offset[step.column, step.choice :]
+                # Buckets are of the last rows of the index, those with a True decision.
+                run = self._run_bucketed if executor == "bucketed" and step.choice else self._run_gated
+                with part_range(*step.part, None, len(x)):
+                    run(gated, frame, index, offset, conditional)
+            else:
+                with part_range(*step.part, None, len(x)):
+                    self._run(number, step, frame, {})
+            number += 1 + step.gated
+        return frame.values[id(step.input)]
+
+    def _run_switched(self, x, route, switch_at, conditional):
+        result = self.instructions[-1].input
+        shape = len(x), *result.shape
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        most = most_dropped(switch_at, len(x) * len(route.offset))
+        # From the most pairs that may be dropped to those that are, if these are more: offset[:, 0] is 0.
+        above = route.offset[:, :2].sum(0, dtype=torch.int32).clamp(min=most)
+        functions = [lambda _, name=name: y.copy_(self._launch(x, route, name)) for name in ("dense", "fused")]
+        (switch if conditional is None else conditional.switch)(above, max(len(x) * len(route.offset), 1), functions)
+        return y
 
     def resident(self):
         """The network for the kernel that runs it whole; ValueError where it is not such a network."""

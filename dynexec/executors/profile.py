@@ -43,14 +43,13 @@ class Run:
 def profile(frozen, x, decisions, rounds):
     """See :meth:`FrozenNetwork.profile`: ``x`` and ``decisions`` as :meth:`FrozenNetwork.call` takes them."""
     everything = torch.ones(len(x), frozen.num_blocks, dtype=torch.bool, device=x.device)
-    cases = [
-        (partial(frozen.call, x, given), lambda given=given: record(frozen, x, given)[1])
-        for given in (decisions, everything)
-    ]
+    decided = frozen.decide(x) if decisions is None else decisions
+    cases = []
+    for given, known in ((decisions, decided), (everything, everything)):
+        what = frozen, x, given, frozen.executor_for(known)
+        cases.append((partial(frozen.call, x, given), lambda what=what: record(*what)[1]))
     (measured, run), (dense, dense_run) = take_turns(cases, rounds, x.device)
-    if decisions is None:
-        decisions = frozen.decide(x)
-    works = find_parts(frozen, x)
+    decisions, works = decided, find_parts(frozen, x)
     if POLICY not in run.parts:
         works.pop(POLICY, None)
     rates = peak_flops(x.device, x.dtype), copy_rate(x.device)
@@ -85,10 +84,10 @@ def profile(frozen, x, decisions, rounds):
     )
 
 
-def record(frozen, x, decisions):
-    """The output of one call, and the :class:`Run` that says what took how long."""
+def record(frozen, x, decisions, executor=None):
+    """The output of one call, and the :class:`Run` that says what took how long; as this executor, or that in use."""
     run, outputs, engine_spans = Run(), [], []
-    with torch.no_grad(), Recorder(x.device) as recorder:
+    with torch.no_grad(), frozen.using(executor or frozen.executor), Recorder(x.device) as recorder:
         if decisions is None:
             with recorder.span(*POLICY, len(x)):
                 decisions = frozen.decide(x)

@@ -86,7 +86,7 @@ class Proof:
         self.backbone, self.cases = backbone, []
         parts = [(x, 0.5), (x, 1.0), (x[:1], 0.5), (x[:1], 1.0)]
         if images.device.type == "cuda":  # other kernels run the whole batch
-            parts += [(images, 0.5), (images, 1.0)]
+            parts += [(images, keep) for keep in (0.5, 1.0, 0.0)]
         for part, keep in parts:
             decisions = (torch.rand(len(part), num_blocks, generator=generator) < keep).to(x.device)
             with decide(decisions):
