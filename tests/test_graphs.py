@@ -48,7 +48,7 @@ def test_replays_take_new_inputs_and_decisions(executor):
         x = torch.randn_like(x)
         decisions = torch.rand(len(x), num_blocks, device="cuda") < keep
         close(frozen(x, decisions), expected(model, x, decisions))
-    assert len(frozen.graphs.graphs) == 1
+    assert [shape for _, shape, _ in frozen.graphs.graphs].count(x.shape) == 1
 
 
 def test_executors_have_graphs_of_their_own():
@@ -81,6 +81,7 @@ def test_what_cannot_be_captured_runs_without_a_graph():
         decisions = torch.rand(n, num_blocks, device="cuda") < 0.5
         close(frozen(x[:n], decisions), expected(model, x[:n], decisions))
     assert [shape[0] for _, shape, _ in frozen.graphs.failed] == [5]
+    assert torch.randn(8, device="cuda").std() > 0
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     close(frozen(x[:4], decisions[:4]), expected(model, x[:4], decisions[:4]))
 

@@ -91,7 +91,8 @@ def _measure_switch(fast, images, cache):
     def measure():
         times = []
         for name in ("dense", "fused"):
-            with choosing_algorithms(), fast.using(name):
+            fast.use(name)
+            with choosing_algorithms():
                 times.append([seconds(lambda d=d: fast.call(images, d), images.device) for d in draws])
         faster = [dense < fused for dense, fused in zip(*times, strict=True)]
         first = len(faster) - next((n for n, one in enumerate(reversed(faster)) if not one), len(faster))
