@@ -57,10 +57,6 @@ def cases(architecture):
         partial(move_rows, whole, tensor(32, 4096), numbers(32), scatter=True, add=True, relu=True),
         None,
     )
-    found["scatter rows, as many as the device says"] = (
-        partial(move_rows, whole, tensor(32, 4096), numbers(32), scatter=True, offset=numbers(2), first=16),
-        None,
-    )
     found["plan, 256 x 54"] = partial(plan, tensor(256, 54, dtype=torch.bool), 2), None
     for kernel, c, size in ((3, 144, 56), (5, 240, 28)):
         x, weight = tensor(64, c, size, size), tensor(c, 1, kernel, kernel)

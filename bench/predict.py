@@ -46,7 +46,7 @@ def main():
     for name, batches in BATCHES.items():
         with torch.inference_mode():
             columns, found = program(name)
-        for batch, executor in product(batches, ("fused", "resident", "conditional", "bucketed", "dense")):
+        for batch, executor in product(batches, ("fused", "resident", "conditional", "dense", "switched")):
             if program_seconds(H100, found, batch, [batch] * columns, torch.float16, executor) == 0:
                 continue  # it refuses this network
             static = program_seconds(H100, found, batch, [], torch.float16, "static")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dynexec import native
-from dynexec.executors.conditional import Conditional, conditional_missing, switch
+from dynexec.executors.conditional import Conditional, conditional_missing
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -99,7 +99,7 @@ def test_switch_runs_the_body_of_the_count(count, body):
     offset = torch.tensor([0, count], dtype=torch.int32, device="cuda")
     value, conditional, graph = torch.zeros(1, device="cuda"), Conditional(offset.device), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        conditional.switch(offset, 8, [lambda _, number=number: value.fill_(number) for number in range(3)])
+        conditional.switch(offset, 8, [lambda number=number: value.fill_(number) for number in range(3)])
     value.fill_(-1)
     graph.replay()
     assert value.item() == body
@@ -111,7 +111,7 @@ def test_functions_of_a_switch_may_allocate():
     offset = torch.zeros(2, dtype=torch.int32, device="cuda")
     x, conditional, graph = torch.randn(8, 256, device="cuda"), Conditional(offset.device), torch.cuda.CUDAGraph()
     weight, results = torch.randn(256, 256, device="cuda"), torch.zeros(3, 8, 256, device="cuda")
-    functions = [lambda _, number=number: results[number].copy_((x * number) @ weight) for number in range(3)]
+    functions = [lambda number=number: results[number].copy_((x * number) @ weight) for number in range(3)]
     for _ in range(2):  # the libraries' workspaces
         conditional.switch(offset, 1, functions)
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -125,14 +125,3 @@ def test_functions_of_a_switch_may_allocate():
         torch.testing.assert_close(results[number], (x * number) @ weight, rtol=1e-2, atol=1e-2)
         assert all((results[other] == -1).all() for other in {0, 1, 2} - {number})
     assert all((other == 3).all() for other in others)
-
-
-@pytest.mark.parametrize("count", range(12))
-def test_switch_while_nothing_is_captured(count):
-    """Every function is called, one of them with the rows."""
-    seen = []
-    switch(torch.tensor([2, 2 + count], dtype=torch.int32), 3, [seen.append] * 4)
-    counts = [int(offset[1] - offset[0]) for offset in seen]
-    body = min(-(-count // 3), 3)
-    assert counts == [count if number == body else 0 for number in range(4)]
-    assert seen[body].tolist() == [2, 2 + count]

@@ -16,7 +16,7 @@ from dynexec.nn.context import decide
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-EXECUTORS = ["fused"] + ["conditional", "bucketed", "switched"] * (conditional_missing() is None)
+EXECUTORS = ["fused"] + ["conditional", "switched"] * (conditional_missing() is None)
 
 
 def freeze(policy=False, dtype=torch.float16, batch=6, executor="fused"):
@@ -58,7 +58,7 @@ def test_executors_have_graphs_of_their_own():
     frozen = dynexec.freeze(model, x)
     assert "no CUDA graph" not in frozen.explain()
     refused = [line.split()[0] for line in frozen.explain().splitlines() if " refused: " in line]
-    assert set(refused) <= {"resident"} | {"conditional", "bucketed", "switched"} - set(EXECUTORS)
+    assert set(refused) <= {"resident"} | {"conditional", "switched"} - set(EXECUTORS)
     if frozen.graphs is not None:
         assert {variant for variant, *_ in frozen.graphs.graphs} == {frozen.executor}
         for name in (*EXECUTORS, "dense", "fused"):

@@ -83,18 +83,6 @@ def test_rows(dtype, numbers, row):
         assert torch.equal(destination, expected)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize("row", [1, 4100])
-def test_rows_between_two_numbers_on_the_device(row, count):
-    whole, part = torch.randn(7, row, device=DEVICE), torch.randn(4, row, device=DEVICE)
-    index = torch.tensor([5, 0, 6, 2], dtype=torch.int32, device=DEVICE)
-    offset = torch.tensor([7 - count, 7], dtype=torch.int32, device=DEVICE)
-    expected = whole.clone()
-    expected[index[4 - count :]] = part[4 - count :]
-    move_rows(whole, part, index, scatter=True, offset=offset, first=3)
-    assert torch.equal(whole, expected)
-
-
 @pytest.fixture
 def shared_sums(monkeypatch):
     """Short sums are shared by several programs as well, as if there were more multiprocessors than tiles."""

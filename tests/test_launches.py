@@ -41,12 +41,11 @@ def on_kernels(monkeypatch):
     monkeypatch.setattr(module, "choose_backend", lambda device, _, invariant: backends.kernels(device, invariant))
 
 
-# Conditional nodes need the native part on a GPU; in the interpreter there are none: all bodies of `bucketed` run, and
-# `conditional` is `fused`.
-EXECUTORS = ["fused", "dense"] + ["bucketed", "switched"] * (DEVICE.type == "cpu")
+# Conditional nodes need the native part on a GPU; in the interpreter the host chooses, and `conditional` is `fused`.
+EXECUTORS = ["fused", "dense"] + ["switched"] * (DEVICE.type == "cpu")
 if conditional_missing() is None:
-    EXECUTORS += ["conditional", "bucketed", "switched"]
-needs_nodes = pytest.mark.skipif("bucketed" not in EXECUTORS, reason=f"no conditional nodes: {conditional_missing()}")
+    EXECUTORS += ["conditional", "switched"]
+needs_nodes = pytest.mark.skipif("switched" not in EXECUTORS, reason=f"no conditional nodes: {conditional_missing()}")
 
 
 class Odd(nn.Module):
@@ -100,39 +99,16 @@ def test_output_is_the_models(name, dtype, executor):
     assert torch.equal(x, before)
 
 
-@needs_nodes
-def test_every_number_of_samples_in_buckets(monkeypatch):
-    """Of eleven the library computes the last two, four, ... or all, whatever lies in the rows that are left out."""
-    model, num_blocks, _, frozen = frozen_pair("timm", executor="bucketed")
-    x = torch.randn(11, 3, 9, 9, device=DEVICE)
-    run, sizes = launches._run_by_library, set()
-    monkeypatch.setattr(launches, "_run_by_library", lambda step, x, *more: sizes.add(len(x)) or run(step, x, *more))
-    for count in (0, 1, 2, 3, 7, 10, 11):
-        order = torch.rand(11, num_blocks, device=DEVICE).argsort(0)
-        x[:, :, 4, 4] = torch.nan if count % 2 else 1.0  # goes into what its own sample gives and nothing else
-        x[3, :, 4, 4] = 1.0
-        y, wanted = frozen(x, order < count), expected(model, x, order < count)
-        torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-4, equal_nan=True)
-        assert y[3].isfinite().all()
-    assert sizes == {2, 4, 6, 8, 10, 11}
-
-
-@needs_nodes
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a node chooses, and nobody sees which")
 def test_switched_is_dense_where_enough_is_kept(monkeypatch):
-    """Of four samples and a number of blocks, whatever the share."""
     model, num_blocks, x, frozen = frozen_pair("timm", executor="switched")
     launch, ran = launches.LaunchProgram._launch, []
 
-    def choose(offset, size, functions):
-        chosen = min(-(-int(offset[1] - offset[0]) // size), len(functions) - 1)
-        functions[chosen](offset)
+    def take_down(program, x, route, name):
+        ran.append(name)
+        return launch(program, x, route, name)
 
-    monkeypatch.setattr(launches, "switch", choose)
-    monkeypatch.setattr(
-        launches.LaunchProgram,
-        "_launch",
-        lambda program, x, route, name: ran.append(name) or launch(program, x, route, name),
-    )
+    monkeypatch.setattr(launches.LaunchProgram, "_launch", take_down)
     pairs = len(x) * num_blocks
     for share in (1.0, 0.6875, 0.1):
         frozen.switch_at = share
@@ -145,7 +121,7 @@ def test_switched_is_dense_where_enough_is_kept(monkeypatch):
             torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name in ("fused", "bucketed", "switched")])
+@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name in ("fused", "switched")])
 def test_other_sizes_batches_and_layouts(executor):
     model, num_blocks, _, frozen = frozen_pair("odd", size=13, executor=executor)
     for n, size in ((1, 13), (3, 17), (0, 13)):
@@ -212,15 +188,10 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
 def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
     from dynexec.kernels import conv
 
+    # Seconds for both of the race's decisions together.
+    expected = {"resident": 0.0, "fused": 1.0, "conditional": 9.0, "dense": 2.2, "switched": 1.0}
+
     def like(device, *_):
-        expected = {
-            "resident": 0.0,
-            "fused": 1.0,
-            "conditional": 9.0,
-            "dense": 2.2,
-            "bucketed": 1.9,
-            "switched": 1.0,
-        }  # seconds for both of the race's decisions together
         return replace(backends.kernels(device, False), expected=lambda *what: expected[what[-1]] / 2)
 
     module = sys.modules["dynexec.executors.freeze"]
@@ -231,8 +202,10 @@ def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
     assert "conditional" not in dynexec.freeze(model, x.repeat(3, 1, 1, 1)).explain()  # more than four samples
     text = dynexec.freeze(model, x).explain()
     assert "conditional not tried" in text if DEVICE.type == "cuda" else "conditional" not in text
-    assert "dense not tried: 2200.00 ms expected, fused 1000.00 ms" in text and "bucketed not tried" not in text
-    assert re.search(r"fused [\d.]+ ms \(1000.00 expected\), bucketed [\d.]+ ms \(1900.00 expected\)", text)
+    assert "dense not tried: 2200.00 ms expected, fused 1000.00 ms" in text and "switched" not in text
+    expected["dense"] = 1.9
+    text = dynexec.freeze(model, x).explain()
+    assert re.search(r"fused [\d.]+ ms \(1000.00 expected\), dense [\d.]+ ms \(1900.00 expected\)", text)
     assert "-> dense" in dynexec.freeze(model, x, executor="dense").explain()
 
     def fail(*args, **kwargs):

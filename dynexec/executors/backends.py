@@ -71,10 +71,9 @@ def kernels(device, batch_invariant):
     """The Triton kernels for GPUs, which in the interpreter run on a CPU as well."""
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-    names = ["fused", "resident", "conditional", "dense"]
-    if not batch_invariant:  # of these the library's algorithm depends on how many samples keep blocks
-        names += ["bucketed", "switched"]
-    executors = {name: {"executor": name} for name in names}
+    executors = {name: {"executor": name} for name in ("fused", "resident", "conditional", "dense", "switched")}
+    if batch_invariant:
+        del executors["switched"]  # what computes a sample depends on the others' decisions
     version = _digest_of_kernels(), batch_invariant, conditional_missing()
     model = H100
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Parts of a CUDA graph that run only if some sample keeps a block."""
+"""Parts of a CUDA graph that run or not as decisions say."""
 
 import weakref
 from contextlib import contextmanager
@@ -11,17 +11,6 @@ from dynexec import native
 def conditional_missing():
     """Why a graph cannot have conditional nodes here, or None."""
     return native.cuda_missing()
-
-
-def switch(offset, size, functions):
-    """Let function number ``ceil(count / size)``, at most the last one, work on the rows ``offset``.
-
-    ``offset`` is int32 ``[2]`` on the device, ``count`` is ``offset[1] - offset[0]``. All functions are called, since
-    the host does not know which, and all but that one with an ``offset`` of no rows.
-    """
-    chosen = (((offset[1] - offset[0]) + (size - 1)) // size).clamp(max=len(functions) - 1)
-    for number, function in enumerate(functions):
-        function(offset * (chosen == number))
 
 
 class Conditional:
@@ -50,18 +39,24 @@ class Conditional:
             yield
 
     def switch(self, offset, size, functions):
-        """As :func:`switch`, while a graph is captured by a node that runs one of the functions' launches."""
+        """A node of a captured graph that runs what one of the functions launches, and allocates.
+
+        It is number ``ceil(count / size)``, at most the last one, where ``offset`` is int32 ``[2]`` on the device and
+        ``count`` is ``offset[1] - offset[0]``. While nothing is captured all of them run, in their order, since the
+        host does not know which.
+        """
         if not torch.cuda.is_current_stream_capturing():
             # On the stream of the bodies, for which the libraries then have what they keep for every stream.
             current = torch.cuda.current_stream(self.device)
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
-                switch(offset, size, functions)
+                for function in functions:
+                    function()
             current.wait_stream(self.stream)
             return
         for body, function in zip(self._insert(offset, size, len(functions)), functions, strict=True):
             with self._own_memory(), self._capture(body):
-                function(offset)
+                function()
 
     @contextmanager
     def _own_memory(self):

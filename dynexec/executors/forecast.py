@@ -1,9 +1,8 @@
 """What a :class:`LaunchProgram` launches, for the model in :mod:`dynexec.measure.roofline`."""
 
 from dataclasses import replace
-from math import ceil, log, sqrt
+from math import log, sqrt
 
-from dynexec.executors.launches import BUCKETS
 from dynexec.executors.resident import cluster_size, read_network
 from dynexec.measure.roofline import Layer, layer_seconds
 
@@ -74,27 +73,13 @@ def _gated(numbers, count, executor, program, samples, dtype):
     if executor == "conditional":
         found = [replace(_layer(number, program.pairs, False, *what), dependent=False) for number in numbers]
         return [(_NODE, 1), *((layer, count) for layer in found if count)]
+    # ``dense``: the library's of all samples, but for what writes to where the shortcut lies.
     before = {id(value) for step in program.instructions[: numbers[0]] for value in step.values}
-    found, gathered, together = [], set(), samples
-    if executor == "bucketed":
-        size = ceil(samples / BUCKETS)
-        together = min(ceil(count / size) * size, samples)
-        found.append((_NODE, 1))
-        if count == 0:
-            return found
+    found = []
     for number in numbers:
         step = program.instructions[number]
-        last = id(step.output) in before
-        if together == samples:
-            library = step.op == "conv" and not last
-            found.append((_layer(number, (), library, *what), samples if library else count))
-            continue
-        for value in (step.input, step.other):
-            if value is not None and id(value) in before - gathered:
-                found.append((_copy(value, dtype), together))
-                gathered.add(id(value))
-        found.append((_layer(number, (), step.op == "conv", *what), together))
-        found += [(_copy(step.output, dtype), count)] * last
+        library = step.op == "conv" and id(step.output) not in before
+        found.append((_layer(number, (), library, *what), samples if library else count))
     return found
 
 
@@ -120,11 +105,6 @@ def _resident_seconds(gpu, program, samples, kept):
         spread = sqrt((1 - share) / (share * len(kept)))  # of the number of blocks that samples keep, over its mean
         seconds *= 1 + spread * sqrt(1.5 * log(samples))  # about the largest of so many draws
     return gpu.launch + seconds
-
-
-def _copy(value, dtype):
-    """Of the rows of a block that are gathered or written back."""
-    return Layer(value.pixels, value.channels, 0, 2 * dtype.itemsize * value.channels * value.pixels, 0, _OURS)
 
 
 def _layer(number, pairs, library, program, samples, dtype):

@@ -48,8 +48,7 @@ def freeze(
     * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
       graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
-      ``bucketed`` an eighth of them, two eighths, ... or all, chosen on the device by a node of the graph;
-      ``switched`` is ``dense`` or ``fused``, chosen in the same way by how many samples keep the blocks;
+      ``switched`` is ``dense`` or ``fused``, chosen on the device by how many samples keep the blocks;
       ``conditional`` is ``fused`` with a node around every block, for very few samples. ``resident`` is one kernel that
       takes a sample through a whole network for images of up to 32 pixels, in 16 bits.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
@@ -70,7 +69,7 @@ def freeze(
         and bfloat16 are, and float32 uses TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
     executor : str, optional
         Use this one everywhere instead of choosing: "resident" or "fused", on a GPU also "dense", "switched",
-        "conditional" or "bucketed", layer by layer "masked", "compact" or "grouped".
+        or "conditional", layer by layer "masked", "compact" or "grouped".
     policy : nn.Module, optional
         ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
     winograd : bool

@@ -111,8 +111,8 @@ class FrozenNetwork(nn.Module):
 
     def _compute_in_other_graph(self, x, decisions):
         """While somebody else captures one: without conditional nodes, whose memory is for this network's own."""
-        instead = {"conditional": "fused", "bucketed": "dense", "switched": "fused"}
-        with self.graphs.lock, self.using(instead.get(self.executor, self.executor)):
+        before = self.executor
+        with self.graphs.lock, self.using("fused" if before in ("conditional", "switched") else before):
             return self.compute(x, decisions)
 
     def in_graphs(self, x, decisions):

@@ -6,27 +6,24 @@ run, stems, shortcuts and classifiers, is the library's.
 """
 
 from contextlib import nullcontext
-from functools import partial
 from math import floor
 
 import torch
 import torch.nn.functional as F
 
-from dynexec.executors.conditional import Conditional, conditional_missing, switch
-from dynexec.executors.frames import Frame, Part
+from dynexec.executors.conditional import Conditional, conditional_missing
+from dynexec.executors.frames import Frame
 from dynexec.executors.instructions import Builder, count_readers
 from dynexec.executors.proof import matrix_precision
 from dynexec.executors.resident import Resident
 from dynexec.executors.twins import Twins, find_twins
 from dynexec.measure.ranges import part_range
-from dynexec.reference import ACTIVATIONS, flat_rows
+from dynexec.reference import ACTIVATIONS
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
 _LARGEST_MIDDLE = 128
-# Numbers of samples that a block is prepared for where the library computes it.
-BUCKETS = 8
 # Executors that need conditional nodes on a GPU.
-_WITH_NODES = "conditional", "bucketed", "switched"
+_WITH_NODES = "conditional", "switched"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -170,14 +167,12 @@ class LaunchProgram:
         x : tensor ``[N, C, H, W]``
         route : Route
             A device route will do.
-        executor : {"fused", "resident", "conditional", "dense", "bucketed", "switched"}
+        executor : {"fused", "resident", "conditional", "dense", "switched"}
             ``resident``: the whole network in one launch, if it is one that :class:`Resident` knows.
             ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
             ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
-            that keep it in place: about as fast as a dense network, whatever the decisions. ``bucketed``: the
-            library's of the samples that keep a block, and others so that there are a multiple of an eighth of the
-            batch, between a gather and a scatter; a graph holds them all and chooses on the device. ``switched``: a
-            graph holds ``dense`` and ``fused`` and chooses between them on the device.
+            that keep it in place: about as fast as a dense network, whatever the decisions. ``switched``: a graph
+            holds ``dense`` and ``fused`` and chooses between them on the device.
         switch_at : float
             ``switched`` is ``dense`` where at least this share of (sample, block) pairs is kept.
 
@@ -205,20 +200,18 @@ class LaunchProgram:
             return self._launch(x, route, executor, conditional)
 
     def _launch(self, x, route, executor, conditional=None):
-        frame = Frame(x, self.programs.take_workspace(x.device), executor in ("dense", "bucketed"))
+        frame = Frame(x, self.programs.take_workspace(x.device), executor == "dense")
         number = 0
         while (step := self.instructions[number]).op != "store":
             if step.op == "gate":
                 if number in self.twins and executor == "fused":
-                    with part_range(*step.part, None, len(x)):
+                    with part_range(step.part[0], "both", None, len(x)):
                         number = self._run_twins(number, self.twins[number], frame, route)
                     continue
                 gated = range(number + 1, number + 1 + step.gated)
                 index, offset = route.index[step.column], route.offset[step.column, step.choice :]
-                # Buckets are of the last rows of the index, those with a True decision.
-                run = self._run_bucketed if executor == "bucketed" and step.choice else self._run_gated
                 with part_range(*step.part, None, len(x)):
-                    run(gated, frame, index, offset, conditional)
+                    self._run_gated(gated, frame, index, offset, conditional)
             else:
                 with part_range(*step.part, None, len(x)):
                     self._run(number, step, frame, {})
@@ -226,14 +219,18 @@ class LaunchProgram:
         return frame.values[id(step.input)]
 
     def _run_switched(self, x, route, switch_at, conditional):
+        """``dense`` or ``fused``: the second where more pairs are dropped than may be."""
         result = self.instructions[-1].input
         shape = len(x), *result.shape
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        most = most_dropped(switch_at, len(x) * len(route.offset))
-        # From the most pairs that may be dropped to those that are, if these are more: offset[:, 0] is 0.
-        above = route.offset[:, :2].sum(0, dtype=torch.int32).clamp(min=most)
-        functions = [lambda _, name=name: y.copy_(self._launch(x, route, name)) for name in ("dense", "fused")]
-        (switch if conditional is None else conditional.switch)(above, max(len(x) * len(route.offset), 1), functions)
+        pairs = len(x) * len(route.offset)
+        # From the most that may be dropped to those that are, if these are more: offset[:, 0] is 0.
+        above = route.offset[:, :2].sum(0, dtype=torch.int32).clamp(min=most_dropped(switch_at, pairs))
+        functions = [lambda name=name: y.copy_(self._launch(x, route, name)) for name in ("dense", "fused")]
+        if conditional is not None:
+            conditional.switch(above, max(pairs, 1), functions)
+        else:  # in the interpreter
+            functions[above[0] < above[1]]()
         return y
 
     def resident(self):
@@ -248,7 +245,8 @@ class LaunchProgram:
             for number in set(numbers) - self.pairs:
                 frame.output(self.instructions[number].output)
         with nullcontext() if conditional is None else conditional.if_any(offset):
-            self._run_rows(numbers, frame, index, offset)
+            for number in numbers:
+                self._run(number, self.instructions[number], frame, {"index": index, "offset": offset})
 
     def _run_twins(self, first, second, frame, route):
         """Both gates of a block with two sets of weights; returns the number of the instruction behind them."""
@@ -264,38 +262,6 @@ class LaunchProgram:
         ahead = second - first
         pairs = [(self.instructions[number], self.instructions[number + ahead]) for number in range(first + 1, second)]
         return [(b, a) for a, b in pairs] if self.instructions[first].choice else pairs
-
-    def _run_rows(self, numbers, frame, index, offset):
-        for number in numbers:
-            self._run(number, self.instructions[number], frame, {"index": index, "offset": offset})
-
-    def _run_bucketed(self, numbers, frame, index, offset, conditional):
-        """The same by the library, on so many of the last rows of ``index`` that these are among them."""
-        n = len(index)
-        if n == 0:
-            return
-        size = -(-n // BUCKETS)
-        functions = [lambda offset: None]
-        for rows in range(size, n, size):
-            functions.append(partial(self._run_last, numbers, frame, index, n - rows))
-        functions.append(lambda offset: self._run_rows(numbers, frame.copy(), index, offset))
-        (switch if conditional is None else conditional.switch)(offset, size, functions)
-        for number in numbers:
-            self._forget(number, frame)
-
-    def _run_last(self, numbers, frame, index, first, offset):
-        """On the rows from number ``first`` of ``index`` on, of which only those of ``offset`` are written back."""
-        from dynexec.kernels.rows import move_rows
-
-        index = index[first:]
-        part = Part(frame, index)
-        for number in numbers:
-            step = self.instructions[number]
-            self._run_alone(step, part, {})
-            if (whole := frame.get(step.output)) is not None:
-                rows = flat_rows(part.get(step.output))
-                move_rows(flat_rows(whole), rows, index, scatter=True, offset=offset, first=first)
-            self._forget(number, part)
 
     def _run(self, number, step, frame, rows):
         if step.op == "load":
@@ -317,7 +283,7 @@ class LaunchProgram:
         from dynexec.kernels import conv, depthwise, pointwise
 
         x, other = frame.read(step.input), frame.read(step.other)
-        into = frame.target(step.output)
+        into = frame.get(step.output)
         by_library = into is None and (frame.dense or not rows)
         if step.op == "conv" and by_library and _is_plain(step, x):
             frame.values[id(step.output)] = self._run_by_library(step, x, other)

@@ -96,11 +96,25 @@ def record(frozen, x, decisions, executor=None):
                 plan = frozen.plan(decided)
             network = _Recorded(frozen.network.__self__, recorder, run, engine_spans, len(images))
             outputs.append(network.run(images, plan))
-    spans = recorder.spans()
+    spans = _split_by_weights(recorder.spans(), frozen, decisions)
     for span in spans:
         run.parts[span.name, span.kind] += (span.end - span.begin) / 1e9
     run.spans = tuple(sorted((*spans, *engine_spans), key=lambda span: (span.thread, span.begin)))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), run
+
+
+def _split_by_weights(spans, frozen, decisions):
+    """The spans, those of launches for both sets of weights as one of each, as long as each has samples."""
+    found, column_of = [], columns(frozen)
+    counts = decisions.sum(0).tolist() if any(span.kind == "both" for span in spans) else None
+    for span in spans:
+        if span.kind != "both":
+            found.append(span)
+            continue
+        share = counts[column_of[span.name]] / len(decisions)
+        between = span.begin + round(share * (span.end - span.begin))
+        found += [span._replace(kind="block", end=between), span._replace(kind="other", begin=between)]
+    return found
 
 
 class _Recorded(fx.Interpreter):

@@ -9,7 +9,6 @@ from torch import fx, nn
 from dynexec import dispatch
 from dynexec.executors.function import freeze_function
 from dynexec.executors.graphs import Graphs
-from dynexec.executors.launches import BUCKETS
 from dynexec.executors.profile import check_rounds
 from dynexec.executors.proof import is_rounding, relative_error, tolerance
 from dynexec.executors.routed_profile import profile_routed
@@ -83,6 +82,10 @@ class FrozenRouted(nn.Module):
         raise TypeError("a FrozenRouted cannot be pickled or copied: save the original model by dynexec.save")
 
 
+# Numbers of rows that a part has graphs for.
+_BUCKETS = 8
+
+
 class FrozenPart(nn.Module):
     """A part as the function that :func:`freeze_function` made of it; ``run`` calls it, perhaps in graphs."""
 
@@ -120,7 +123,7 @@ class InGraphs:
     """
 
     def __init__(self, function, most, device):
-        self.function, self.step = function, -(-most // BUCKETS)
+        self.function, self.step = function, -(-most // _BUCKETS)
         self.graphs = Graphs(lambda x, _: function(x), device)
 
     def __call__(self, x):

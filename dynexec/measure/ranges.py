@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 
 _NOTHING = nullcontext()
-_LABELS = {"block": "{} kept {}/{}", "other": "{} other weights {}/{}", "shortcut": "{} shortcut", "layer": "{}"}
+_LABELS = {
+    "block": "{} kept {}/{}",
+    "other": "{} other weights {}/{}",
+    "both": "{}",
+    "shortcut": "{} shortcut",
+    "layer": "{}",
+}
 
 
 class _Active(threading.local):
@@ -22,8 +28,8 @@ class Span(NamedTuple):
     """That a thread worked on a part of a network, for so many samples, from ``begin`` to ``end`` (nanoseconds).
 
     ``kind`` is "block" (the branch of samples with a True decision), "other" (the branch of those with a False one, in
-    blocks of two sets of weights), "shortcut", "layer", "policy" or "planning"; in routed networks "part", "policy" or
-    "between".
+    blocks of two sets of weights), "both" (of these, where one launch runs both), "shortcut", "layer", "policy" or
+    "planning"; in routed networks "part", "policy" or "between".
     """
 
     thread: int
