@@ -71,11 +71,18 @@ def test_cache_keeps_what_others_wrote(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["costs.json"]
 
 
-def test_cache_in_a_place_that_cannot_be_written(tmp_path):
+def test_cache_in_a_place_that_cannot_be_written(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").write_text("")
-    cache = CostCache(tmp_path / "file" / "costs.json")
-    cache.entries["a"] = {"chunk": 1}
-    cache.save()
+    path = tmp_path / "file" / "costs.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for cache, warns in ((CostCache(), False), (CostCache(path), True)):
+        caplog.clear()  # of what reading said
+        assert cache.get("a", bool, lambda: {"chunk": 1}) == {"chunk": 1}
+        cache.save()
+        assert [str(path) in text for text in caplog.messages] == [True] * warns
+    for path in (3, b"costs.json"):
+        with pytest.raises(TypeError, match="cost_cache must be a path or None, got"):
+            CostCache(path)
 
 
 def test_a_user_without_a_home(tmp_path, monkeypatch):

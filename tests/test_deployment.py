@@ -115,6 +115,8 @@ def test_inputs_by_name(tmp_path):
     frozen, few = dynexec.load(tmp_path / "net"), {name: value[:2] for name, value in inputs.items()}
     decisions = torch.tensor([[[True, False]], [[True, True]]])
     assert same(frozen, net, few, decisions)
+    with pytest.raises(ValueError, match="policy must be None for a network that has its own"):
+        dynexec.load(tmp_path / "net", net, policy=toys.Policy(4))
 
 
 def test_tied_weights_and_other_dtypes(tmp_path):
@@ -259,12 +261,18 @@ def test_bad_arguments(saved, tmp_path):
     for error, message, arguments in (
         (ValueError, "no dynamic blocks", (toys.torchvision_style(), tmp_path / "net", x)),
         (ValueError, r"\[N, C, H, W\]", (net, tmp_path / "net", x[0])),
+        (
+            TypeError,
+            "example_input must be of floating-point numbers, got torch.int64",
+            (net, tmp_path / "net", x.long()),
+        ),
         (FileNotFoundError, "missing", (net, tmp_path / "missing" / "net", x)),
     ):
         with pytest.raises(error, match=message):
             dynexec.save(*arguments)
     for error, message, options in (
-        (TypeError, "executor must be a name", {"executor": 1}),
+        (ValueError, "executor must be None or one of .*'switched'.*, got 1", {"executor": 1}),
+        (ValueError, "executor must be None or one of .*, got 'quick'", {"executor": "quick"}),
         (TypeError, "winograd", {"winograd": 1}),
         (ValueError, "dtype must be None or one of", {"dtype": torch.float8_e5m2}),
     ):

@@ -93,6 +93,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(folder, name):
         ({"batch_size": 2**16 + 1}, "batch_size must be a positive number up to 65536"),
         ({"batch_size": 10**30}, "batch_size must be a positive number up to 65536"),
         ({"options": {"dtype": "load", "executor": None, "winograd": True, "batch_invariant": False}}, "dtype"),
+        ({"options": {"dtype": None, "executor": "quick", "winograd": True, "batch_invariant": False}}, "executor"),
         ({"options": {"dtype": None, "executor": None, "winograd": 1, "batch_invariant": False}}, "options must be"),
     ],
 )

@@ -157,5 +157,18 @@ def test_profiles_in_out_are_found(tmp_path, monkeypatch, capsys):
     assert "2 sections, 0 bench rows, 2 profiles" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").read_text().count("rows moves 0.00 MB") == 1  # of the one that counted
     (tmp_path / "out" / "profile_b.json").write_text("{}")
-    with pytest.raises(ValueError, match="profile_b.json: the file must have the entries"):
-        cli.main(["report"])
+    assert cli.main(["report"]) == 1
+    assert "profile_b.json: the file must have the entries" in capsys.readouterr().err
+
+
+def test_files_of_something_else_are_named(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "demo.json").write_text('[{"title": "a"}]')
+    for options, message in (
+        (["--results", str(tmp_path / "rows.jsonl")], "rows.jsonl, line 1: "),
+        (["--results", str(tmp_path / "absent.jsonl")], "No such file or directory: .*absent.jsonl"),
+        (["--demo", str(tmp_path / "demo.json")], "demo.json is not what dynexec demo writes: KeyError: 'tables'"),
+    ):
+        args = report(tmp_path, *options)
+        assert page.main(args) == 1 and not args.out.exists()
+        assert re.search("^dynexec report: .*" + message, capsys.readouterr().err)

@@ -12,7 +12,8 @@ import test_arnet
 import torch
 import torch.nn.functional as F
 
-from dynexec import models
+from dynexec import cli, models
+from dynexec.measure import Profile
 from dynexec.measure.profile import ROUTED_LOSSES
 from dynexec.models.adashare_policy import published_policy
 from dynexec.report import baselines, bench, systems, systems_experiment
@@ -104,12 +105,12 @@ def test_the_share_of_frames_that_are_looked_at():
 @pytest.mark.parametrize("name", SMALL)
 def test_a_wrong_candidate_has_no_time(name, monkeypatch):
     system = SMALL[name]()
-    follow = systems_experiment._follow
+    follow = systems_experiment.follow
 
     def wrong(network, policy, system, inputs, decisions):
         return follow(network, policy, system, inputs, decisions.flip(0) if name == "adashare" else decisions.flip(1))
 
-    monkeypatch.setattr(systems_experiment, "_follow", wrong)
+    monkeypatch.setattr(systems_experiment, "follow", wrong)
     (row,) = systems_experiment.run_system(system.build(), system, 1, name=name, libraries=(), seconds=0)
     assert set(row["failed"]) == {"naive gather", "dynexec"} and row["realised"] is None
     assert "dynexec" not in row["milliseconds"] and "dense frozen" in row["milliseconds"]
@@ -137,7 +138,7 @@ def test_dynexec_runs_the_policy(name):
     network.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
     (decisions, _) = system.draw(network, inputs, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = systems_experiment._follow(network, network.policy, system, inputs, decisions)
+        output = systems_experiment.follow(network, network.policy, system, inputs, decisions)
         assert seen == [1]
         torch.testing.assert_close(output, network(inputs, decisions), rtol=1e-4, atol=1e-5)
     assert "decide" not in vars(network.policy)
@@ -177,6 +178,17 @@ def test_the_command_knows_systems(monkeypatch, tmp_path, capsys):
     arguments = ["--nets", "adashare_cityscapes", "--seconds", "0", "--baselines", "dense eager", "--out", str(path)]
     assert bench.main(parser.parse_args([*arguments, "--json"])) == 0
     assert '"net": "adashare_cityscapes"' in capsys.readouterr().out and path.read_text().count("\n") == 1
+
+
+def test_profile_knows_systems(monkeypatch, tmp_path, capsys):
+    system = SMALL["adamml"]()
+    monkeypatch.setitem(systems.SYSTEMS, "adamml_rgb_sound", system)
+    arguments = ["profile", "adamml_rgb_sound", "--rounds", "1", "--batch", "2"]
+    assert cli.main([*arguments, "--json", str(tmp_path / "profile.json")]) == 0
+    found = Profile.read_json(tmp_path / "profile.json")
+    assert (found.executor, found.samples) == ("routed", 2) and found.parts[0].kind == "policy"
+    assert "between parts" in capsys.readouterr().out
+    assert cli.main([*arguments, "--keep", "0.5"]) == 1 and "published ones" in capsys.readouterr().out
 
 
 def test_every_model_has_a_name():

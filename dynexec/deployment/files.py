@@ -6,7 +6,9 @@ import reprlib
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
+from dynexec.executors.backends import ENGINE_EXECUTORS, KERNEL_EXECUTORS
 from dynexec.executors.proof import TOLERANCE
+from dynexec.executors.stage import EXECUTORS as LAYER_EXECUTORS
 
 MANIFEST, WEIGHTS, EXAMPLE = "manifest.json", "weights.safetensors", "example.safetensors"
 _FORMAT = 1
@@ -16,6 +18,8 @@ _LARGEST_ARGUMENT = 2**20
 _MOST_ARGUMENTS = 2**12
 #: The dtypes that a network may be frozen in, by name.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+#: Executors of any device, by which a network may be frozen.
+EXECUTORS = tuple(dict.fromkeys((*LAYER_EXECUTORS, *ENGINE_EXECUTORS, *KERNEL_EXECUTORS)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _is_conversion(value):
 
 def _are_options(value):
     kinds = {"dtype": str | None, "executor": str | None, "winograd": bool, "batch_invariant": bool}
-    return _has(value, **kinds) and value["dtype"] in (None, *DTYPES)
+    return _has(value, **kinds) and value["dtype"] in (None, *DTYPES) and value["executor"] in (None, *EXECUTORS)
 
 
 def _are_files(value):
@@ -178,5 +182,9 @@ _EXPECTED = {
         f"a positive number up to {LARGEST_BATCH}",
         lambda value: _is_count(value) and value <= LARGEST_BATCH,
     ),
-    "options": (f"dtype (null or one of {list(DTYPES)}), executor, winograd and batch_invariant", _are_options),
+    "options": (
+        f"dtype (null or one of {list(DTYPES)}), executor (null or one of {list(EXECUTORS)}), winograd and "
+        "batch_invariant",
+        _are_options,
+    ),
 }

@@ -81,6 +81,8 @@ def _create(manifest, path, state):
 
 
 def _adopt(manifest, path, model, policy):
+    if isinstance(model, RoutedNetwork) and policy is not None:
+        raise ValueError("policy must be None for a network that has its own")
     if isinstance(model, RoutedNetwork) or any(block.placement for block in dynamic_blocks(model)):
         return join(model, policy)
     if manifest.conversion is None:

@@ -10,7 +10,16 @@ from uuid import uuid4
 import torch
 
 from dynexec.deployment.example import Example
-from dynexec.deployment.files import DTYPES, EXAMPLE, LARGEST_BATCH, MANIFEST, WEIGHTS, Manifest, import_safetensors
+from dynexec.deployment.files import (
+    DTYPES,
+    EXAMPLE,
+    EXECUTORS,
+    LARGEST_BATCH,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    import_safetensors,
+)
 from dynexec.deployment.network import describe, join
 from dynexec.executors.freeze import check_arguments
 from dynexec.executors.proof import TOLERANCE
@@ -50,8 +59,8 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     check_arguments(model, example_input, dtype, policy)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype}")
-    if executor is not None and not isinstance(executor, str):
-        raise TypeError(f"executor must be a name or None, got {executor!r}")
+    if executor not in (None, *EXECUTORS):
+        raise ValueError(f"executor must be None or one of {list(EXECUTORS)}, got {executor!r}")
     if not (isinstance(winograd, bool) and isinstance(batch_invariant, bool)):
         raise TypeError(f"winograd and batch_invariant must be True or False, got {winograd!r} and {batch_invariant!r}")
     folder = Path(folder).resolve()

@@ -19,6 +19,10 @@ from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.program import Programs
 from dynexec.measure.roofline import H100
 
+#: Executors of the engine and of the kernels.
+ENGINE_EXECUTORS = ("resident", "fused")
+KERNEL_EXECUTORS = ("fused", "resident", "conditional", "dense", "switched")
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -61,7 +65,7 @@ class Backend:
 
 def engine(winograd):
     """The engine for CPUs."""
-    executors = {"resident": {"together": False}, "fused": {"together": True}}
+    executors = {name: {"together": name == "fused"} for name in ENGINE_EXECUTORS}
     missing = engine_missing() and f"no native code, {engine_missing()}"
     programs = partial(Programs, winograd=winograd)
     return Backend("engine", instruction_set(), missing, executors, False, True, (), programs, {}, None)
@@ -71,7 +75,7 @@ def kernels(device, batch_invariant):
     """The Triton kernels for GPUs, which in the interpreter run on a CPU as well."""
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-    executors = {name: {"executor": name} for name in ("fused", "resident", "conditional", "dense", "switched")}
+    executors = {name: {"executor": name} for name in KERNEL_EXECUTORS}
     if batch_invariant:
         del executors["switched"]  # what computes a sample depends on the others' decisions
     version = _digest_of_kernels(), batch_invariant, conditional_missing()

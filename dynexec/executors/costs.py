@@ -49,6 +49,9 @@ class CostCache:
     def __init__(self, path=None, measure=True):
         if not isinstance(measure, bool):
             raise TypeError(f"measure must be True or False, got {measure!r}")
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"cost_cache must be a path or None, got {path!r}")
+        self._asked_for = path is not None
         self.path = Path(path) if path is not None else _default_path()
         self.entries, problem = self._read()
         if problem is not None:
@@ -77,7 +80,10 @@ class CostCache:
         return self.entries[key]
 
     def save(self):
-        """Write new entries, keeping those that others wrote meanwhile; a read-only place is no error."""
+        """Write new entries, keeping those that others wrote meanwhile.
+
+        A place that cannot be written is no error; on the log there is a warning if it is not the default one.
+        """
         if not self._changed or self.path is None:
             return
         try:
@@ -85,8 +91,9 @@ class CostCache:
             text = json.dumps({"version": _VERSION, "entries": self._read()[0] | self.entries})
             with replacing(self.path) as file:
                 file.write(text)
-        except OSError:
-            pass
+        except OSError as error:
+            if self._asked_for:
+                _log.warning("cost cache %s cannot be written: %s: %s", self.path, type(error).__name__, error)
 
     def _read(self):
         """The entries in the file, and why there are none, or None."""

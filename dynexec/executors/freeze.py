@@ -188,6 +188,9 @@ def check_arguments(model, example_input, dtype=None, policy=None):
     elif not isinstance(example_input, torch.Tensor) or example_input.dim() != 4 or len(example_input) == 0:
         shape = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
         raise ValueError(f"example_input must be a tensor [N, C, H, W] with N >= 1, got {shape}")
+    kinds = {tensor.dtype for tensor in tensors_of(example_input) if not tensor.is_floating_point()}
+    if kinds:
+        raise TypeError(f"example_input must be of floating-point numbers, got {', '.join(map(str, kinds))}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if policy is not None and not isinstance(policy, nn.Module):

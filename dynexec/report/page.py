@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,13 +145,16 @@ def write_sections(path, sections):
 
 
 def read_sections(path):
-    """Sections written by :func:`write_sections`."""
+    """Sections written by :func:`write_sections`; ValueError names a file that is something else."""
     path = Path(path)
     sections = []
-    for section in json.loads(path.read_text()):
-        tables = tuple(PageTable(**table) for table in section["tables"])
-        figures = tuple((str(path.parent / figure), caption) for figure, caption in section["figures"])
-        sections.append(Section(section["title"], section["text"], tables, figures))
+    try:
+        for section in json.loads(path.read_text()):
+            tables = tuple(PageTable(**table) for table in section["tables"])
+            figures = tuple((str(path.parent / figure), caption) for figure, caption in section["figures"])
+            sections.append(Section(section["title"], section["text"], tables, figures))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not what dynexec demo writes: {type(error).__name__}: {error}") from error
     return sections
 
 
@@ -172,11 +176,10 @@ def bench_sections(rows, folder):
     return sections
 
 
-def profile_sections(paths, folder):
-    """A section for each file of ``dynexec profile --json``; their plots are written to ``folder``."""
+def profile_sections(profiles, folder):
+    """A section for each :class:`Profile`, by path of its file; their plots are written to ``folder``."""
     sections = []
-    for number, path in enumerate(paths):
-        profile = Profile.read_json(path)
+    for number, (path, profile) in enumerate(profiles.items()):
         stem = f"{folder}/profile_{number}"
         figures = [(picture, "Per part: bars are measured.") for picture in plot_parts(profile, stem)]
         figures.append((plot_losses(profile, f"{stem}_losses.png"), "Lost, by cause; below zero: gained."))
@@ -218,11 +221,15 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Run ``dynexec report``; return the exit status: 1 if there is nothing to report."""
+    """Run ``dynexec report``; return the exit status: 1 if there is nothing to report, or a file is not one."""
     paths = args.results or [Path(path) for path in DEFAULT_RESULTS if Path(path).exists()]
-    rows = read_rows(*paths)
-    profiles = args.profiles or sorted(Path().glob(DEFAULT_PROFILES))
-    sections = read_sections(args.demo) if args.demo.exists() else []
+    try:
+        rows = read_rows(*paths)
+        profiles = {path: Profile.read_json(path) for path in args.profiles or sorted(Path().glob(DEFAULT_PROFILES))}
+        sections = read_sections(args.demo) if args.demo.exists() else []
+    except (OSError, ValueError) as error:
+        print(f"dynexec report: {error}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         sections += bench_sections(rows, folder)
         sections += profile_sections(profiles, folder)

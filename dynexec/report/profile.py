@@ -1,5 +1,6 @@
 """``dynexec profile``: where the time of a frozen network goes."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,14 +9,19 @@ from dynexec.executors import freeze
 from dynexec.report.bench import keep_share, make_settings, positive
 from dynexec.report.experiment import PUBLISHED, num_blocks
 from dynexec.report.nets import NETS, build, make_images
+from dynexec.report.systems import SYSTEMS, build_system
+from dynexec.report.systems_experiment import follow
 
 
 def add_arguments(parser):
     """Add the arguments of ``dynexec profile`` to an argparse parser."""
     add = parser.add_argument
-    add("net", choices=list(NETS), help=", ".join(NETS))
-    add("--batch", type=positive, default=8, help="images (%(default)s)")
-    add("--keep", type=keep_share, default=0.5, help=f"share of blocks kept, or {PUBLISHED!r} (%(default)s)")
+    add("net", choices=[*NETS, *SYSTEMS], metavar="net", help=", ".join([*NETS, *SYSTEMS]))
+    add("--batch", type=positive, help="images, 8 if not given; videos of a network of parts, 1")
+    add(
+        "--keep", type=keep_share,
+        help=f"share of blocks kept, 0.5 if not given, or {PUBLISHED!r}, as all networks of parts have it",
+    )  # fmt: skip
     add("--rounds", type=positive, default=20, help="timed rounds (%(default)s)")
     add("--threads", type=positive, help="default: as many as torch takes by itself")
     add("--chrome", type=Path, metavar="FILE", help="write one call as Chrome trace events")
@@ -23,24 +29,42 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Run ``dynexec profile``; return the exit status: 1 if the network cannot be built here."""
+    """Run ``dynexec profile``; return the exit status: 1 if there is no such network or setting here."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    net = NETS[args.net]
+    net = (NETS | SYSTEMS)[args.net]
     if (reason := net.missing()) is not None:
         print(f"{args.net}: {reason}")
         return 1
     for path in filter(None, (args.chrome, args.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    model, images = build(net), make_images(args.batch, net.size)
-    settings = make_settings(net, num_blocks(model), args.batch, [args.keep])
-    if not settings:
-        print(f"{args.net}: nothing is published about its decisions")
+    profile = (profile_system if args.net in SYSTEMS else profile_net)(net, args)
+    if isinstance(profile, str):
+        print(f"{args.net}: {profile}")
         return 1
-    profile = freeze(model, images).profile(images, settings[0].draws[0], rounds=args.rounds)
     print(profile)
     if args.chrome is not None:
         profile.chrome_trace(args.chrome)
     if args.json is not None:
         profile.write_json(args.json)
     return 0
+
+
+def profile_net(net, args):
+    """The profile of a network of blocks, or why there is none."""
+    model, images = build(net), make_images(args.batch or 8, net.size)
+    settings = make_settings(net, num_blocks(model), len(images), [0.5 if args.keep is None else args.keep])
+    if not settings:
+        return "nothing is published about its decisions"
+    return freeze(model, images).profile(images, settings[0].draws[0], rounds=args.rounds)
+
+
+def profile_system(system, args):
+    """The profile of a network of parts, or why there is none."""
+    if args.keep not in (None, PUBLISHED):
+        return f"its decisions are the published ones: leave out --keep, or give {PUBLISHED}"
+    network, inputs = build_system(system), system.inputs(args.batch or system.batches[0])
+    decisions = system.draw(network, inputs, torch.Generator().manual_seed(0))[0]
+    frozen = freeze(network, inputs)
+    policy = getattr(frozen.network, "policy", None)
+    return follow(partial(frozen.profile, rounds=args.rounds), policy, system, inputs, decisions)

@@ -98,7 +98,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
     }
     if not {"dynexec", "dense frozen"} & set(failed):
         frozen, *told = candidates["dynexec"].args
-        profiles = [_follow(partial(frozen.profile, rounds=2), *told, draw) for draw in draws]
+        profiles = [follow(partial(frozen.profile, rounds=2), *told, draw) for draw in draws]
         row["losses"] = _losses(row, profiles)
     return [row]
 
@@ -134,8 +134,8 @@ def _prepare(network, system, inputs, draws, libraries, progress):
     frozen = freeze(network, inputs)
     candidates = {
         "masked eager": partial(_masked, eager, system, inputs, system.policy),
-        "naive gather": partial(_follow, eager, getattr(eager, "policy", None), system, inputs),
-        "dynexec": partial(_follow, frozen, getattr(frozen.network, "policy", None), system, inputs),
+        "naive gather": partial(follow, eager, getattr(eager, "policy", None), system, inputs),
+        "dynexec": partial(follow, frozen, getattr(frozen.network, "policy", None), system, inputs),
         "dense frozen": partial(_masked, frozen, system, inputs, False),
     }
     unavailable = {}
@@ -188,8 +188,11 @@ def _masked(network, system, inputs, policy, decisions):
     return system.run_masked(network, inputs, decisions)
 
 
-def _follow(network, policy, system, inputs, decisions):
-    """The network with its policy, if it has one, which decides as it is told."""
+def follow(network, policy, system, inputs, decisions):
+    """Call ``network(inputs)`` with its policy, if it has one, which decides as it is told.
+
+    Without a policy, ``network(inputs, decisions)``.
+    """
     if policy is None:
         return network(inputs, decisions)
     policy.decide = system.obey(policy, decisions)
