@@ -6,7 +6,7 @@ there is a GPU.
 """
 
 import importlib.util
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -168,6 +168,17 @@ def _triton_plan(decisions, choices):
 def on_device(device):
     """Makes a GPU the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def for_frozen(device):
+    """The same for frozen networks, which have a dtype of their own whatever ``torch.autocast`` says."""
+    with on_device(device):
+        if not torch.is_autocast_enabled(device.type):
+            yield
+            return
+        with torch.autocast(device.type, enabled=False):
+            yield
 
 
 if torch.cuda.is_available() and torch.version.hip is None and triton_missing() is None:

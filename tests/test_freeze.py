@@ -72,6 +72,21 @@ def test_float64_runs_without_onednn():
     assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-12
 
 
+@pytest.mark.parametrize("executor", [None, *ALL_EXECUTORS])
+def test_autocast_changes_nothing(executor):
+    model, num_blocks = converted("timm")
+    x, decisions = toys.images(4), torch.rand(4, num_blocks) < 0.5
+    policy = toys.Policy(num_blocks)
+    expected = dynexec.freeze(model, x, executor=executor, policy=policy)(x, decisions)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = dynexec.freeze(model, x, executor=executor, policy=policy)
+        assert torch.equal(frozen(x, decisions), frozen(x, decisions).float())
+        assert relative_error(frozen(x, decisions), expected) < 1e-6
+        y, used = frozen(x, return_decisions=True)
+        assert torch.is_autocast_enabled("cpu")
+    assert y.dtype == torch.float32 and torch.equal(used, frozen(x, return_decisions=True)[1])
+
+
 def test_nan_of_one_sample_does_not_reach_others():
     model, num_blocks = converted("torchvision")
     for executor in ALL_EXECUTORS:

@@ -68,6 +68,15 @@ def test_frozen_parts_give_the_same(samples, executor):
     assert all(("by layer" in line) == (executor == "compact") for line in lines if executor)
 
 
+def test_autocast_changes_nothing():
+    net, x, decisions = choice(), toys.images(4), torch.arange(4) % 2
+    expected = dynexec.freeze(net, x, executor="compact")(x, decisions)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = dynexec.freeze(net, x, executor="compact")
+        assert frozen(x, decisions).dtype == torch.float32
+        assert relative_error(frozen(x, decisions), expected) <= 1e-6
+
+
 def test_the_original_stays_as_it_was():
     net = choice().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}

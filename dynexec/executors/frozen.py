@@ -36,7 +36,7 @@ class FrozenNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x, decisions=None, *, return_decisions=False):
-        """Run the network on the blocks that the decisions keep, without gradients.
+        """Run the network on the blocks that the decisions keep, without gradients, in its dtype also under autocast.
 
         Parameters
         ----------
@@ -48,7 +48,7 @@ class FrozenNetwork(nn.Module):
             Also return the decisions, bool ``[N, L]``.
         """
         x, decisions = self._check(x, decisions)
-        with dispatch.on_device(x.device):
+        with dispatch.for_frozen(x.device):
             y, decisions = self.call(x, decisions)
         return (y, decisions) if return_decisions else y
 
@@ -78,7 +78,7 @@ class FrozenNetwork(nn.Module):
         x, decisions = self._check(x, decisions)
         if len(x) == 0:
             raise ValueError("x must hold at least one image to profile, got a batch of 0")
-        with dispatch.on_device(x.device):
+        with dispatch.for_frozen(x.device):
             return profile(self, x, decisions, rounds)
 
     def _check(self, x, decisions):

@@ -25,10 +25,10 @@ class FrozenRouted(nn.Module):
     def forward(self, inputs, decisions=None, **options):
         """As the network's own forward, without gradients; ``options`` are its other arguments.
 
-        Inputs of another floating-point type are converted.
+        Inputs of another floating-point type are converted, and autocast changes nothing.
         """
         self._check(inputs)
-        with dispatch.on_device(self.device):
+        with dispatch.for_frozen(self.device):
             return self.network(convert_inputs(inputs, self.dtype), decisions, **options)
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class FrozenRouted(nn.Module):
         inputs = convert_inputs(inputs, self.dtype)
         if (samples := len(tensors_of(inputs)[0])) == 0:
             raise ValueError("inputs must hold at least one sample to profile, got a batch of 0")
-        with dispatch.on_device(self.device):
+        with dispatch.for_frozen(self.device):
             return profile_routed(self.network, inputs, decisions, samples, rounds, self.device, self.dtype)
 
     def _check(self, inputs):
@@ -142,7 +142,7 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
     inputs = convert_inputs(inputs, dtype)
     device = next(iter(tensors_of(inputs))).device
     cases = []
-    with torch.no_grad(), dispatch.on_device(device):
+    with torch.no_grad(), dispatch.for_frozen(device):
         examples = {}
         hooks = [
             network.get_submodule(name).register_forward_pre_hook(_record(examples, name))
