@@ -1,4 +1,4 @@
-"""What ``bench/gpu.sh`` runs: correctness tests, rates of the GPU, then networks against every baseline.
+"""What ``bench/gpu.sh`` runs: tests, networks against every baseline, a step of training, rates of the GPU.
 
     python bench/gpu.py FOLDER [--minutes 10] [--steps tests headline] [--dry]
 
@@ -150,6 +150,15 @@ def measure_system(folder, dry, name, batch):
     return int(bool(row["failed"]))
 
 
+def training(folder, dry, seconds):
+    """A step of routed training, and what takes its time."""
+    what = ["--batch", "2", "--size", "32"] if dry else ["--device", "cuda", "--batch", "64", "--size", "224"]
+    how = ["--only", "bottleneck", "--kinds", "frozen", "--profile", "--seconds", "0" if dry else "3"]
+    with (folder / "training.txt").open("w") as file:
+        command = [sys.executable, Path(__file__).parent / "training.py", *what, *how]
+        return subprocess.call(command, stdout=file, stderr=file)
+
+
 def compiled(folder, dry, seconds):
     """Two networks against all baselines."""
     return networks(folder, dry, [] if dry else COMPILED, compiled=True)
@@ -261,7 +270,10 @@ def use_kernels_on_the_cpu():
 
 
 # What it does, and its share of the time. Steps of one line run at the same time.
-STEPS = [([tests, warm_up], 0.25), ([headline], 0.4), ([systems], 0.15), ([rates], 0.1), ([compiled], 0.1)]
+STEPS = [
+    *(([tests, warm_up], 0.25), ([headline], 0.35), ([systems], 0.15)),
+    *(([training], 0.05), ([rates], 0.1), ([compiled], 0.1)),
+]
 
 
 def main():

@@ -194,7 +194,7 @@ def build(make, size, batch, layout, batch_norm, device):
     return net, images, labels
 
 
-def measure(make, size, batch, layout, batch_norm, seconds, device):
+def measure(make, size, batch, batch_norm, layout, seconds, device, profiled):
     """Table rows of a network with a kind of BatchNorm, and a line on how it went."""
     net, images, labels = build(make, size, batch, layout, batch_norm, device)
     generator = torch.Generator().manual_seed(0)
@@ -217,6 +217,9 @@ def measure(make, size, batch, layout, batch_norm, seconds, device):
     found = compare(steps, device=device, seconds=seconds, min_rounds=5)
     note = f'"{batch_norm}": gradients within {error:.0e}, {found.rounds} rounds, noise {found.spread:.1%}'
     print(note, file=sys.stderr, flush=True)
+    if profiled:
+        for name in ("dense", "dynexec 0.5"):
+            print(f"{name}:\n{profile(candidates[name].step, device)}", file=sys.stderr, flush=True)
     on_gpu = device.type == "cuda"
     times = {name: timing.median if on_gpu else timing.cpu_median for name, timing in found.timings.items()}
     milliseconds = {name: 1e3 * seconds for name, seconds in times.items()}
@@ -234,6 +237,21 @@ def measure(make, size, batch, layout, batch_norm, seconds, device):
             + [f"{megabytes[name]:.1f}" if name in megabytes else "-" for name in names]
         )
     return rows, note
+
+
+def profile(step, device):
+    """What torch's profiler says of a step: the operations that took most of its time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    by = "self_cpu_time_total"
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        by = "self_device_time_total"
+    step()
+    with torch.profiler.profile(activities=kinds) as found:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return found.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60)
 
 
 def check(candidates, others, decisions, keep, batch_norm):
@@ -259,6 +277,7 @@ def main():
     parser.add_argument("--size", type=int, help="of the images, instead of that of the network")
     parser.add_argument("--kinds", nargs="+", choices=("frozen", "kept", "all"), help="of BatchNorm, likewise")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--profile", action="store_true", help="also print what takes the time of a step, dense and .5")
     parser.add_argument("--layout", choices=("channels_last", "contiguous_format"), default="channels_last")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,7 +292,8 @@ def main():
                 continue
             size = args.size or size
             kinds = args.kinds or kinds
-            found = [measure(make, size, batch, layout, kind, args.seconds, args.device) for kind in kinds]
+            how = layout, args.seconds, args.device, args.profile
+            found = [measure(make, size, batch, kind, *how) for kind in kinds]
             table = markdown_table(HEADINGS, [row for rows, _ in found for row in rows])
             parts.append(
                 f"{title}, {size}x{size}, batch {batch}:\n\n{table}\n{'; '.join(note for _, note in found)}.\n"
