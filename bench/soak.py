@@ -15,9 +15,9 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
+from memory import resident
 
 import dynexec
 from dynexec.executors.proof import relative_error
@@ -28,12 +28,6 @@ LARGEST_BATCH = 16
 THREADS = 4
 TOLERANCE = 1e-5
 GROWTH = 32.0  # MB, what oneDNN keeps for the models that outputs are compared with included
-
-
-def resident():
-    """Resident memory in MB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) / 1024
 
 
 class Soak:
@@ -105,12 +99,12 @@ def soak(calls, seed, checked):
     for number in range(alone):
         soaks[number % 2].call(seed * calls + number, checked)
         if number % 100 == 99:
-            memory[0].append(resident())
+            memory[0].append(resident("VmRSS"))
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(alone, calls, 100):
             numbers = range(start, min(start + 100, calls))
             list(pool.map(lambda number: soaks[number % 2].call(seed * calls + number, checked), numbers))
-            memory[1].append(resident())
+            memory[1].append(resident("VmRSS"))
     return soaks, memory
 
 

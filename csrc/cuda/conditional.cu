@@ -4,7 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
+
+#include "check.h"
 
 #if CUDART_VERSION < 13000
 #error "conditional nodes with edge data in captures need CUDA 13"
@@ -21,12 +22,6 @@ __global__ void choose_body(cudaGraphConditionalHandle handle, const int* offset
     const unsigned body = (count + size - 1) / size;
     cudaGraphSetConditional(handle, body < bodies ? body : bodies - 1);
   }
-}
-
-void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call of somebody else reports it
-  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
 struct Capture {

@@ -4,8 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
 
+#include "check.h"
 #include "resident_launch.h"
 
 namespace dynexec {
@@ -22,12 +22,6 @@ __global__ void __launch_bounds__(resident::kThreads, 1) run_resident(const __gr
     __trap();  // compiled for a GPU without clusters
   }
 #endif
-}
-
-void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call of somebody else reports it
-  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
 resident::Network network(const ResidentPart& part) {

@@ -9,7 +9,7 @@ _MARKERS = "osD^vP*X"
 _COLOURS = matplotlib.color_sequences["tab10"]
 
 
-def plot_speed_up(rows, path, *, title="", against="strongest dense"):
+def plot_speed_up(rows, path, *, title=""):
     """Realised over theoretical speed-up with the ideal diagonal: a line per network and batch size.
 
     Parameters
@@ -19,32 +19,30 @@ def plot_speed_up(rows, path, *, title="", against="strongest dense"):
     path : path-like
         A PNG (or any format that matplotlib knows by its suffix).
     title : str
-    against : str
-        "strongest dense", or the name of a candidate.
 
     Returns
     -------
     path
     """
-    drawn = [row for row in rows if _realised(row, against) is not None]
+    drawn = [row for row in rows if row["realised"] is not None]
     if not drawn:
-        raise ValueError(f"rows hold no realised speed-up against {against}")
+        raise ValueError("rows hold no realised speed-up")
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
     axes = figure.subplots()
-    low = min(0.9, *(_realised(row, against) for row in drawn)) / 1.08
-    high = max(max(row["theoretical"], _realised(row, against)) for row in drawn) * 1.08
+    low = min(0.9, *(row["realised"] for row in drawn)) / 1.08
+    high = max(max(row["theoretical"], row["realised"]) for row in drawn) * 1.08
     axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
     axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster than dense")
     series = sorted({(row["net"], row["batch"]) for row in drawn})
     names = {net for net, _ in series}
     for number, (net, batch) in enumerate(series):
         label = f"batch {batch}" if len(names) == 1 else f"{net}, batch {batch}"
-        _plot_series(axes, [row for row in drawn if (row["net"], row["batch"]) == (net, batch)], against, number, label)
+        _plot_series(axes, [row for row in drawn if (row["net"], row["batch"]) == (net, batch)], number, label)
     _logarithmic(axes, low, high)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, loc="upper left")
     axes.set_xlabel("theoretical speed-up: dense FLOPs / needed FLOPs", fontsize=10)
-    axes.set_ylabel(f"realised speed-up over {_described(against)}", fontsize=10)
+    axes.set_ylabel("realised speed-up over the strongest dense baseline", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
 
@@ -98,22 +96,14 @@ def plot_clip(kept, frames, path, *, title="", num_blocks=None, seconds=None):
     return path
 
 
-def _plot_series(axes, rows, against, number, label):
+def _plot_series(axes, rows, number, label):
     """One line of bernoulli rows by theoretical speed-up, and hollow markers for the published ones."""
     style = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLOURS[number % len(_COLOURS)], "markersize": 6}
     for kind, more in (("bernoulli", {"linewidth": 1}), ("published", {"linestyle": "none", "fillstyle": "none"})):
-        points = sorted((row["theoretical"], _realised(row, against)) for row in rows if row["decisions"] == kind)
+        points = sorted((row["theoretical"], row["realised"]) for row in rows if row["decisions"] == kind)
         if points:
             axes.plot(*zip(*points, strict=True), **style, **more, label=label)
             label = None
-
-
-def _realised(row, against):
-    return row["realised"] if against == "strongest dense" else row["realised_against"].get(against)
-
-
-def _described(against):
-    return "the strongest dense baseline" if against == "strongest dense" else against
 
 
 def _logarithmic(axes, low, high):
