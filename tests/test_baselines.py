@@ -71,7 +71,10 @@ def test_compiled_baseline_computes_the_same():
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeypatch):
-    """And in one call each: with its bias, which BatchNorm is folded into, its addition and its ReLU."""
+    """And in one call each: with its bias, which BatchNorm is folded into, its addition and its ReLU.
+
+    The bias of a projection shortcut is added by the convolution that the shortcut is added to.
+    """
     pytest.importorskip("triton", reason="needs Triton")
     from dynexec.executors import launches
     from dynexec.kernels import conv
@@ -94,6 +97,9 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
         torch.testing.assert_close(output, backbone(images), rtol=1e-4, atol=1e-4)
     layers = sum(isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) for module in backbone.modules())
     assert len(ran) == layers
+    projections = 0 if own else sum(getattr(block, "downsample", None) is not None for block in backbone.modules())
+    assert sum(step.conv.bias is None for step in ran) == projections
+    assert own or projections > 0
 
 
 def test_missing_packages_and_failures_are_said(model, images):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import log, sqrt
 
+from dynexec.executors.launches import in_one_pass
 from dynexec.executors.resident import cluster_size, read_network
 from dynexec.measure.roofline import Layer, layer_seconds
 
@@ -61,7 +62,8 @@ def launches(program, samples, kept, dtype, executor="fused"):
             found += _gated(numbers, count, executor, *what)
             number += step.gated
         elif step.op not in ("gate", "load", "store"):
-            found.append((_layer(number - 1, (), step.op == "conv", *what), samples))
+            library = step.op == "conv" and (executor == "static" or in_one_pass(step))
+            found.append((_layer(number - 1, (), library, *what), samples))
     return found
 
 
@@ -78,7 +80,7 @@ def _gated(numbers, count, executor, program, samples, dtype):
     found = []
     for number in numbers:
         step = program.instructions[number]
-        library = step.op == "conv" and id(step.output) not in before
+        library = step.op == "conv" and id(step.output) not in before and in_one_pass(step)
         found.append((_layer(number, (), library, *what), samples if library else count))
     return found
 

@@ -55,6 +55,8 @@ class LaunchPrograms:
         Whether a sample's result must not depend on what else is in the batch, by a bit.
     """
 
+    library_alone = False  # whether the library runs also what takes it several passes
+
     def __init__(self, columns, batch_invariant=False):
         self.columns, self.batch_invariant = columns, batch_invariant
         self.weights, self._workspaces, self._conditional = _Weights(), {}, None
@@ -110,14 +112,15 @@ class _Weights:
         self._found = {}  # by identity, which holds while the convolution is kept
 
     def __call__(self, conv, depthwise=False):
-        """Weights, bias in float32, bias in the dtype."""
+        """Weights, bias in float32, bias in the dtype; no bias is None."""
         if id(conv) not in self._found:
             weight = conv.weight
             if depthwise:
                 weight = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
             else:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-            self._found[id(conv)] = conv, (weight, conv.bias.float(), conv.bias)
+            bias = None if conv.bias is None else conv.bias.float()
+            self._found[id(conv)] = conv, (weight, bias, conv.bias)
         return self._found[id(conv)][1]
 
 
@@ -284,7 +287,7 @@ class LaunchProgram:
 
         x, other = frame.read(step.input), frame.read(step.other)
         into = frame.get(step.output)
-        by_library = into is None and (frame.dense or not rows)
+        by_library = into is None and (frame.dense or not rows) and (self.programs.library_alone or in_one_pass(step))
         if step.op == "conv" and by_library and _is_plain(step, x):
             frame.values[id(step.output)] = self._run_by_library(step, x, other)
             return
@@ -341,6 +344,14 @@ def _find_pairs(instructions):
             if step.other is None and between.channels <= _LARGEST_MIDDLE:
                 pairs.add(number)
     return pairs
+
+
+def in_one_pass(step):
+    """Whether the library runs a convolution with bias and activation in one pass, or it is worth more than one.
+
+    Of activations it knows ReLU. A product of each pixel alone takes about as long as to read and write it again.
+    """
+    return step.activation == "relu" or tuple(step.kernel) != (1, 1) or step.output.pixels == 1
 
 
 def _is_plain(step, x):

@@ -6,7 +6,7 @@ A baseline is prepared once for a network and a batch size, then called with ima
 
 import importlib.util
 import shutil
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import lru_cache, partial
 
 import torch
@@ -15,6 +15,7 @@ from dynexec.convert import revert
 from dynexec.executors import freeze
 from dynexec.executors.block import pack_module
 from dynexec.executors.graphs import Graphs, choosing_algorithms
+from dynexec.executors.instructions import count_readers
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.segment import make_segments
 from dynexec.nn.experts import ExpertBlock
@@ -204,6 +205,26 @@ class DenseCompiled(DenseEager):
         return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
 
 
+class LibraryPrograms(LaunchPrograms):
+    """A static network in the library's convolutions alone.
+
+    cuDNN adds no bias where no ReLU follows, and a pass of its own for it takes as long as a projection: that of a
+    shortcut goes to the convolution that the shortcut is added to.
+    """
+
+    library_alone = True
+
+    def finish(self, builder):
+        readers = count_readers(builder.instructions)
+        adding = {id(step.other): step for step in builder.instructions if step.op == "conv" and step.other is not None}
+        for step in builder.instructions:
+            if step.op == "conv" and step.activation is None and readers[id(step.output)] == 1:
+                if (last := adding.get(id(step.output))) is not None:
+                    step.conv, last.conv = copy(step.conv), copy(last.conv)
+                    step.conv.bias, last.conv.bias = None, last.conv.bias + step.conv.bias
+        return super().finish(builder)
+
+
 class DenseLibrary(Baseline):
     """The static network, BatchNorm folded, in cuDNN's convolutions with bias, addition and ReLU, in one CUDA graph."""
 
@@ -213,7 +234,7 @@ class DenseLibrary(Baseline):
 
     def prepare(self, model, images, threads):
         packed = pack_module(static_network(model).to(memory_format=torch.channels_last), images)
-        module, segments = make_segments(packed.__self__, partial(LaunchPrograms, 0))
+        module, segments = make_segments(packed.__self__, partial(LibraryPrograms, 0))
         assert segments, "a network without convolutions"
         self.graphs = Graphs(lambda images, _: (module.forward(images),), images.device)
 
