@@ -280,6 +280,8 @@ def main():
     parser.add_argument("--profile", action="store_true", help="also print what takes the time of a step, dense and .5")
     parser.add_argument("--layout", choices=("channels_last", "contiguous_format"), default="channels_last")
     args = parser.parse_args()
+    if args.write and (args.device.type != "cpu" or args.only or args.size or args.batch or args.kinds):
+        parser.error("--write is for all networks, as they are, on a CPU")
     torch.set_num_threads(1)
     keep_freed_memory()  # as an allocator of a GPU does, for all candidates alike
     layout = getattr(torch, args.layout)

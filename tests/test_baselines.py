@@ -1,6 +1,7 @@
 """Baselines compute what the network computes, and what does not is found before it is timed."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -100,6 +101,26 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
     projections = 0 if own else sum(getattr(block, "downsample", None) is not None for block in backbone.modules())
     assert sum(step.conv.bias is None for step in ran) == projections
     assert own or projections > 0
+
+
+def test_a_projection_that_is_not_the_librarys_keeps_its_bias():
+    """With more padding on one side than on the other, a kernel of ours runs it."""
+    pytest.importorskip("triton", reason="needs Triton")
+
+    class Uneven(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 8, 3, 2, 1)
+            self.shortcut = torch.nn.Sequential(torch.nn.ZeroPad2d((0, 1, 0, 1)), torch.nn.Conv2d(3, 8, 3, 2))
+
+        def forward(self, x):
+            return torch.relu(self.conv(x) + self.shortcut(x))
+
+    net, x = Uneven().eval(), torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        packed = baselines.pack_module(net.to(memory_format=torch.channels_last), x)
+        module, _ = baselines.make_segments(packed.__self__, partial(baselines.LibraryPrograms, 0))
+        torch.testing.assert_close(module.forward(x), net(x), rtol=1e-4, atol=1e-4)
 
 
 def test_missing_packages_and_failures_are_said(model, images):

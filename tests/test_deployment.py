@@ -119,6 +119,16 @@ def test_inputs_by_name(tmp_path):
         dynexec.load(tmp_path / "net", net, policy=toys.Policy(4))
 
 
+def test_autocast_changes_nothing_of_what_is_saved(saved, tmp_path):
+    _, net = saved
+    x = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        dynexec.save(net, tmp_path / "net", x)
+    dynexec.load(tmp_path / "net")
+    with torch.autocast("cpu", torch.bfloat16):
+        dynexec.load(tmp_path / "net")
+
+
 def test_tied_weights_and_other_dtypes(tmp_path):
     model = toys.torchvision_style().double()
     model.layers[0][1].conv1.weight = model.layers[0][0].conv1.weight

@@ -2,6 +2,8 @@
 
 import re
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -121,6 +123,26 @@ def test_switched_is_dense_where_enough_is_kept(monkeypatch):
             torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
 
 
+def test_threads_that_use_another_executor_wait_for_each_other():
+    _, _, _, frozen = frozen_pair("timm", executor="switched")
+    inside, seen = threading.Barrier(2), []
+
+    def use(name):
+        inside.wait()
+        for _ in range(20):
+            with frozen.using(name):
+                seen.append((frozen.executor, frozen.segments[0].executor) == (name, name))
+                time.sleep(1e-4)
+
+    threads = [threading.Thread(target=use, args=(name,)) for name in ("fused", "dense")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(seen) and len(seen) == 40
+    assert frozen.executor == "switched" and frozen.segments[0].options["switch_at"] == frozen.switch_at
+
+
 @pytest.mark.parametrize("executor", [name for name in EXECUTORS if name in ("fused", "switched")])
 def test_other_sizes_batches_and_layouts(executor):
     model, num_blocks, _, frozen = frozen_pair("odd", size=13, executor=executor)
@@ -213,6 +235,28 @@ def test_what_is_expected_to_be_slow_is_not_tried(monkeypatch):
 
     monkeypatch.setattr(conv, "conv", fail)
     assert all(f"{name}: RuntimeError: no" in dynexec.freeze(model, x).explain() for name in ("fused", "dense"))
+
+
+@pytest.mark.parametrize(
+    "dense, fused, share",
+    [([3] * 8, range(1, 9), 0.4375), ([9] * 8, range(1, 9), 1.0), ([0] * 8, range(1, 9), 0.0),
+     ([5, 5, 5, 0, 5, 5, 5, 5], range(1, 9), 0.6875)],
+)  # fmt: skip
+def test_where_dense_becomes_the_faster_one(dense, fused, share, monkeypatch, tmp_path):
+    """Measured at eighths; from the share on it must be faster at all."""
+    from dynexec.executors import candidate
+    from dynexec.executors.costs import CostCache
+
+    model, num_blocks, x, frozen = frozen_pair("timm", executor="switched")
+    frozen.graphs = type("Graphs", (), {"lock": threading.RLock()})()
+    times = iter([*dense, *fused])
+    monkeypatch.setattr(candidate, "conditional_missing", lambda: None)
+    monkeypatch.setattr(candidate, "seconds", lambda call, device: float(next(times)))
+    cache = CostCache(tmp_path / "costs.json")
+    assert candidate._measure_switch(frozen, x, cache) == share
+    assert candidate._measure_switch(frozen, x, cache) == share and next(times, None) is None
+    frozen.graphs = None
+    assert candidate._measure_switch(frozen, x, cache) == 1.0
 
 
 def test_without_triton_layers_run(monkeypatch):

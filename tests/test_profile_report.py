@@ -164,8 +164,17 @@ def test_profiles_in_out_are_found(tmp_path, monkeypatch, capsys):
 def test_files_of_something_else_are_named(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "demo.json").write_text('[{"title": "a"}]')
+    (tmp_path / "null.jsonl").write_text("null")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
+    (tmp_path / "dict.json").write_text("{}")
+    moved = {"title": "a", "text": "b", "tables": [], "figures": [["gone.png", "c"]]}
+    (tmp_path / "moved.json").write_text(json.dumps([moved]))
     for options, message in (
         (["--results", str(tmp_path / "rows.jsonl")], "rows.jsonl, line 1: "),
+        (["--results", str(tmp_path / "null.jsonl")], "null.jsonl, line 1: row must be a dict, got NoneType"),
+        (["--results", str(tmp_path / "bytes.jsonl")], "bytes.jsonl is no text: "),
+        (["--demo", str(tmp_path / "moved.json")], "moved.json names a picture that is not there: .*gone.png"),
+        (["--demo", str(tmp_path / "dict.json")], "dict.json is not what .*: TypeError: it must hold a list, got dict"),
         (["--results", str(tmp_path / "absent.jsonl")], "No such file or directory: .*absent.jsonl"),
         (["--demo", str(tmp_path / "demo.json")], "demo.json is not what dynexec demo writes: KeyError: 'tables'"),
     ):

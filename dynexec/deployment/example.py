@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dynexec import dispatch
 from dynexec.deployment.network import num_columns
 from dynexec.executors.candidate import halves
 from dynexec.executors.proof import is_rounding, relative_error
@@ -14,6 +15,7 @@ from dynexec.executors.routed import convert_inputs
 from dynexec.nn import RoutedNetwork
 
 _SAMPLES = 8  # of the example input that are kept
+_without_autocast = dispatch.for_frozen(torch.device("cpu"))
 _MARGIN = 0.01
 
 
@@ -39,6 +41,7 @@ class Example:
     sure: torch.Tensor | None = None
 
     @classmethod
+    @_without_autocast
     @torch.no_grad()
     def record(cls, net, inputs, error):
         """Run a network on the first of its inputs; ``error``: what it may differ by where it is loaded, relative."""
@@ -56,6 +59,7 @@ class Example:
             example.decided, example.sure = decided, (less == decided) & (more == decided)
         return example
 
+    @_without_autocast
     @torch.no_grad()
     def misfit(self, net):
         """Why it cannot have been recorded of a network, which is on the CPU, or None."""
@@ -68,6 +72,7 @@ class Example:
         shapes = [tuple(tensor.shape) for tensor in (decided, self.decided, self.sure) if tensor is not None]
         return f"shapes of what the policy decides differ: {shapes}" if len(set(shapes)) > 1 else None
 
+    @_without_autocast
     def difference(self, frozen, net, most):
         """How ``frozen``, made of ``net``, differs by more than ``most`` from what was recorded, or None."""
         inputs = convert_inputs(self.inputs, device=frozen.device)

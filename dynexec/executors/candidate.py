@@ -33,21 +33,15 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
         return None, f"it does not know {left[0].blocks[0].name}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
-        fast.graphs = Graphs(fast.compute, layers.device)
+        fast.graphs = Graphs(fast.compute, layers.device, fast.compute_without_nodes)
     refused, accepted = {}, []
     fast.expected = _expect(fast, images)
     names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
     fast.executors = names = names if executor is None else [executor]
-    if executor == "switched":
-        fast.switch_at = _measure_switch(fast, images, cache) or fast.switch_at
     for name in sorted(names, key=lambda name: (name == "switched", fast.expected.get(name, 0.0))):
-        if name == "switched" and executor is None:
-            found = _measure_switch(fast, images, cache) if {"fused", "dense"} <= set(accepted) else None
-            if found is None:
-                fast.executors.remove(name)
-                continue
-            fast.switch_at = found
-            fast.notes.append(f"switched: dense where at least {100 * found:.0f} % of blocks are kept, else fused")
+        if name == "switched" and executor is None and not {"fused", "dense"} <= set(accepted):
+            fast.executors.remove(name)
+            continue
         better = next((other for other in accepted if other != "resident"), None)  # of that one all is guessed
         if better and fast.expected and fast.expected[name] > _HOPELESS * fast.expected[better]:
             fast.notes.append(
@@ -56,8 +50,15 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
             )
             fast.executors.remove(name)
             continue
-        fast.use(name)
         try:
+            if name == "switched":
+                fast.switch_at = _measure_switch(fast, images, cache)
+                if executor is None and not 0.0 < fast.switch_at < 1.0:
+                    fast.executors.remove(name)
+                    continue
+                share = f"{100 * fast.switch_at:.0f} % of blocks"
+                fast.notes.append(f"switched: dense where at least {share} are kept, else fused")
+            fast.use(name)
             with choosing_algorithms():
                 reason = proof.difference(fast)
                 if reason is None and fast.graphs is not None:
@@ -80,10 +81,10 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
 def _measure_switch(fast, images, cache):
     """The share of kept (sample, block) pairs from which on ``dense`` is faster than ``fused``.
 
-    None where one of them is faster at all shares, or where there are no graphs, of which a node chooses.
+    0 where it is at all shares; 1 where it is at none, or where there are no graphs, of which a node chooses.
     """
     if fast.graphs is None or conditional_missing() is not None:
-        return None
+        return 1.0
     generator = torch.Generator().manual_seed(0)
     shape = len(images), fast.num_blocks
     draws = [(torch.rand(shape, generator=generator) < share).to(images.device) for share in _SHARES]
@@ -96,10 +97,10 @@ def _measure_switch(fast, images, cache):
                 times.append([seconds(lambda d=d: fast.call(images, d), images.device) for d in draws])
         faster = [dense < fused for dense, fused in zip(*times, strict=True)]
         first = len(faster) - next((n for n, one in enumerate(reversed(faster)) if not one), len(faster))
-        return (_SHARES[first - 1] + _SHARES[first]) / 2 if 0 < first < len(faster) else None
+        return found[first]
 
-    between = [sum(shares) / 2 for shares in zip(_SHARES, _SHARES[1:], strict=False)]
-    return cache.get(_key(cache, "switch", [fast], images), lambda entry: entry is None or entry in between, measure)
+    found = [0.0, *(sum(shares) / 2 for shares in zip(_SHARES, _SHARES[1:], strict=False)), 1.0]
+    return cache.get(_key(cache, "switch", [fast], images), lambda entry: entry in found, measure)
 
 
 def _key(cache, what, networks, images):

@@ -80,7 +80,7 @@ def _gated(numbers, count, executor, program, samples, dtype):
     found = []
     for number in numbers:
         step = program.instructions[number]
-        library = step.op == "conv" and id(step.output) not in before and in_one_pass(step)
+        library = step.op == "conv" and id(step.output) not in before
         found.append((_layer(number, (), library, *what), samples if library else count))
     return found
 

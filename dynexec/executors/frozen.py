@@ -1,6 +1,7 @@
 """The inference network that ``freeze`` makes."""
 
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 from torch import fx, nn
@@ -31,6 +32,7 @@ class FrozenNetwork(nn.Module):
         self.executors = list(backend.executors) if backend is not None else []  # those that were proven
         self.executor, self.expected = None, {}  # the one in use; seconds of each by a model
         self.switch_at = 1.0  # of the executor "switched"
+        self._lock = RLock()
         self.one_launch = backend is not None and backend.plans  # whether a policy may run in the resident kernel
         self.policy, self.samples_at_once, self.graphs, self.notes = None, None, None, []
 
@@ -106,13 +108,12 @@ class FrozenNetwork(nn.Module):
         if self.graphs is None or len(x) == 0:
             return self.compute(x, decisions)
         if torch.cuda.is_current_stream_capturing():
-            return self._compute_in_other_graph(x, decisions)
+            return self.compute_without_nodes(x, decisions)
         return self.graphs(x, decisions, self.executor)
 
-    def _compute_in_other_graph(self, x, decisions):
-        """While somebody else captures one: without conditional nodes, whose memory is for this network's own."""
-        before = self.executor
-        with self.graphs.lock, self.using("fused" if before in ("conditional", "switched") else before):
+    def compute_without_nodes(self, x, decisions):
+        """The same where there is no graph of this network's own, which alone has conditional nodes."""
+        with self.using("fused" if self.executor in ("conditional", "switched") else self.executor):
             return self.compute(x, decisions)
 
     def in_graphs(self, x, decisions):
@@ -198,13 +199,14 @@ class FrozenNetwork(nn.Module):
 
     @contextmanager
     def using(self, executor):
-        """Inside, segments run as this executor."""
-        before = self.executor
-        self.use(executor)
-        try:
-            yield
-        finally:
-            self.use(before)
+        """Inside, segments run as this executor; other threads' calls in graphs wait."""
+        with self._lock if self.graphs is None else self.graphs.lock:
+            before = self.executor
+            self.use(executor)
+            try:
+                yield
+            finally:
+                self.use(before)
 
     def executor_for(self, decisions):
         """The one in use; of ``switched`` the one that bool decisions ``[N, L]`` make it. Waits for the device."""

@@ -16,12 +16,12 @@ class Graphs:
 
     ``graphs(x, decisions, variant)`` gives what ``function(x, decisions)`` gives, in new memory; ``decisions`` may be
     None, and ``variant`` names what else the function depends on. The function must not wait for the device; where it
-    does, or a capture fails for another reason, it runs as it is, and ``failed`` says why. Calls from several streams
-    and threads are put in order on the device, since a graph has its memory once.
+    does, or a capture fails for another reason, ``instead`` runs in its place, or it as it is, and ``failed`` says why.
+    Calls from several streams and threads are put in order on the device, since a graph has its memory once.
     """
 
-    def __init__(self, function, device):
-        self.function = function
+    def __init__(self, function, device, instead=None):
+        self.function, self.instead = function, instead or function
         self.done = torch.cuda.Event()
         self.lock = RLock()
         self.graphs, self.failed = {}, {}
@@ -32,7 +32,7 @@ class Graphs:
             caller = torch.cuda.current_stream()
             caller.wait_event(self.done)  # a new graph's first calls share memory with the others', too
             graph = self._find(key, x, decisions)
-            results = self.function(x, decisions) if graph is None else graph.replay(x, decisions)
+            results = self.instead(x, decisions) if graph is None else graph.replay(x, decisions)
             self.done.record(caller)
         return results
 

@@ -2,7 +2,7 @@
 
 Inside of a gate every kernel reads and writes, at their own places, the samples that keep the block; how many they are
 is known to the device alone, so nothing waits for it, and the launches are the same for all decisions. What all samples
-run, stems, shortcuts and classifiers, is the library's.
+run, stems, shortcuts and classifiers, is the library's, but for convolutions that take it several passes.
 """
 
 from contextlib import nullcontext
@@ -287,8 +287,8 @@ class LaunchProgram:
 
         x, other = frame.read(step.input), frame.read(step.other)
         into = frame.get(step.output)
-        by_library = into is None and (frame.dense or not rows) and (self.programs.library_alone or in_one_pass(step))
-        if step.op == "conv" and by_library and _is_plain(step, x):
+        by_library = into is None and (frame.dense if rows else self.programs.library_alone or in_one_pass(step))
+        if step.op == "conv" and by_library and is_plain(step):
             frame.values[id(step.output)] = self._run_by_library(step, x, other)
             return
         out = frame.output(step.output)
@@ -354,10 +354,11 @@ def in_one_pass(step):
     return step.activation == "relu" or tuple(step.kernel) != (1, 1) or step.output.pixels == 1
 
 
-def _is_plain(step, x):
+def is_plain(step):
     """Whether the library can run a convolution: with the same padding on both sides."""
     size = [
-        (x.shape[d + 2] + 2 * step.padding[d] - step.dilation[d] * (step.kernel[d] - 1) - 1) // step.stride[d] + 1
+        (step.input.shape[d + 1] + 2 * step.padding[d] - step.dilation[d] * (step.kernel[d] - 1) - 1) // step.stride[d]
+        + 1
         for d in (0, 1)
     ]
     return tuple(size) == step.output.shape[1:]

@@ -24,8 +24,10 @@ def copy_rate(device):
 @cache
 def _matrix_rate(device, dtype, threads):
     size = 8 * _SIZE if device.type == "cuda" else _SIZE
-    a = torch.randn(size, size, device=device).to(dtype)  # a GPU multiplies ones faster than it does anything else
-    b, out = torch.randn_like(a), torch.zeros_like(a)
+    generator = torch.Generator(device).manual_seed(0)
+    # A GPU multiplies ones faster than anything else.
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    out = torch.zeros_like(a)
     return 2 * size**3 / _least_seconds(lambda: torch.mm(a, b, out=out), device)
 
 

@@ -16,7 +16,7 @@ from dynexec.executors import freeze
 from dynexec.executors.block import pack_module
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.instructions import count_readers
-from dynexec.executors.launches import LaunchPrograms
+from dynexec.executors.launches import LaunchPrograms, is_plain
 from dynexec.executors.segment import make_segments
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import apply_layers, count_blocks, dynamic_blocks
@@ -218,7 +218,8 @@ class LibraryPrograms(LaunchPrograms):
         readers = count_readers(builder.instructions)
         adding = {id(step.other): step for step in builder.instructions if step.op == "conv" and step.other is not None}
         for step in builder.instructions:
-            if step.op == "conv" and step.activation is None and readers[id(step.output)] == 1:
+            alone = step.op == "conv" and step.activation is None and readers[id(step.output)] == 1
+            if alone and is_plain(step):  # or a kernel of ours runs it, which wants a bias
                 if (last := adding.get(id(step.output))) is not None:
                     step.conv, last.conv = copy(step.conv), copy(last.conv)
                     step.conv.bias, last.conv.bias = None, last.conv.bias + step.conv.bias

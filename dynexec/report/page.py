@@ -149,12 +149,18 @@ def read_sections(path):
     path = Path(path)
     sections = []
     try:
-        for section in json.loads(path.read_text()):
+        found = json.loads(path.read_text())
+        if not isinstance(found, list):
+            raise TypeError(f"it must hold a list, got {type(found).__name__}")
+        for section in found:
             tables = tuple(PageTable(**table) for table in section["tables"])
             figures = tuple((str(path.parent / figure), caption) for figure, caption in section["figures"])
             sections.append(Section(section["title"], section["text"], tables, figures))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what dynexec demo writes: {type(error).__name__}: {error}") from error
+    for figure in (figure for section in sections for figure, _ in section.figures):
+        if not Path(figure).is_file():
+            raise ValueError(f"{path} names a picture that is not there: {figure}")
     return sections
 
 

@@ -115,6 +115,8 @@ def speed_up(milliseconds, flops_dense, flops_needed, dense):
 
 def check_row(row):
     """Return ``row`` if it has exactly the keys and types of :data:`SCHEMA`; raise ValueError or TypeError."""
+    if not isinstance(row, dict):
+        raise TypeError(f"row must be a dict, got {type(row).__name__}")
     missing, unknown = SCHEMA.keys() - row.keys(), row.keys() - SCHEMA.keys()
     if missing or unknown:
         raise ValueError(f"row must have the keys of SCHEMA; missing: {sorted(missing)}, unknown: {sorted(unknown)}")
@@ -147,7 +149,11 @@ def read_rows(*paths):
     files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     latest = {}
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            lines = file.read_text().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text: {error}") from error
+        for number, line in enumerate(lines, 1):
             try:
                 row = check_row(json.loads(line))
             except (TypeError, ValueError) as error:
