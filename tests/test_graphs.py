@@ -10,6 +10,7 @@ from test_routed import choice
 from torch import nn
 
 import dynexec
+from dynexec.executors import launches
 from dynexec.executors.conditional import conditional_missing
 from dynexec.nn.context import decide
 
@@ -66,6 +67,26 @@ def test_executors_have_graphs_of_their_own():
             decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
             close(frozen(x, decisions), expected(model, x, decisions))
         assert {variant for variant, *_ in frozen.graphs.graphs} == {*EXECUTORS, "dense"}
+
+
+@pytest.mark.skipif("switched" not in EXECUTORS, reason=str(conditional_missing()))
+def test_the_device_switches(monkeypatch):
+    """One of the two ways to run is made to give what the other does not."""
+    _, num_blocks, x, frozen = freeze(batch=8, executor="switched")
+    launch = launches.LaunchProgram._launch
+
+    def shifted(program, x, route, name, *rest):
+        return launch(program, x, route, name, *rest) + (100.0 if name == "dense" else 0.0)
+
+    monkeypatch.setattr(launches.LaunchProgram, "_launch", shifted)
+    frozen.switch_at = 0.5
+    frozen.use("switched")
+    frozen.graphs.graphs.clear()
+    pairs = len(x) * num_blocks
+    for kept in (pairs, 0, pairs // 2 - 1, pairs // 2):
+        decisions = (torch.randperm(pairs, device="cuda") < kept).reshape(len(x), num_blocks)
+        assert bool(frozen(x, decisions).mean() > 50) == (kept >= pairs // 2)
+    assert not frozen.graphs.failed
 
 
 def test_what_cannot_be_captured_runs_without_a_graph():
