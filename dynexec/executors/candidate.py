@@ -95,9 +95,8 @@ def _measure_switch(fast, images, cache):
             fast.use(name)
             with choosing_algorithms():
                 times.append([seconds(lambda d=d: fast.call(images, d), images.device) for d in draws])
-        faster = [dense < fused for dense, fused in zip(*times, strict=True)]
-        first = len(faster) - next((n for n, one in enumerate(reversed(faster)) if not one), len(faster))
-        return found[first]
+        slower = [number for number, (dense, fused) in enumerate(zip(*times, strict=True)) if dense >= fused]
+        return found[max(slower, default=-1) + 1]
 
     found = [0.0, *(sum(shares) / 2 for shares in zip(_SHARES, _SHARES[1:], strict=False)), 1.0]
     return cache.get(_key(cache, "switch", [fast], images), lambda entry: entry in found, measure)
