@@ -141,7 +141,7 @@ def add_pair(found, architecture, dtype, middle, size):
     found[f"3x3 and 1x1, {middle} to {4 * middle} channels, {label(tile)}, {short(dtype)}"] = call, tile
     if middle == 128:
         x, groups = tensor(64 * size * size, middle, dtype=dtype), numbers(4, 7)
-        tile = choose_tile(len(x), middle, 9, middle, dtype, architecture)
+        tile = choose_tile(len(x), middle, 9, middle, dtype, architecture, grouped=True)
         call = partial(
             grouped_conv, x, tensor(2, middle, middle, 3, 3, dtype=dtype), floats(2, middle), x, groups,
             numbers(64), numbers(5), padding=(1, 1), activation="relu", tile=tile,
@@ -150,7 +150,8 @@ def add_pair(found, architecture, dtype, middle, size):
 
 
 def tensor(*shape, dtype=HALF):
-    return torch.empty(shape, dtype=dtype, device="meta")
+    found = torch.empty(shape, dtype=dtype, device="meta")
+    return found.to(memory_format=torch.channels_last) if len(shape) == 4 else found
 
 
 def floats(*shape):
@@ -166,7 +167,7 @@ def some_rows(n):
 
 
 def label(tile):
-    return f"{tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages}"
+    return f"{tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages}{' TMA' if tile.tma else ''}"
 
 
 def short(dtype):

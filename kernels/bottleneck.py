@@ -74,10 +74,11 @@ def _conv_pair(
             x_ptr + sample * (H * W * C) + (top * W + left) * C,
             tl.where(valid, inside_bits(top, left, H, W, KH, KW, DH, DW), 0),
             weight_ptr + middle.to(tl.int64) * (KH * KW * C),
+            0,
             middle < M,
             0,
             steps,
-            W, C, KH, KW, DH, DW, BK, MIDDLE == M, PRECISION,
+            W, C, KH, KW, DH, DW, BK, MIDDLE == M, PRECISION, False,
         )  # fmt: skip
         bias = tl.load(bias_ptr + middle, mask=middle < M, other=0.0)
         between = activate(acc + bias[None, :], MIDDLE_ACTIVATION).to(x_ptr.dtype.element_ty)

@@ -6,7 +6,7 @@ from math import log2
 
 import torch
 
-from dynexec.kernels.measured_tiles import CONVOLUTIONS, PAIRS
+from dynexec.kernels.measured_tiles import CONVOLUTIONS, GROUPED, PAIRS
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Tile:
     warps: int
     stages: int
     programs: int  # that a multiprocessor runs at once
+    tma: bool = False  # whether the hardware copies the weights block by block (Hopper), in `conv`
 
 
 # {largest number of output channels: {largest number of pixels: tile}}, None: more. For 16-bit numbers; estimates, by
@@ -33,19 +34,20 @@ _AMPERE = {
 _AMPERE_PAIRS = {64: Tile(64, 64, 32, 4, 3, 2), 128: Tile(64, 64, 32, 4, 3, 1), 256: Tile(64, 32, 32, 8, 3, 1)}
 
 
-def choose_tile(pixels, channels, taps, depth, dtype, architecture):
+def choose_tile(pixels, channels, taps, depth, dtype, architecture, grouped=False):
     """The tile for a convolution from ``depth`` to ``channels`` channels with ``taps`` weights for each pair of them.
 
     ``pixels``: of the output, if all samples keep the block. ``architecture``: 80 and 86 for Ampere, 90 for Hopper,
-    where the tile is that of the most similar convolution that was measured.
+    where the tile is that of the most similar convolution that was measured. ``grouped``: for `grouped_conv`, in which
+    all samples have work.
     """
     if architecture < 90:
         tile = _find(_find(_AMPERE, channels), pixels)
     else:
-        tile = _nearest(taps > 1, pixels, channels, taps * depth)
+        tile = _nearest(taps > 1, grouped, pixels, channels, taps * depth)
     if dtype == torch.float32 and architecture >= 90:
         wide = tile.bm * tile.bn >= 128 * 128  # which is more than the registers hold
-        tile = replace(tile, bn=tile.bn // 2 if wide else tile.bn, programs=min(tile.programs, 2))
+        tile = replace(tile, bn=tile.bn // 2 if wide else tile.bn, programs=min(tile.programs, 2), tma=False)
     return _narrow(tile, depth, dtype)
 
 
@@ -60,9 +62,9 @@ def choose_pair_tile(pixels, middle, depth, dtype, architecture):
 
 
 @cache
-def _nearest(window, *sizes):
+def _nearest(window, grouped, *sizes):
     """Of the measured convolutions, with a window of several pixels or without, the one whose sizes differ least."""
-    rows = [row for row in CONVOLUTIONS if (row[0] > 1) == window]
+    rows = [row for row in (GROUPED if grouped and window else CONVOLUTIONS) if (row[0] > 1) == window]
     return Tile(*min(rows, key=lambda row: _distance((row[1], row[2], row[0] * row[3]), sizes))[4])
 
 

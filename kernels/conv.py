@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dynexec.kernels.configs import choose_tile
 from dynexec.kernels.device import (
@@ -28,6 +29,7 @@ MAX_TAPS = 31  # of a window: a bit of an int32 each
 def _conv(
     x_ptr,  # [N, H, W, C]
     weight_ptr,  # [K, KH, KW, C], of the dtype of x
+    weight_descriptor,  # of the same memory, [K, KH * KW * C] in blocks [BN, BK], or nothing
     bias_ptr,  # float32 [K]
     residual_ptr,  # as out, or nothing; may be out itself
     out_ptr,  # [N, OH, OW, K]
@@ -60,6 +62,7 @@ def _conv(
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -76,7 +79,8 @@ def _conv(
         tile = unit // split
         part = unit - tile * split
         tile_m = tile // tiles_n
-        columns = (tile - tile_m * tiles_n) * BN + tl.arange(0, BN)
+        first_column = (tile - tile_m * tiles_n) * BN
+        columns = first_column + tl.arange(0, BN)
         sample, pixel, valid = find_pixels(tile_m * BM, pixels, start, index_ptr, OH * OW, BM, GATHERED)
         row = pixel // OW
         top = row * SH - PH
@@ -86,15 +90,20 @@ def _conv(
         else:
             bits = tl.where(valid, inside_bits(top, left, H, W, KH, KW, DH, DW), 0)
         place = (sample * (OH * OW) + pixel) * K
+        if TMA:
+            weights = weight_descriptor
+        else:
+            weights = weight_ptr + columns.to(tl.int64) * (KH * KW * C)
         acc = sum_taps(
             tl.zeros((BM, BN), tl.float32),
             x_ptr + sample * (H * W * C) + (top * W + left) * C,
             bits,
-            weight_ptr + columns.to(tl.int64) * (KH * KW * C),
+            weights,
+            first_column,
             columns < K,
             steps * part // split,
             steps * (part + 1) // split,
-            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION,
+            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION, TMA,
         )  # fmt: skip
         if SHARED:
             if split > 1:
@@ -172,13 +181,25 @@ def conv(
     if most > 1:
         partial, arrived = workspace.partial, workspace.arrived
     grid = fill(x.device, triton.cdiv(n * oh * ow, tile.bm) * triton.cdiv(k, tile.bn) * most, tile.programs)
+    descriptor = describe_weights(weight, tile)
     _conv[grid](
-        x, weight, bias, residual, out, index, offset, partial, arrived, n, most, multiprocessors(x.device),
+        x, weight, descriptor, bias, residual, out, index, offset, partial, arrived, n, most, multiprocessors(x.device),
         h, w, c, k, oh, ow, kh, kw, *stride, *padding, *dilation,
         tile.bm, tile.bn, tile.bk, most > 1, index is not None, residual is not None, activation, precision,
+        descriptor is not None,
         num_warps=tile.warps, num_stages=tile.stages, **launch_options(x.device),
     )  # fmt: skip
     return out
+
+
+def describe_weights(weight, tile):
+    """For the hardware that copies blocks of a tensor (TMA), where the tile is for it and the weights are, or None."""
+    k, c, kh, kw = weight.shape
+    whole = c % tile.bk == 0 and k % tile.bn == 0 and weight.data_ptr() % 16 == 0
+    if not tile.tma or not whole:
+        return None
+    rows = weight.permute(0, 2, 3, 1).view(k, kh * kw * c)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tile.bn, tile.bk])
 
 
 class Workspace:

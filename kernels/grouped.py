@@ -77,10 +77,11 @@ def _grouped_conv(
             x_ptr + (tl.load(description + 4) + sample * (H * W) + top * W + left) * C,
             tl.where(valid, inside_bits(top, left, H, W, KH, KW, DH, DW), 0),
             weight_ptr + (weights * K + columns) * (KH * KW * C),
+            0,
             columns < K,
             0,
             steps,
-            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION,
+            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION, False,
         )  # fmt: skip
         place = (tl.load(description + 5) + sample * (OH * OW) + pixel) * K
         finish_tile(
@@ -146,7 +147,7 @@ def grouped_conv(
     (_, c), (_, k, _, kh, kw) = x.shape, weight.shape
     if len(index) == 0 or len(groups) == 0:
         return out
-    tile = tile or choose_tile(len(out), k, kh * kw, c, x.dtype, architecture(x.device))
+    tile = tile or choose_tile(len(out), k, kh * kw, c, x.dtype, architecture(x.device), grouped=True)
     grid = fill(x.device, (triton.cdiv(len(out), tile.bm) + len(groups)) * triton.cdiv(k, tile.bn), tile.programs)
     _grouped_conv[grid](
         x, weight, bias, residual, out, index, offset, groups, len(groups),

@@ -1,4 +1,4 @@
-"""Decisions of all blocks to groups of samples, in one launch."""
+"""Decisions of all blocks to groups of samples, and how many of them are dropped, in one launch each."""
 
 import torch
 import triton
@@ -48,3 +48,31 @@ def plan(decisions, choices):
         size = min(max(triton.next_power_of_2(samples), 32), 1024)
         _plan[(blocks,)](decisions, index, offset, samples, choices, *decisions.stride(), BLOCK=size, num_warps=4)
     return index, offset
+
+
+@triton.jit
+def _count_dropped(
+    offset_ptr,  # int32 [L, choices + 1]
+    range_ptr,  # int32 [2]
+    most,
+    L,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    dropped = 0
+    for first in range(0, L, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        dropped += tl.sum(tl.load(offset_ptr + block * stride + 1, mask=block < L, other=0), 0)
+    tl.store(range_ptr, most)
+    tl.store(range_ptr + 1, tl.maximum(dropped, most))
+
+
+def count_dropped(offset, most):
+    """int32 ``[2]``: ``most`` and how many pairs of sample and block are dropped, at least ``most``.
+
+    ``offset``: of :func:`plan`, where decision 0 drops. Equivalent to
+    ``torch.stack([most, offset[:, 1].sum().clamp(min=most)])``.
+    """
+    found = offset.new_empty(2)
+    _count_dropped[(1,)](offset, found, most, len(offset), offset.stride(0), BLOCK=128, num_warps=4)
+    return found

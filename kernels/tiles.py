@@ -11,7 +11,8 @@ def sum_taps(
     acc,  # float32 [BM, BN], added to
     window_ptr,  # [BM]: first channel of each window's first tap
     bits,  # int32 [BM]: which taps of a window are inside of the image; 0: no pixel at all
-    weight_ptr,  # [BN]: first weight of each output channel, [taps][C]
+    weights,  # [BN]: pointers to the first weight of each output channel, [taps][C]; or a descriptor of all channels'
+    first_column,  # of the output channels, for the descriptor
     columns,  # bool [BN]: which output channels there are
     begin,  # first step and end
     end,
@@ -24,12 +25,14 @@ def sum_taps(
     BK: tl.constexpr,
     ALL_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,  # whether there is a descriptor; then BK divides C, and BN the number of output channels
 ):
     """Add the products of pixels and weights, in steps of ``BK`` channels of a tap."""
     of_tap: tl.constexpr = (C + BK - 1) // BK
     k = tl.arange(0, BK)
     x_ptr = window_ptr[:, None] + k[None, :]
-    w_ptr = weight_ptr[None, :] + k[:, None]
+    if not TMA:
+        w_ptr = weights[None, :] + k[:, None]
     for step in range(begin, end):
         if KH * KW == 1:
             inside = bits != 0
@@ -44,7 +47,9 @@ def sum_taps(
             x_offset = (kh * (DH * W) + (tap - kh * KW) * DW) * C + channel
             w_offset = tap * C + channel
         x_mask = inside[:, None]
-        if C % BK != 0:
+        if TMA:
+            w = weights.load([first_column, w_offset]).T
+        elif C % BK != 0:
             there = channel + k < C
             x_mask = x_mask & there[None, :]
             w = tl.load(w_ptr + w_offset, mask=there[:, None] & columns[None, :], other=0.0)

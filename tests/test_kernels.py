@@ -1,6 +1,7 @@
 """The Triton kernels against the reference of their ops, in the interpreter where there is no GPU."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from dynexec import dispatch, reference
 from dynexec.kernels import conv as conv_module
 from dynexec.kernels.bottleneck import conv_pair
 from dynexec.kernels.configs import Tile
-from dynexec.kernels.conv import Workspace, conv
+from dynexec.kernels.conv import Workspace, conv, describe_weights
 from dynexec.kernels.depthwise import depthwise
 from dynexec.kernels.grouped import grouped_conv
-from dynexec.kernels.plan import plan
+from dynexec.kernels.plan import count_dropped, plan
 from dynexec.kernels.pointwise import combine, pool
 from dynexec.kernels.rows import move_rows
 
@@ -64,6 +65,15 @@ def test_plan(shape, choices, dtype):
         for actual, expected in zip(plan(given, choices), reference.plan(decisions, choices), strict=True):
             assert actual.dtype == torch.int32
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 54, 300])
+@pytest.mark.parametrize("most", [0, 70, 10**6])
+def test_how_many_are_dropped(blocks, most):
+    decisions = torch.rand(5, blocks).to(DEVICE) < 0.6
+    _, offset = reference.plan(decisions, 2)
+    dropped = int((~decisions).sum())
+    assert count_dropped(offset, most).tolist() == [most, max(dropped, most)]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64, torch.uint8])
@@ -122,6 +132,28 @@ def test_conv_adds_in_place(dtype, keep, activation, shared_sums):
     more = {"workspace": Workspace(DEVICE), **geometry, **rows.arguments}
     conv(x, weight, bias, out, residual=out, activation=activation, **more)
     check(out, before, rows, expected)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
+@pytest.mark.parametrize("keep", [None, "none", "some"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_conv_with_weights_copied_in_blocks(geometry, keep, shared_sums):
+    """The same bits as with weights that every thread copies; which is what other numbers of channels get."""
+    x, weight, bias, geometry, shape = convolution(geometry, torch.float16)
+    rows, outs = Rows(keep, len(x)), []
+    for tile in (TILE, replace(TILE, tma=True)):
+        out = torch.zeros(shape, device=DEVICE, dtype=x.dtype).to(memory_format=torch.channels_last)
+        outs.append(conv(x, weight, bias, out, tile=tile, workspace=Workspace(DEVICE), **geometry, **rows.arguments))
+    assert torch.equal(*outs)
+    whole = all(channels % 16 == 0 for channels in weight.shape[:2])
+    assert (describe_weights(weight, tile) is not None) == whole
+    assert describe_weights(weight, TILE) is None
+
+
+def test_weights_that_lie_askew_are_not_copied_in_blocks():
+    memory = images(33, 16, 1, 1, dtype=torch.float16).flatten()
+    weight = memory[1 : 1 + 32 * 16].view(32, 16, 1, 1)
+    assert describe_weights(weight, replace(TILE, tma=True)) is None
 
 
 def test_conv_of_no_samples():

@@ -29,6 +29,7 @@ def test_the_table_is_what_was_measured(tiles, tmp_path):
     written = {}
     exec((tmp_path / "table.py").read_text(), written)
     assert written["CONVOLUTIONS"] == measured_tiles.CONVOLUTIONS
+    assert written["GROUPED"] == measured_tiles.GROUPED
     assert written["PAIRS"] == measured_tiles.PAIRS
 
 
@@ -42,17 +43,24 @@ def test_the_fastest_tile_is_written(tiles, tmp_path):
         for (keep, number), us in times.items()
         for tile in ((fast, even, partly)[number],)
     ]
+    rows += [
+        f'{{"device": "a GPU", "grouped": [8, 16, 3, 1, 10], "batch": 2, "tile": {tile}, "us": {us}}}\n'
+        for tile, us in ((fast, 1.0), (even, 2.0))
+    ]
     (tmp_path / "rows").write_text("".join(rows))
     tiles.write_table(tmp_path / "rows", tmp_path / "table.py")
     written = {}
     exec((tmp_path / "table.py").read_text(), written)
     assert written["CONVOLUTIONS"] == [(9, 200, 16, 8, tuple(even))] and written["PAIRS"] == []
+    assert written["GROUPED"] == [(9, 200, 16, 8, tuple(fast))]
 
 
 def test_the_most_similar_layer_decides():
     row = next(row for row in measured_tiles.CONVOLUTIONS if row[:4] == (9, 25088, 256, 256))
     for pixels, channels, depth in ((25088, 256, 256), (25000, 250, 260)):
         assert choose_tile(pixels, channels, 9, depth, torch.float16, 90) == Tile(*row[4])
+    grouped = measured_tiles.GROUPED[0]
+    assert choose_tile(*grouped[1:3], 9, grouped[3], torch.float16, 90, grouped=True) == Tile(*grouped[4])
     wide = choose_tile(25088, 256, 9, 256, torch.float32, 90)  # twice the bytes
     assert (wide.bn, wide.bk) == (row[4][1] // 2, row[4][2] // 2)
     assert choose_tile(25088, 256, 9, 20, torch.float16, 90).bk == 32  # there are no 64 channels

@@ -223,12 +223,13 @@ class LaunchProgram:
 
     def _run_switched(self, x, route, switch_at, conditional):
         """``dense`` or ``fused``: the second where more pairs are dropped than may be."""
+        from dynexec.kernels.plan import count_dropped
+
         result = self.instructions[-1].input
         shape = len(x), *result.shape
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         pairs = len(x) * len(route.offset)
-        # From the most that may be dropped to those that are, if these are more: offset[:, 0] is 0.
-        above = route.offset[:, :2].sum(0, dtype=torch.int32).clamp(min=most_dropped(switch_at, pairs))
+        above = count_dropped(route.offset, most_dropped(switch_at, pairs))
         functions = [lambda name=name: y.copy_(self._launch(x, route, name)) for name in ("dense", "fused")]
         if conditional is not None:
             conditional.switch(above, max(pairs, 1), functions)

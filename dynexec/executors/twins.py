@@ -54,15 +54,18 @@ class Twins:
     def run(self, pairs, frame, index, offset, run_alone):
         """Run ``pairs`` of instructions on samples grouped by choice, int32 ``index`` ``[N]`` and ``offset`` ``[3]``.
 
-        ``run_alone(step, frame, rows)`` runs what has no weights, one after the other.
+        ``run_alone(step, frame, rows)`` runs the others: what has no weights for all samples at once, depthwise
+        convolutions one after the other.
         """
         for first, second in pairs:
             frame.values[id(second.output)] = frame.output(first.output)
             if first.op == "conv":
                 self._convolve(first, second, frame, index, offset)
-                continue
-            for choice, step in enumerate((first, second)):
-                run_alone(step, frame, {"index": index, "offset": offset[choice:]})
+            elif first.conv is None:
+                run_alone(first, frame, {})
+            else:
+                for choice, step in enumerate((first, second)):
+                    run_alone(step, frame, {"index": index, "offset": offset[choice:]})
 
     def _convolve(self, first, second, frame, index, offset):
         from dynexec.kernels.grouped import grouped_conv
