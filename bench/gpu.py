@@ -16,7 +16,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from predict import program
 
 from dynexec import freeze
 from dynexec.executors.forecast import program_seconds
+from dynexec.kernels.device import plain_launches
 from dynexec.kernels.offline import compile_launches
 from dynexec.measure.roofline import H100
 from dynexec.models import adashare_resnet
@@ -102,9 +105,10 @@ def compile_share(first, step):
         x = torch.empty(batch, 3, NETS[net].size, NETS[net].size, dtype=torch.float16, device=meta)
         index, offset = (torch.empty(columns, n, dtype=torch.int32, device=meta) for n in (batch, 3))
         route = SimpleNamespace(index=index, offset=offset)
-        for executor in ("fused", "dense"):
+        # In the bodies of a switch kernels are launched plainly.
+        for executor, launches in product(("fused", "dense"), (nullcontext, plain_launches)):
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), launches():
                     compile_launches(partial(found, x, route, executor=executor), architecture, (first, step))
             except Exception as error:  # the others are worth having
                 failed.append(f"{net}, batch {batch}, {executor}: {type(error).__name__}: {error}")
@@ -269,10 +273,10 @@ def use_kernels_on_the_cpu():
     sys.modules["dynexec.executors.freeze"].choose_backend = lambda device, _, invariant: kernels(device, invariant)
 
 
-# What it does, and its share of the time. Steps of one line run at the same time.
+# What it does, one after the other, and its share of the time.
 STEPS = [
-    *(([tests, warm_up], 0.25), ([headline], 0.35), ([systems], 0.15)),
-    *(([training], 0.05), ([rates], 0.1), ([compiled], 0.1)),
+    *((tests, 0.15), (warm_up, 0.1), (headline, 0.35), (systems, 0.15)),
+    *((training, 0.05), (rates, 0.1), (compiled, 0.1)),
 ]
 
 
@@ -281,13 +285,13 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--steps", nargs="+", choices=[step.__name__ for line, _ in STEPS for step in line])
+    parser.add_argument("--steps", nargs="+", choices=[step.__name__ for step, _ in STEPS])
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--network", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--system", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    steps = {step.__name__: step for line, _ in STEPS for step in line}
+    steps = {step.__name__: step for step, _ in STEPS}
     if args.step:
         name, seconds = args.step
         return steps[name](args.folder, args.dry, float(seconds))
@@ -301,31 +305,22 @@ def main():
     environment = dict(os.environ)
     if args.dry:
         environment["TRITON_INTERPRET"] = "1"
-    wanted = args.steps or steps
-    plan = [([step for step in line if step.__name__ in wanted], share) for line, share in STEPS]
-    plan = [(line, share) for line, share in plan if line]
+    plan = [(step.__name__, share) for step, share in STEPS if args.steps is None or step.__name__ in args.steps]
     codes, start, left = {}, time.monotonic(), sum(share for _, share in plan)
-    for line, share in plan:
+    for name, share in plan:
         # What an earlier step left of its time goes to all later ones.
         seconds = (60 * args.minutes - (time.monotonic() - start)) * share / left
         left -= share
-        print(f"{[step.__name__ for step in line]}, {seconds:.0f} s at most", flush=True)
-        command = [sys.executable, __file__, args.folder, *["--dry"] * args.dry, "--step"]
-        running = {
-            step.__name__: subprocess.Popen(
-                [*command, step.__name__, f"{seconds:.0f}"], env=environment, start_new_session=True
-            )
-            for step in line
-        }
-        deadline = time.monotonic() + seconds
-        for name, process in running.items():
-            try:
-                codes[name] = process.wait(max(deadline - time.monotonic(), 1))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-                process.wait()
-                time.sleep(2.0)  # while the device is given back
-                codes[name] = "stopped after its time"
+        print(f"{name}, {seconds:.0f} s at most", flush=True)
+        command = [sys.executable, __file__, args.folder, *["--dry"] * args.dry, "--step", name, f"{seconds:.0f}"]
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            codes[name] = process.wait(max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+            process.wait()
+            time.sleep(2.0)  # while the device is given back
+            codes[name] = "stopped after its time"
     rows = read_rows(args.folder / "gpu.jsonl") if (args.folder / "gpu.jsonl").exists() else []
     (args.folder / "summary.md").write_text(markdown(rows) if rows else "no rows\n")
     print(json.dumps({"steps": codes, "rows": len(rows), "seconds": round(time.monotonic() - start)}))
