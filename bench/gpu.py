@@ -1,4 +1,4 @@
-"""What ``bench/gpu.sh`` runs: tests, networks against every baseline, a step of training, rates of the GPU.
+"""What ``bench/gpu.sh`` runs: tests, networks against every baseline, timelines, a step of training, rates of the GPU.
 
     python bench/gpu.py FOLDER [--minutes 10] [--steps tests headline] [--dry]
 
@@ -163,6 +163,14 @@ def training(folder, dry, seconds):
         return subprocess.call(command, stdout=file, stderr=file)
 
 
+def timeline(folder, dry, seconds):
+    """The kernels of one call, and the gaps between them."""
+    what = ["resnet32", "4", "--dry"] if dry else ["resnet101", "32"]
+    with (folder / "timeline.txt").open("w") as file:
+        command = [sys.executable, Path(__file__).parent / "gpu_timeline.py", *what]
+        return subprocess.call(command, stdout=file, stderr=file)
+
+
 def compiled(folder, dry, seconds):
     """Two networks against all baselines."""
     return networks(folder, dry, [] if dry else COMPILED, compiled=True)
@@ -275,7 +283,7 @@ def use_kernels_on_the_cpu():
 
 # What it does, one after the other, and its share of the time.
 STEPS = [
-    *((tests, 0.15), (warm_up, 0.1), (headline, 0.35), (systems, 0.15)),
+    *((tests, 0.15), (warm_up, 0.1), (headline, 0.35), (timeline, 0.05), (systems, 0.1)),
     *((training, 0.05), (rates, 0.1), (compiled, 0.1)),
 ]
 

@@ -48,9 +48,9 @@ TILES = {
     ],
     "long": [
         (128, 128, 64, 8, 4, 1), (64, 128, 128, 4, 3, 1), (64, 128, 64, 4, 4, 2), (64, 64, 128, 4, 4, 1),
-        (64, 64, 128, 4, 3, 2), (128, 256, 64, 8, 3, 1), (64, 64, 64, 4, 4, 3),
-        *((*tile, tma) for tma in (False, True) for tile in [(64, 256, 64, 8, 4, 1)]),
-        (128, 128, 64, 8, 4, 1, True), (64, 128, 128, 4, 3, 1, True),
+        (64, 64, 128, 4, 3, 2), (128, 256, 64, 8, 3, 1), (64, 64, 64, 4, 4, 3), (64, 128, 64, 4, 3, 3),
+        (64, 256, 64, 8, 4, 1), (64, 256, 64, 8, 4, 1, True), (128, 128, 64, 8, 4, 1, True),
+        (64, 128, 128, 4, 3, 1, True), (64, 128, 64, 4, 3, 3, True),
     ],
 }  # fmt: skip
 PAIR_TILES = {
@@ -166,7 +166,7 @@ class Tiles(Rates):
 
     def race(self, name, run, tiles, kept, wanted):
         for tile in tiles:
-            row = {**name, "tile": list(vars(tile).values())}
+            row = {**name, "tile": list(vars(tile).values())[: 7 if tile.tma else 6]}
             try:
                 error = float((run(tile=tile)[kept] - wanted).abs().max() / wanted.abs().max())
                 row |= {"error": error}

@@ -11,7 +11,7 @@ import pytest
 
 from dynexec.report.rows import read_rows
 
-STEPS = ("tests", "warm_up", "headline", "systems", "training", "rates", "compiled")
+STEPS = ("tests", "warm_up", "headline", "timeline", "systems", "training", "rates", "compiled")
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
 
 
@@ -27,6 +27,7 @@ def test_dry_run(tmp_path):
     end = json.loads(result.stdout.splitlines()[-1])
     assert end["steps"] == dict.fromkeys(STEPS, 0)
     assert "| frozen | 0.5 |" in (tmp_path / "training.txt").read_text()
+    assert "fused, keep 0.5: " in (tmp_path / "timeline.txt").read_text()
     rows = read_rows(tmp_path / "gpu.jsonl")
     assert sorted((row["net"], row["decisions"]) for row in rows) == [("tiny", "bernoulli"), ("tiny", "published")]
     assert all({"dynexec", "masked eager", "dense eager"} <= row["milliseconds"].keys() for row in rows)
