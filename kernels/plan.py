@@ -1,4 +1,4 @@
-"""Decisions of all blocks to groups of samples, and how many of them are dropped, in one launch each."""
+"""Decisions of all blocks to groups of samples, and whether many of them are dropped, in one launch each."""
 
 import torch
 import triton
@@ -51,7 +51,7 @@ def plan(decisions, choices):
 
 
 @triton.jit
-def _count_dropped(
+def _find_body(
     offset_ptr,  # int32 [L, choices + 1]
     range_ptr,  # int32 [2]
     most,
@@ -63,16 +63,16 @@ def _count_dropped(
     for first in range(0, L, BLOCK):
         block = first + tl.arange(0, BLOCK)
         dropped += tl.sum(tl.load(offset_ptr + block * stride + 1, mask=block < L, other=0), 0)
-    tl.store(range_ptr, most)
-    tl.store(range_ptr + 1, tl.maximum(dropped, most))
+    tl.store(range_ptr, 0)
+    tl.store(range_ptr + 1, (dropped > 0).to(tl.int32) + (dropped > most).to(tl.int32))
 
 
-def count_dropped(offset, most):
-    """int32 ``[2]``: ``most`` and how many pairs of sample and block are dropped, at least ``most``.
+def find_body(offset, most):
+    """int32 ``[2]``: 0; and 0 where no pair of sample and block is dropped, 1 up to ``most``, 2 beyond.
 
     ``offset``: of :func:`plan`, where decision 0 drops. Equivalent to
-    ``torch.stack([most, offset[:, 1].sum().clamp(min=most)])``.
+    ``dropped = offset[:, 1].sum(); [0, (dropped > 0) + (dropped > most)]``.
     """
     found = offset.new_empty(2)
-    _count_dropped[(1,)](offset, found, most, len(offset), offset.stride(0), BLOCK=128, num_warps=4)
+    _find_body[(1,)](offset, found, most, len(offset), offset.stride(0), BLOCK=128, num_warps=4)
     return found

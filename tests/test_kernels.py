@@ -15,7 +15,7 @@ from dynexec.kernels.configs import Tile
 from dynexec.kernels.conv import Workspace, conv, describe_weights
 from dynexec.kernels.depthwise import depthwise
 from dynexec.kernels.grouped import grouped_conv
-from dynexec.kernels.plan import count_dropped, plan
+from dynexec.kernels.plan import find_body, plan
 from dynexec.kernels.pointwise import combine, pool
 from dynexec.kernels.rows import move_rows
 
@@ -68,12 +68,15 @@ def test_plan(shape, choices, dtype):
 
 
 @pytest.mark.parametrize("blocks", [1, 54, 300])
-@pytest.mark.parametrize("most", [0, 70, 10**6])
-def test_how_many_are_dropped(blocks, most):
-    decisions = torch.rand(5, blocks).to(DEVICE) < 0.6
+@pytest.mark.parametrize("kept, body", [(1.0, 0), (0.9, 1), (0.2, 2), (0.0, 2)])
+def test_which_body_a_switch_runs(blocks, kept, body):
+    pairs = 20 * blocks
+    decisions = (torch.randperm(pairs) < kept * pairs).reshape(20, blocks).to(DEVICE)
     _, offset = reference.plan(decisions, 2)
     dropped = int((~decisions).sum())
-    assert count_dropped(offset, most).tolist() == [most, max(dropped, most)]
+    assert find_body(offset, pairs // 2).tolist() == [0, body]
+    assert find_body(offset, dropped).tolist() == [0, min(body, 1)]
+    assert find_body(offset, max(dropped - 1, 0)).tolist() == [0, 2 * (dropped > 0)]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64, torch.uint8])

@@ -118,9 +118,25 @@ def test_switched_is_dense_where_enough_is_kept(monkeypatch):
         for kept in (0, 1, pairs // 2, round(0.6875 * pairs), round(0.6875 * pairs) - 1, pairs - 1, pairs):
             decisions = (torch.randperm(pairs, device=DEVICE) < kept).reshape(len(x), num_blocks)
             y = frozen.run(x, decisions)
-            assert ran.pop() == ("dense" if kept >= share * pairs else "fused") == frozen.executor_for(decisions)
-            assert not ran
+            executor = "dense" if kept >= share * pairs else "fused"
+            assert frozen.executor_for(decisions) == executor
+            assert ran.pop() == ("static" if kept == pairs else executor) and not ran
             torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a node chooses, and nobody sees which")
+def test_where_nothing_is_dropped_the_library_runs_the_blocks(monkeypatch):
+    from dynexec.kernels import conv as module
+
+    _, num_blocks, x, frozen = frozen_pair("timm", executor="switched")
+    ours, conv = [], module.conv
+    monkeypatch.setattr(module, "conv", lambda *given, **more: ours.append(more) or conv(*given, **more))
+    decisions = torch.ones(len(x), num_blocks, dtype=torch.bool, device=DEVICE)
+    frozen.run(x, decisions)
+    assert all(more["residual"] is None and "index" not in more for more in ours)
+    decisions[0, 0] = False
+    frozen.run(x, decisions)
+    assert any(more["residual"] is not None and "index" in more for more in ours)
 
 
 def test_threads_that_use_another_executor_wait_for_each_other():

@@ -50,11 +50,11 @@ def launches(program, samples, kept, dtype, executor="fused"):
         number += 1
         if executor == "fused" and number - 1 in program.twins:
             second = program.twins[number - 1]
-            # A convolution of both is one launch for all samples; what has no weights is one for each.
+            # One launch for all samples, but for depthwise convolutions one for each set of weights.
             for other in range(number, second):
-                conv = program.instructions[other].op == "conv"
-                counts = (samples,) if conv else (samples - kept[step.column], kept[step.column])
-                found += [(_layer(other, (), False, *what), count) for count in counts]
+                each = program.instructions[other].op == "depthwise"
+                counts = (samples - kept[step.column], kept[step.column]) if each else (samples,)
+                found += [(_layer(other, (), False, *what, grouped=True), count) for count in counts]
             number = second + 1 + program.instructions[second].gated
         elif step.op == "gate" and executor != "static":
             numbers = range(number, number + step.gated)
@@ -109,7 +109,7 @@ def _resident_seconds(gpu, program, samples, kept):
     return gpu.launch + seconds
 
 
-def _layer(number, pairs, library, program, samples, dtype):
+def _layer(number, pairs, library, program, samples, dtype, grouped=False):
     """Of one instruction, as one of ``pairs`` if it is, and by the library or a kernel of ours."""
     from dynexec.kernels.configs import choose_pair_tile, choose_tile  # importing Triton takes a second
 
@@ -122,9 +122,8 @@ def _layer(number, pairs, library, program, samples, dtype):
         weights = step.conv.shape[0] * step.conv.shape[1] * step.kernel[0] * step.kernel[1]
     if step.op == "conv":
         reduction = weights // channels
-        tile = choose_tile(
-            samples * pixels, channels, reduction // step.input.channels, step.input.channels, dtype, _ARCHITECTURE
-        )
+        taps, depth = reduction // step.input.channels, step.input.channels
+        tile = choose_tile(samples * pixels, channels, taps, depth, dtype, _ARCHITECTURE, grouped)
         if between:
             tile = choose_pair_tile(samples * pixels, between[0].channels, step.input.channels, dtype, _ARCHITECTURE)
         tile = None if library else (tile.bm, min(tile.bn, channels), tile.programs)

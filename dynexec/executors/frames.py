@@ -4,10 +4,14 @@ import torch
 
 
 class Frame:
-    """The values of one call."""
+    """The values of one call.
 
-    def __init__(self, x, workspace, dense):
-        self.x, self.workspace, self.dense, self.values = x, workspace, dense, {}
+    ``dense``: convolutions are the library's, of all samples, but for those that write over what is there already.
+    ``static``: those, too.
+    """
+
+    def __init__(self, x, workspace, dense=False, static=False):
+        self.x, self.workspace, self.dense, self.static, self.values = x, workspace, dense, static, {}
 
     def get(self, value):
         """A tensor, or None where there is none yet."""

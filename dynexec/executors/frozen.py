@@ -209,7 +209,10 @@ class FrozenNetwork(nn.Module):
                 self.use(before)
 
     def executor_for(self, decisions):
-        """The one in use; of ``switched`` the one that bool decisions ``[N, L]`` make it. Waits for the device."""
+        """The one in use; of ``switched`` the one that bool decisions ``[N, L]`` make it. Waits for the device.
+
+        That is ``dense`` also where nothing is dropped, though the library alone runs there.
+        """
         if self.executor != "switched":
             return self.executor
         dropped = int((~decisions).sum())

@@ -175,7 +175,8 @@ class LaunchProgram:
             ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
             ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
             that keep it in place: about as fast as a dense network, whatever the decisions. ``switched``: a graph
-            holds ``dense`` and ``fused`` and chooses between them on the device.
+            holds ``dense``, ``fused`` and a network of the library's convolutions alone, for where nothing is dropped,
+            and chooses among them on the device.
         switch_at : float
             ``switched`` is ``dense`` where at least this share of (sample, block) pairs is kept.
 
@@ -203,7 +204,8 @@ class LaunchProgram:
             return self._launch(x, route, executor, conditional)
 
     def _launch(self, x, route, executor, conditional=None):
-        frame = Frame(x, self.programs.take_workspace(x.device), executor == "dense")
+        workspace = self.programs.take_workspace(x.device)
+        frame = Frame(x, workspace, dense=executor == "dense", static=executor == "static")
         number = 0
         while (step := self.instructions[number]).op != "store":
             if step.op == "gate":
@@ -212,9 +214,13 @@ class LaunchProgram:
                         number = self._run_twins(number, self.twins[number], frame, route)
                     continue
                 gated = range(number + 1, number + 1 + step.gated)
-                index, offset = route.index[step.column], route.offset[step.column, step.choice :]
                 with part_range(*step.part, None, len(x)):
-                    self._run_gated(gated, frame, index, offset, conditional)
+                    if frame.static:  # every sample keeps every block
+                        for each in gated if step.choice else ():
+                            self._run(each, self.instructions[each], frame, {})
+                    else:
+                        index, offset = route.index[step.column], route.offset[step.column, step.choice :]
+                        self._run_gated(gated, frame, index, offset, conditional)
             else:
                 with part_range(*step.part, None, len(x)):
                     self._run(number, step, frame, {})
@@ -222,19 +228,19 @@ class LaunchProgram:
         return frame.values[id(step.input)]
 
     def _run_switched(self, x, route, switch_at, conditional):
-        """``dense`` or ``fused``: the second where more pairs are dropped than may be."""
-        from dynexec.kernels.plan import count_dropped
+        """``fused`` where more pairs are dropped than may be, else ``dense``; nothing but the library where none is."""
+        from dynexec.kernels.plan import find_body
 
         result = self.instructions[-1].input
         shape = len(x), *result.shape
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         pairs = len(x) * len(route.offset)
-        above = count_dropped(route.offset, most_dropped(switch_at, pairs))
-        functions = [lambda name=name: y.copy_(self._launch(x, route, name)) for name in ("dense", "fused")]
+        body = find_body(route.offset, most_dropped(switch_at, pairs))
+        functions = [lambda name=name: y.copy_(self._launch(x, route, name)) for name in ("static", "dense", "fused")]
         if conditional is not None:
-            conditional.switch(above, max(pairs, 1), functions)
+            conditional.switch(body, 1, functions)
         else:  # in the interpreter
-            functions[above[0] < above[1]]()
+            functions[int(body[1])]()
         return y
 
     def resident(self):
@@ -271,7 +277,7 @@ class LaunchProgram:
         if step.op == "load":
             y = frame.x.contiguous(memory_format=torch.channels_last)
             frame.values[id(step.output)] = y.clone() if self._copies_input and y is frame.x else y
-        elif frame.dense:
+        elif frame.dense or frame.static:
             self._run_alone(step, frame, rows)
         elif number in self.pairs:
             self._run_pair(step, self.instructions[number + 1], frame, rows)
@@ -288,7 +294,8 @@ class LaunchProgram:
 
         x, other = frame.read(step.input), frame.read(step.other)
         into = frame.get(step.output)
-        by_library = into is None and (frame.dense if rows else self.programs.library_alone or in_one_pass(step))
+        alone = self.programs.library_alone or in_one_pass(step)
+        by_library = (into is None or frame.static) and (frame.dense if rows else alone)
         if step.op == "conv" and by_library and is_plain(step):
             frame.values[id(step.output)] = self._run_by_library(step, x, other)
             return
