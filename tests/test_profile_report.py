@@ -132,7 +132,8 @@ def test_layers_are_stem_head_or_between():
 # The page
 
 
-def test_a_section_for_each_profile(tmp_path, capsys):
+def test_a_section_for_each_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no results of a demo are
     for name, blocks in (("one", 3), ("two", 33)):
         made_up(blocks).write_json(tmp_path / f"{name}.json")
     paths = [str(tmp_path / f"{name}.json") for name in ("two", "one")]
@@ -173,6 +174,7 @@ def test_files_of_something_else_are_named(tmp_path, capsys):
         (["--results", str(tmp_path / "rows.jsonl")], "rows.jsonl, line 1: "),
         (["--results", str(tmp_path / "null.jsonl")], "null.jsonl, line 1: row must be a dict, got NoneType"),
         (["--results", str(tmp_path / "bytes.jsonl")], "bytes.jsonl is no text: "),
+        (["--demo", str(tmp_path / "absent.json")], "No such file or directory: .*absent.json"),
         (["--demo", str(tmp_path / "moved.json")], "moved.json names a picture that is not there: .*gone.png"),
         (["--demo", str(tmp_path / "dict.json")], "dict.json is not what .*: TypeError: it must hold a list, got dict"),
         (["--results", str(tmp_path / "absent.jsonl")], "No such file or directory: .*absent.jsonl"),

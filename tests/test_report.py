@@ -199,19 +199,18 @@ def test_plots_are_pictures(some_rows, tmp_path):
 def report(tmp_path, *more):
     parser = argparse.ArgumentParser()
     page.add_arguments(parser)
-    fixed = ["--out", str(tmp_path / "o" / "report.html"), "--demo", str(tmp_path / "demo" / "demo.json")]
-    return parser.parse_args([*fixed, *more])
+    return parser.parse_args(["--out", str(tmp_path / "o" / "report.html"), *more])
 
 
 def test_page_needs_no_other_file(some_rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where no profiles are
     for row in some_rows:
         rows.append_row(tmp_path / "rows.jsonl", row)
-    (tmp_path / "demo").mkdir()
-    picture = plots.plot_clip([1, 2], {}, tmp_path / "demo" / "clip.png")
+    (tmp_path / "out").mkdir()
+    picture = plots.plot_clip([1, 2], {}, tmp_path / "out" / "clip.png")
     table = page.PageTable(("net", "fps"), (("<lite>", "12"), ("b", "13")), failed=(1,))
     section = page.Section("The clip", "One.\n\nTwo.", (table,), ((str(picture), "a clip"),))
-    page.write_sections(tmp_path / "demo" / "demo.json", [section])
+    page.write_sections(tmp_path / "out" / "demo.json", [section])
     args = report(tmp_path, "--results", str(tmp_path / "rows.jsonl"), "--json")
     assert page.main(args) == 0
     printed = json.loads(capsys.readouterr().out)

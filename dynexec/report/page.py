@@ -218,7 +218,7 @@ def _speed_up_figures(rows, folder):
 def add_arguments(parser):
     """Add the arguments of ``dynexec report`` to an argparse parser."""
     parser.add_argument("--results", nargs="+", type=Path, help="files or folders of bench rows (bench/results, out)")
-    parser.add_argument("--demo", type=Path, default=Path(DEFAULT_DEMO), help="demo results, if any (%(default)s)")
+    parser.add_argument("--demo", type=Path, help=f"what dynexec demo wrote ({DEFAULT_DEMO}, if it is there)")
     parser.add_argument(
         "--profiles", nargs="+", type=Path, help=f"files of dynexec profile --json ({DEFAULT_PROFILES})"
     )
@@ -232,7 +232,8 @@ def main(args):
     try:
         rows = read_rows(*paths)
         profiles = {path: Profile.read_json(path) for path in args.profiles or sorted(Path().glob(DEFAULT_PROFILES))}
-        sections = read_sections(args.demo) if args.demo.exists() else []
+        demos = [args.demo] if args.demo else [path for path in (Path(DEFAULT_DEMO),) if path.exists()]
+        sections = [section for path in demos for section in read_sections(path)]
     except (OSError, ValueError) as error:
         print(f"dynexec report: {error}", file=sys.stderr)
         return 1
