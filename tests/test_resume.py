@@ -186,6 +186,24 @@ def test_damaged_and_foreign_files(tmp_path, monkeypatch):
         train("train_policy", net, images, labels, checkpoint=tmp_path / "nowhere" / "x.pt", augment=stop_at(0))
 
 
+def test_values_of_the_optimizer_have_a_place_for_each_element(tmp_path):
+    """Written to in place, an expanded one would fail in the middle of a step."""
+    path = tmp_path / "policy.pt"
+    net, images, labels = make()
+    train("train_policy", net, images, labels, checkpoint=path)
+    saved = torch.load(path, weights_only=True)
+    for entry in saved["optimizer"]["state"].values():
+        for name, value in entry.items():
+            if value.dim() > 1:
+                whole, entry[name] = value, value[:1].expand_as(value)
+                torch.save(saved, path)
+                refused(path, "no file of dynexec.models.training, or of another version")
+                entry[name] = whole
+    other = make()[0].to(memory_format=torch.channels_last)
+    train("train_policy", other, images, labels, checkpoint=tmp_path / "other.pt")
+    train("train_policy", other, images, labels, checkpoint=tmp_path / "other.pt")
+
+
 def test_files_of_another_training(tmp_path):
     path = tmp_path / "policy.pt"
     net, images, labels = make()

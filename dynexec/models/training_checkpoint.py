@@ -226,4 +226,7 @@ def _fits_parameter(value, name, parameter):
     """Whether an optimizer may keep a value under a name for a parameter."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
-    return value.is_floating_point() and value.shape == (() if name == "step" else parameter.shape)
+    # Written to in place, so that each element needs a place of its own, which what was expanded does not have.
+    by_stride = sorted(range(value.dim()), key=value.stride, reverse=True)
+    whole = value.permute(by_stride).is_contiguous()
+    return whole and value.is_floating_point() and value.shape == (() if name == "step" else parameter.shape)
