@@ -25,7 +25,7 @@ from dynexec.kernels.conv import Workspace, conv
 from dynexec.kernels.depthwise import depthwise
 from dynexec.kernels.grouped import grouped_conv
 from dynexec.kernels.offline import compile_launches, inspect
-from dynexec.kernels.plan import plan
+from dynexec.kernels.plan import find_body, plan
 from dynexec.kernels.pointwise import combine, pool
 from dynexec.kernels.rows import move_rows
 from dynexec.report.tables import write_generated
@@ -58,6 +58,7 @@ def cases(architecture):
         None,
     )
     found["plan, 256 x 54"] = partial(plan, tensor(256, 54, dtype=torch.bool), 2), None
+    found["plan, which body of a switch, 54 blocks"] = partial(find_body, numbers(54, 3), 99), None
     for kernel, c, size in ((3, 144, 56), (5, 240, 28)):
         x, weight = tensor(64, c, size, size), tensor(c, 1, kernel, kernel)
         padding = (kernel // 2,) * 2
