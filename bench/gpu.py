@@ -106,7 +106,7 @@ def compile_share(first, step):
         index, offset = (torch.empty(columns, n, dtype=torch.int32, device=meta) for n in (batch, 3))
         route = SimpleNamespace(index=index, offset=offset)
         # In the bodies of a switch kernels are launched plainly.
-        for executor, launches in product(("fused", "dense"), (nullcontext, plain_launches)):
+        for executor, launches in product(("fused", "dense", "static"), (nullcontext, plain_launches)):
             try:
                 with torch.inference_mode(), launches():
                     compile_launches(partial(found, x, route, executor=executor), architecture, (first, step))

@@ -66,21 +66,25 @@ def trace(call, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-    events = [event for event in found.events() if event.device_type == kind]
+    events = [event for event in found.events() if event.device_type == kind and event.cpu_parent is None]
     return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
 
 
 def describe(events):
     """Lines about the events of one call."""
+    if not events:
+        return ["  the profiler saw no kernels"]
     kernels, gaps, free = defaultdict(list), 0.0, events[0][0]
     for begin, end, name in events:
         kernels[name].append(end - begin)
         gaps += max(begin - free, 0.0)
         free = max(free, end)
     total = sum(map(sum, kernels.values()))
-    yield f"  {len(events)} kernels, {total:.0f} us, and {gaps:.0f} us between them"
-    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:MOST]:
-        yield f"  {sum(times):8.1f} us  {len(times):4} x {sum(times) / len(times):7.2f}  {name[:80]}"
+    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:MOST]
+    return [
+        f"  {len(events)} kernels, {total:.0f} us, and {gaps:.0f} us between them",
+        *(f"  {sum(t):8.1f} us  {len(t):4} x {sum(t) / len(t):7.2f}  {name[:80]}" for name, t in longest),
+    ]
 
 
 def main():

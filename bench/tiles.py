@@ -10,7 +10,8 @@ one of two sets of weights. Kernels are compiled first, on all cores. ``--dry`` 
 interpreter.
 
 The table has for each layer and batch size the tile with the least geometric mean over the keep rates; one for which
-weights are copied in blocks only where that wins more than 3 %.
+weights are copied in blocks only where that wins more than 3 %. Of several measurements the last one counts, and of
+several GPUs the one that comes last in the file.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import log
@@ -263,21 +263,25 @@ def measure(folder, dry, seconds, kinds):
 
 def write_table(path, target):
     """kernels/measured_tiles.py from the rows of a file."""
-    times = defaultdict(lambda: defaultdict(list))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    times = {}  # {what: {device, the one of the last rows last: {tile: {keep rate: microseconds}}}}
     for row in rows:
         if "us" in row:
             kind = next(kind for kind in ("layer", "pair", "grouped") if kind in row)
-            times[(kind, *row[kind], row["batch"])][tuple(row["tile"])].append(log(row["us"]))
+            of_devices = times.setdefault((kind, *row[kind], row["batch"]), {})
+            of_tiles = of_devices[row["device"]] = of_devices.pop(row["device"], {})
+            of_tiles.setdefault(tuple(row["tile"]), {})[row.get("keep")] = row["us"]
     table = {"layer": [], "pair": [], "grouped": []}
-    for (kind, *sizes, batch), found in times.items():
+    for (kind, *sizes, batch), of_devices in times.items():
         needed = 1 if kind == "grouped" else len(KEEPS)
-        complete = {
-            tile: sum(logs) + needed * log(WORTH) * Tile(*tile).tma
-            for tile, logs in found.items()
-            if len(logs) == needed
-        }
-        tile = min(complete, key=complete.get, default=None)
+        tile = None
+        for of_tiles in of_devices.values():
+            means = {
+                tile: sum(map(log, found.values())) / needed + log(WORTH) * Tile(*tile).tma
+                for tile, found in of_tiles.items()
+                if len(found) == needed
+            }
+            tile = min(means, key=means.get, default=tile)
         if tile is None:
             continue
         if kind == "pair":

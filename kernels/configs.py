@@ -64,7 +64,7 @@ def choose_pair_tile(pixels, middle, depth, dtype, architecture):
 @cache
 def _nearest(window, grouped, *sizes):
     """Of the measured convolutions, with a window of several pixels or without, the one whose sizes differ least."""
-    rows = [row for row in (GROUPED if grouped and window else CONVOLUTIONS) if (row[0] > 1) == window]
+    rows = [row for row in (*(GROUPED if grouped else ()), *CONVOLUTIONS) if (row[0] > 1) == window]
     return Tile(*min(rows, key=lambda row: _distance((row[1], row[2], row[0] * row[3]), sizes))[4])
 
 

@@ -204,6 +204,12 @@ def test_parts_of_routed_networks_run_in_graphs(dtype):
     assert all(not found.failed and 1 <= len(found.graphs) <= 8 for found in graphs)
 
 
+def test_decisions_come_back_as_they_were_given():
+    _, num_blocks, x, frozen = freeze()
+    decisions = torch.rand(len(x), num_blocks, device="cuda") < 0.5
+    assert torch.equal(frozen(x, decisions, return_decisions=True)[1], decisions)
+
+
 @pytest.mark.parametrize("executor", ["fused", "dense", EXECUTORS[-1]])
 def test_profile_on_a_gpu(executor):
     model, num_blocks, x, frozen = freeze(executor=executor)

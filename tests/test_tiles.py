@@ -60,12 +60,39 @@ def test_the_fastest_tile_is_written(tiles, tmp_path):
     assert written["GROUPED"] == [(9, 200, 16, 8, tuple(fast)), (9, 400, 16, 8, (*fast, True))]
 
 
+@in_the_source_tree
+def test_the_last_measurement_counts(tiles, tmp_path):
+    """Of a GPU; of several GPUs the one that comes last, if all of a tile was measured there."""
+
+    def write(*rows):
+        what = {"layer": [8, 16, 3, 1, 10], "batch": 2}
+        lines = [
+            {"device": device, **what, "keep": keep, "tile": [tile, 64, 64, 4, 4, 2], "us": us}
+            for device, tile, us, keeps in rows
+            for keep in keeps
+        ]
+        (tmp_path / "rows").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tiles.write_table(tmp_path / "rows", tmp_path / "table.py")
+        written = {}
+        exec((tmp_path / "table.py").read_text(), written)
+        return written["CONVOLUTIONS"][0][-1][0]
+
+    keeps = tiles.KEEPS
+    assert write(("a", 64, 2.0, keeps), ("a", 128, 3.0, keeps)) == 64
+    assert write(("a", 64, 2.0, keeps), ("a", 128, 3.0, keeps), ("a", 128, 1.0, keeps)) == 128
+    assert write(("a", 64, 2.0, keeps), ("b", 128, 3.0, keeps)) == 128
+    assert write(("a", 64, 2.0, keeps), ("b", 128, 3.0, keeps), ("a", 64, 2.0, keeps)) == 64
+    assert write(("a", 64, 2.0, keeps), ("b", 128, 1.0, keeps[:1])) == 64
+
+
 def test_the_most_similar_layer_decides():
     row = next(row for row in measured_tiles.CONVOLUTIONS if row[:4] == (9, 25088, 256, 256))
     for pixels, channels, depth in ((25088, 256, 256), (25000, 250, 260)):
         assert choose_tile(pixels, channels, 9, depth, torch.float16, 90) == Tile(*row[4])
     grouped = measured_tiles.GROUPED[0]
     assert choose_tile(*grouped[1:3], 9, grouped[3], torch.float16, 90, grouped=True) == Tile(*grouped[4])
+    small = choose_tile(64 * 64, 64, 9, 64, torch.float16, 90)  # of which no grouped one is like
+    assert choose_tile(64 * 64, 64, 9, 64, torch.float16, 90, grouped=True) == small
     wide = choose_tile(25088, 256, 9, 256, torch.float32, 90)  # twice the bytes
     assert (wide.bn, wide.bk) == (row[4][1] // 2, row[4][2] // 2)
     assert choose_tile(25088, 256, 9, 20, torch.float16, 90).bk == 32  # there are no 64 channels

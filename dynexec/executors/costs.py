@@ -18,7 +18,7 @@ from dynexec.executors.block import run_all
 from dynexec.files import replacing
 from dynexec.measure.environment import processor_name
 
-_VERSION = 2  # of the file
+_VERSION = 1  # of the file
 _LARGEST = 16  # rows; beyond, time grows linearly because blocks run in chunks
 _CHUNKS = (32, 16, 8, 4)
 _QUEUED = 4  # calls of a run on a GPU

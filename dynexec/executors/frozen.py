@@ -47,7 +47,7 @@ class FrozenNetwork(nn.Module):
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
             None: the policy decides, keeping a block where its probability is at least 0.5.
         return_decisions : bool
-            Also return the decisions, bool ``[N, L]``.
+            Also return the decisions, bool ``[N, L]``: those that were given, or the policy's.
         """
         x, decisions = self._check(x, decisions)
         with dispatch.for_frozen(x.device):

@@ -14,11 +14,11 @@ _capturing = RLock()
 class Graphs:
     """Runs a function of a network as CUDA graphs, one per shape of its input, captured in its first call.
 
-    ``graphs(x, decisions, variant)`` gives what ``function(x, decisions)`` gives, in new memory but for an argument
-    that is a result; ``decisions`` may be None, and ``variant`` names what else the function depends on. The
-    function must not wait for the device; where it does, or a capture fails for another reason, ``instead`` runs in
-    its place, or it as it is, and ``failed`` says why. Calls from several streams and threads are put in order on
-    the device, since a graph has its memory once.
+    ``graphs(x, decisions, variant)`` gives what ``function(x, decisions)`` gives, in new memory, but for
+    ``decisions`` if these are a result; ``decisions`` may be None, and ``variant`` names what else the function
+    depends on. The function must not wait for the device; where it does, or a capture fails for another reason,
+    ``instead`` runs in its place, or it as it is, and ``failed`` says why. Calls from several streams and threads
+    are put in order on the device, since a graph has its memory once.
     """
 
     def __init__(self, function, device, instead=None):
@@ -98,11 +98,10 @@ class _Graph:
             if value is not None:
                 value.copy_(new)
         self.graph.replay()
-        passed = {id(value): new for value, new in zip(self.inputs, given, strict=True)}  # an input may be a result
 
         def take(value):
-            if id(value) in passed:
-                return passed[id(value)]
+            if value is not None and value is self.inputs[1]:
+                return given[1]  # nothing writes to decisions; the other input may have become the result in place
             return value.clone() if isinstance(value, torch.Tensor) else value
 
         return tree_map(take, self.results)
