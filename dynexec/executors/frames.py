@@ -6,8 +6,8 @@ import torch
 class Frame:
     """The values of one call.
 
-    ``dense``: convolutions are the library's, of all samples, but for those that write over what is there already.
-    ``static``: those, too.
+    ``dense``: convolutions in gates are the library's, of all samples, but for those that write over what is there
+    already. ``static``: there are no gates, every sample keeps every block.
     """
 
     def __init__(self, x, workspace, dense=False, static=False):

@@ -48,8 +48,8 @@ def freeze(
     * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
       graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
-      ``switched`` is ``dense`` or ``fused``, chosen on the device by how many samples keep the blocks, and cuDNN's
-      convolutions alone where all do;
+      ``switched`` is ``dense`` or ``fused``, chosen on the device by how many samples keep the blocks, and a static
+      network where all do;
       ``conditional`` is ``fused`` with a node around every block, for very few samples. ``resident`` is one kernel that
       takes a sample through a whole network for images of up to 32 pixels, in 16 bits.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,

@@ -211,7 +211,7 @@ class FrozenNetwork(nn.Module):
     def executor_for(self, decisions):
         """The one in use; of ``switched`` the one that bool decisions ``[N, L]`` make it. Waits for the device.
 
-        That is ``dense`` also where nothing is dropped, though the library alone runs there.
+        That is ``dense`` also where nothing is dropped, though a static network runs there.
         """
         if self.executor != "switched":
             return self.executor

@@ -175,8 +175,8 @@ class LaunchProgram:
             ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
             ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
             that keep it in place: about as fast as a dense network, whatever the decisions. ``switched``: a graph
-            holds ``dense``, ``fused`` and a network of the library's convolutions alone, for where nothing is dropped,
-            and chooses among them on the device.
+            holds ``dense``, ``fused`` and the static network, for where nothing is dropped, and chooses among them on
+            the device.
         switch_at : float
             ``switched`` is ``dense`` where at least this share of (sample, block) pairs is kept.
 
@@ -228,7 +228,7 @@ class LaunchProgram:
         return frame.values[id(step.input)]
 
     def _run_switched(self, x, route, switch_at, conditional):
-        """``fused`` where more pairs are dropped than may be, else ``dense``; nothing but the library where none is."""
+        """``fused`` where more pairs are dropped than may be, else ``dense``; the static network where none is."""
         from dynexec.kernels.plan import find_body
 
         result = self.instructions[-1].input
