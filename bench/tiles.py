@@ -277,8 +277,8 @@ def write_table(path, target):
         tile = None
         for of_tiles in of_devices.values():
             means = {
-                tile: sum(map(log, found.values())) / needed + log(WORTH) * Tile(*tile).tma
-                for tile, found in of_tiles.items()
+                each: sum(map(log, found.values())) / needed + log(WORTH) * Tile(*each).tma
+                for each, found in of_tiles.items()
                 if len(found) == needed
             }
             tile = min(means, key=means.get, default=tile)
