@@ -53,12 +53,12 @@ def cases(architecture):
             add_pair(found, architecture, dtype, middle, size)
         for channels, size in ((64, 36), (128, 18), (256, 9)):
             add_grouped(found, architecture, dtype, channels, size)
-    whole = tensor(64, 4096)
-    found["gather rows"] = partial(move_rows, whole, tensor(32, 4096), numbers(32), scatter=False), None
-    found["scatter rows, add, ReLU"] = (
-        partial(move_rows, whole, tensor(32, 4096), numbers(32), scatter=True, add=True, relu=True),
-        None,
-    )
+    rows, passed = (tensor(64, 4096), tensor(32, 4096), numbers(32)), tensor(32, 4096, dtype=torch.bool)
+    found["gather rows"] = partial(move_rows, *rows, scatter=False), None
+    found["gather rows that passed"] = partial(move_rows, *rows, passed, scatter=False), None
+    activated = {"scatter": True, "add": True, "relu": True}
+    found["scatter rows, add, ReLU"] = partial(move_rows, *rows, **activated), None
+    found["scatter rows, add, ReLU, what passed"] = partial(move_rows, *rows, passed, **activated), None
     found["plan, 256 x 54"] = partial(plan, tensor(256, 54, dtype=torch.bool), 2), None
     found["plan, which body of a switch, 54 blocks"] = partial(find_body, numbers(54, 3), 99), None
     for kernel, c, size in ((3, 144, 56), (5, 240, 28)):

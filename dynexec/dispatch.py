@@ -17,6 +17,9 @@ _library = torch.library.Library("dynexec", "DEF")
 _library.define("gather_rows(Tensor x, Tensor index) -> Tensor")
 _library.define("gather_rows_out(Tensor x, Tensor index, Tensor(a!) out) -> ()")
 _library.define("scatter_rows_(Tensor(a!) destination, Tensor index, Tensor rows, bool add, bool relu) -> ()")
+# The two that training needs: the ReLU behind a block leaves a bool per element for the backward pass.
+_library.define("merge_rows(Tensor rest, Tensor index, Tensor rows, bool add, bool relu) -> (Tensor, Tensor)")
+_library.define("gather_passed(Tensor x, Tensor index, Tensor passed) -> Tensor")
 _library.define("plan(Tensor decisions, int choices) -> (Tensor, Tensor)")
 # The CPU engine, native only: see dynexec/executors/engine.py.
 _library.define("vector_width(Tensor like) -> int")
@@ -85,6 +88,16 @@ def _portable_scatter_rows_(destination, index, rows, add, relu):
     reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
 
 
+def _portable_merge_rows(rest, index, rows, add, relu):
+    _check_range(index, rest.shape[0])
+    return reference.merge_rows(rest, index, rows, add=add, relu=relu)
+
+
+def _portable_gather_passed(x, index, passed):
+    _check_range(index, x.shape[0])
+    return reference.gather_passed(x, index, passed)
+
+
 def _portable_plan(decisions, choices):
     if decisions.device.type == "cpu" and (outside := first_outside(decisions, choices)):
         raise ValueError(outside)
@@ -103,6 +116,15 @@ def _fake_scatter_rows_(destination, index, rows, add, relu):
     return None
 
 
+def _fake_merge_rows(rest, index, rows, add, relu):
+    passed = reference.empty_rows(rest, index.shape[0], torch.bool) if relu else rest.new_empty(0, dtype=torch.bool)
+    return torch.empty_like(rest), passed
+
+
+def _fake_gather_passed(x, index, passed):
+    return reference.empty_rows(x, index.shape[0])
+
+
 def _fake_plan(decisions, choices):
     samples, blocks = decisions.shape
     index = decisions.new_empty((blocks, samples), dtype=torch.int32)
@@ -112,6 +134,8 @@ def _fake_plan(decisions, choices):
 gather_rows = _implement("gather_rows", _portable_gather_rows, _fake_gather_rows)
 gather_rows_out = _implement("gather_rows_out", _portable_gather_rows_out, _fake_gather_rows_out)
 scatter_rows_ = _implement("scatter_rows_", _portable_scatter_rows_, _fake_scatter_rows_)
+merge_rows = _implement("merge_rows", _portable_merge_rows, _fake_merge_rows)
+gather_passed = _implement("gather_passed", _portable_gather_passed, _fake_gather_passed)
 plan = _implement("plan", _portable_plan, _fake_plan)
 
 _MOVABLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -143,18 +167,38 @@ def _triton_scatter_rows_(destination, index, rows, add, relu):
         reference.scatter_rows_(destination, index, rows, add=add, relu=relu)
 
 
-def _triton_moves(whole, index, part, **how):
+def _triton_merge_rows(rest, index, rows, add, relu):
+    output, passed = rest.clone(), None
+    if relu:
+        passed = reference.empty_rows(output, index.shape[0], torch.bool)
+    if not _triton_moves(output, index, rows, passed, scatter=True, add=add, relu=relu):
+        return reference.merge_rows(rest, index, rows, add=add, relu=relu)
+    return output, rest.new_empty(0, dtype=torch.bool) if passed is None else passed
+
+
+def _triton_gather_passed(x, index, passed):
+    out = reference.empty_rows(x, index.shape[0])
+    if not _triton_moves(x, index, out, passed, scatter=False):
+        return reference.gather_passed(x, index, passed)
+    return out
+
+
+def _triton_moves(whole, index, part, passed=None, **how):
     """Move rows and return True, unless these are not of a kind that the kernel knows."""
     from dynexec.kernels.rows import move_rows  # not before it is needed: importing Triton takes a second
 
-    if not (reference.has_dense_rows(whole) and whole.stride()[1:] == part.stride()[1:]):
+    layout = whole.stride()[1:]
+    if part.stride()[1:] != layout or not (passed is None or passed.stride()[1:] == layout):
+        return False
+    if not reference.has_dense_rows(whole):
         return False
     if whole.dtype == torch.bool:
         whole, part = whole.view(torch.uint8), part.view(torch.uint8)
     if whole.dtype not in _MOVABLE:
         return False
     with on_device(whole.device):
-        move_rows(reference.flat_rows(whole), reference.flat_rows(part), index.contiguous(), **how)
+        flat = reference.flat_rows
+        move_rows(flat(whole), flat(part), index.contiguous(), None if passed is None else flat(passed), **how)
     return True
 
 
@@ -185,6 +229,8 @@ if torch.cuda.is_available() and torch.version.hip is None and triton_missing() 
     _library.impl("gather_rows", _triton_gather_rows, "CUDA")
     _library.impl("gather_rows_out", _triton_gather_rows_out, "CUDA")
     _library.impl("scatter_rows_", _triton_scatter_rows_, "CUDA")
+    _library.impl("merge_rows", _triton_merge_rows, "CUDA")
+    _library.impl("gather_passed", _triton_gather_passed, "CUDA")
     _library.impl("plan", _triton_plan, "CUDA")
 
 # Why the native CPU implementations are not in use, or None where they are.

@@ -35,16 +35,12 @@ def count_write(x):
         torch.autograd.graph.increment_version(x)
 
 
-def relu_passed(output, index):
-    """Which elements of rows ``index`` a ReLU passed on to ``output``; NaN passes, as in relu."""
-    # A bool per element, not the output: that may be overwritten in place later.
-    return dispatch.gather_rows(output, index).bool()
-
-
-def relu_gradient(grad, passed):
-    """``grad`` where ``passed``, else 0."""
-    # Filled or compared with zero, bool and all, it takes ten times as long on a CPU.
-    return torch.ops.aten.threshold_backward(grad, passed.view(torch.uint8).to(grad.dtype), 0)
+def gather_gradient(grad, index, passed):
+    """Rows of ``grad``, zero where a ReLU did not pass; ``passed`` is None where there was no ReLU."""
+    if passed is not None and not _in_forward_mode():
+        return dispatch.gather_passed(grad, index, passed)
+    rows = gather_rows(grad, index)
+    return rows if passed is None else rows.masked_fill(~passed, 0)
 
 
 def differentiable_once(result, grad, name):
@@ -102,7 +98,8 @@ class _ScatterRows(Function):
         _, index, _, ctx.add, relu, ctx.in_place = inputs
         if ctx.in_place:
             ctx.mark_dirty(output)
-        passed = relu_passed(output, index) if relu else None
+        # A bool per element, not the output: that may be overwritten in place later. NaN passes, as in relu.
+        passed = dispatch.gather_rows(output, index).bool() if relu else None
         ctx.save_for_backward(index, passed)
         ctx.save_for_forward(index, passed)
 
@@ -110,9 +107,7 @@ class _ScatterRows(Function):
     def backward(ctx, grad):
         index, passed = ctx.saved_tensors
         with torch.no_grad():
-            grad_rows = gather_rows(grad, index)
-            if passed is not None:
-                grad_rows = relu_gradient(grad_rows, passed)
+            grad_rows = gather_gradient(grad, index, passed)
             grad_destination = grad
             if ctx.needs_input_grad[0] and (passed is not None or not ctx.add):
                 through = grad_rows if ctx.add else torch.zeros_like(grad_rows)

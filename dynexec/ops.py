@@ -197,11 +197,16 @@ def _check_writable(x, name):
         reach += (size - 1) * stride
 
 
-def _scatter(destination, index, rows, add, relu, in_place):
+def check_scatter(destination, index, rows, add, relu):
+    """Raise TypeError or ValueError unless ``rows`` can take the place of the rows ``index`` of ``destination``."""
     _check_rows(destination, "destination", index)
-    if in_place:
-        _check_writable(destination, "destination")
     _check_match(rows, "rows", destination, "destination", index)
     if (add or relu) and not destination.is_floating_point():
         raise TypeError(f"destination must be floating point where add or relu is asked, got {destination.dtype}")
+
+
+def _scatter(destination, index, rows, add, relu, in_place):
+    check_scatter(destination, index, rows, add, relu)
+    if in_place:
+        _check_writable(destination, "destination")
     return gradients.scatter_rows(destination, index, rows, add, relu, in_place=in_place)

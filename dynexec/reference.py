@@ -36,6 +36,23 @@ def scatter_rows_(destination, index, rows, *, add=False, relu=False):
     return destination
 
 
+def merge_rows(rest, index, rows, *, add, relu):
+    """What :func:`scatter_rows` gives, and which elements of the new rows the ReLU passed: bool, like ``rows``.
+
+    Without ``relu`` the second is empty. NaN passes, as in relu.
+    """
+    output = scatter_rows(rest, index, rows, add=add, relu=relu)
+    if relu:
+        return output, gather_rows(output, index).bool()
+    return output, rest.new_empty(0, dtype=torch.bool)
+
+
+def gather_passed(x, index, passed):
+    """``x[index]`` where ``passed``, else 0: the gradient of what :func:`merge_rows` was given as ``rows``."""
+    rows = gather_rows(x, index)
+    return torch.where(passed, rows, torch.zeros_like(rows))
+
+
 def plan(decisions, choices):
     """Sample numbers grouped by choice, and the group borders, per block; see :func:`dynexec.ops.plan`."""
     by_block = decisions.t().long().contiguous()  # narrower integers do not hold every choice

@@ -14,6 +14,7 @@ def _move(
     whole_ptr,  # [N, size], rows at whole_stride
     part_ptr,  # [M, size], rows at part_stride: row i belongs to row index[i] of whole
     index_ptr,  # int32 or int64 [M]
+    passed_ptr,  # bool [M, size], gap-free, or None: a scatter writes which elements its ReLU passed, a gather obeys
     M,
     size,
     whole_stride,
@@ -36,21 +37,29 @@ def _move(
                 value += tl.load(whole, mask=inside)
             if RELU:
                 value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if passed_ptr is not None:
+                tl.store(passed_ptr + row.to(tl.int64) * size + element, value != 0, mask=inside)  # true for NaN
             tl.store(whole, value, mask=inside)
         else:
-            tl.store(part, tl.load(whole, mask=inside), mask=inside)
+            value = tl.load(whole, mask=inside)
+            if passed_ptr is not None:
+                passed = tl.load(passed_ptr + row.to(tl.int64) * size + element, mask=inside, other=0)
+                value = tl.where(passed, value, 0.0)
+            tl.store(part, value, mask=inside)
 
 
-def move_rows(whole, part, index, *, scatter, add=False, relu=False):
+def move_rows(whole, part, index, passed=None, *, scatter, add=False, relu=False):
     """``part[:] = whole[index]``, or with ``scatter`` ``whole[index] = relu(part + whole[index])`` as far as asked.
 
     ``whole`` ``[N, size]`` and ``part`` ``[M, size]`` have elements of a row side by side; ``index`` int32 or int64
-    ``[M]``, without duplicates for a scatter.
+    ``[M]``, without duplicates for a scatter. ``passed``, bool like ``part`` and without gaps, is written by a scatter
+    with ``relu``: which elements that passed; of a gather it is read: others become 0.
     """
     rows, size = part.shape
     if rows and size:
         grid = fill(part.device, rows * triton.cdiv(size, _BLOCK), 8)
         strides = whole.stride(0), part.stride(0)
         _move[grid](
-            whole, part, index, rows, size, *strides, SCATTER=scatter, ADD=add, RELU=relu, BLOCK=_BLOCK, num_warps=8
+            whole, part, index, passed, rows, size, *strides,
+            SCATTER=scatter, ADD=add, RELU=relu, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip

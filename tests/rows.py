@@ -41,5 +41,29 @@ def expected_scatter(destination, index, rows, add, relu):
     return destination
 
 
+def strides(x):
+    """Those that say where an element is."""
+    return [stride if size > 1 and x.numel() else None for stride, size in zip(x.stride(), x.shape)]
+
+
+def check_merge(merge_rows, gather_passed, rest, index, rows, add, relu):
+    """That the two ops of training give what torch does, laid out as ``rest``, which stays as it is."""
+    before, grad = rest.clone(), torch.randn(rest.shape).to(rest).as_strided(rest.shape, rest.clone().stride())
+    output, passed = merge_rows(rest, index, rows, add, relu)
+    expected = expected_scatter(rest, index, rows, add, relu)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(rest, before, rtol=0, atol=0, equal_nan=True)
+    assert strides(output) == strides(rest.clone())
+    if not relu:
+        assert passed.numel() == 0
+        return
+    where = index.long()
+    assert torch.equal(passed, expected[where].bool())  # true for NaN
+    gathered = gather_passed(grad, index, passed)
+    assert torch.equal(gathered, grad[where].masked_fill(~passed, 0))
+    assert strides(gathered)[1:] == strides(passed)[1:] == strides(output[: len(index)])[1:]
+    assert torch.equal(gather_passed(grad, index, passed.contiguous()), gathered)  # of whatever layout
+
+
 # Six rows of three, and two of them.
 X, TWO, R = torch.zeros(6, 3), torch.tensor([0, 2]), torch.zeros(2, 3)

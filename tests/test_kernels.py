@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, KEEPS, Rows, check, images
-from rows import CASES, MODES, expected_scatter, make, numbers
+from rows import CASES, MODES, check_merge, expected_scatter, make, numbers
 
 from dynexec import dispatch, reference
 from dynexec.kernels import conv as conv_module
@@ -327,6 +327,15 @@ def test_ops_of_a_gpu(row, layout, which):
         destination = whole.clone()
         dispatch._triton_scatter_rows_(destination, index, rows, add, relu)
         assert torch.equal(destination, expected_scatter(whole, index, rows, add, relu))
+        check_merge(dispatch._triton_merge_rows, dispatch._triton_gather_passed, whole, index, rows, add, relu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_merge_of_special_numbers_on_a_gpu(dtype):
+    special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1.0, -1.0])
+    rest, rows = (special[torch.randint(7, (n, 2100))].to(DEVICE, dtype) for n in (5, 3))
+    index = torch.tensor([4, 0, 3], device=DEVICE)
+    check_merge(dispatch._triton_merge_rows, dispatch._triton_gather_passed, rest, index, rows, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])

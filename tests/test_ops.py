@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import CASES, FLOATS, INDEX, MODES, TWO, R, X, expected_scatter, make, numbers
+from rows import CASES, FLOATS, INDEX, MODES, TWO, R, X, check_merge, expected_scatter, make, numbers
 
 from dynexec import dispatch, ops, reference
 
@@ -65,6 +65,49 @@ def test_scatter(which, row, layout):
         assert y.stride()[1:] == destination.stride()[1:]
         assert ops.scatter_rows_(destination, index.long(), rows, add=add, relu=relu) is destination
         assert torch.equal(destination, expected)
+
+
+@pytest.mark.parametrize("row,layout", CASES, ids=str)
+@pytest.mark.parametrize("which", INDEX)
+def test_merge(which, row, layout):
+    for add, relu in MODES:
+        rest, index = make(9, row, layout=layout), numbers(which, 9)
+        for rows in (make(len(index), row, layout=layout), make(len(index), row)):
+            check_merge(dispatch.merge_rows, dispatch.gather_passed, rest, index, rows, add, relu)
+            check_merge(dispatch.merge_rows, dispatch.gather_passed, rest, index.long(), rows, add, relu)
+
+
+@pytest.mark.parametrize("add,relu", MODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge_of_special_numbers_in_every_dtype(dtype, add, relu):
+    """Zeros of either sign, infinities, NaN; rows long enough for vectors and shared by threads."""
+    special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1.0, -1.0])
+    rest, rows = (special[torch.randint(7, (n, 3, 17011))].to(dtype) for n in (5, 3))
+    check_merge(dispatch.merge_rows, dispatch.gather_passed, rest, torch.tensor([4, 0, 3]), rows, add, relu)
+
+
+def test_merge_of_rows_with_gaps_inside_and_shared_rows():
+    index, rows = torch.tensor([4, 1]), torch.randn(2, 4, 5)
+    wide = torch.randn(6, 4, 10)[:, :, ::2]
+    shared = torch.randn(1, 4, 5).expand(6, 4, 5)
+    swapped = torch.randn(4, 6, 5).transpose(0, 1)
+    for add, relu in MODES:
+        for rest in (wide, shared, swapped):
+            output, passed = dispatch.merge_rows(rest, index, rows, add, relu)
+            expected = expected_scatter(rest, index, rows, add, relu)
+            assert torch.equal(output, expected)
+            if relu:
+                assert torch.equal(passed, expected[index].bool())
+                gathered = dispatch.gather_passed(rest, index, passed)
+                assert torch.equal(gathered, rest[index].masked_fill(~passed, 0))
+
+
+def test_row_numbers_of_the_ops_of_training_are_checked():
+    for wrong in ([0, 6], [-1, 2]):
+        with pytest.raises(IndexError, match=r"index must be in 0\.\.5, got (6|-1)"):
+            dispatch.merge_rows(X, torch.tensor(wrong), R, True, True)
+        with pytest.raises(IndexError, match=r"index must be in 0\.\.5, got (6|-1)"):
+            dispatch.gather_passed(X, torch.tensor(wrong), R.bool())
 
 
 def test_scatter_rows_without_elements_in_any_layout():

@@ -6,7 +6,7 @@ from rows import FLOATS, LAYOUTS, MODES, TWO, R, X, expected_scatter, make, numb
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynexec import ops, reference
+from dynexec import dispatch, ops, reference
 
 
 def gradcheck(function, inputs):
@@ -169,6 +169,9 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.dynexec.gather_rows, (x, index))
     torch.library.opcheck(torch.ops.dynexec.gather_rows_out, (x, index, rows))
     torch.library.opcheck(torch.ops.dynexec.scatter_rows_, (x.clone(), index, rows, True, True))
+    torch.library.opcheck(torch.ops.dynexec.merge_rows, (x, index, rows, True, True))
+    torch.library.opcheck(torch.ops.dynexec.merge_rows, (x, index, rows, True, False))
+    torch.library.opcheck(torch.ops.dynexec.gather_passed, (x, index, rows.bool()))
     torch.library.opcheck(torch.ops.dynexec.plan, (torch.randint(3, (6, 4)), 3))
 
 
@@ -193,11 +196,13 @@ def test_moving_rows_and_planning_count_as_no_flops():
     with FlopCounterMode(display=False) as counter:
         ops.scatter_rows_(x, TWO, ops.gather_rows(x, TWO), add=True, relu=True)
         ops.gather_rows(x, TWO, out=torch.empty(2, 4))
+        _, passed = dispatch.merge_rows(x, TWO, x[:2], True, True)
+        dispatch.gather_passed(x, TWO, passed)
         ops.plan(x > 0, 2)
     assert counter.get_total_flops() == 0
     # Registered as zero, rather than unknown to the counter.
     counted = counter.get_flop_counts()["Global"]
-    names = {"gather_rows", "gather_rows_out", "scatter_rows_", "plan"}
+    names = {"gather_rows", "gather_rows_out", "scatter_rows_", "merge_rows", "gather_passed", "plan"}
     assert {getattr(torch.ops.dynexec, name) for name in names} <= counted.keys()
 
 

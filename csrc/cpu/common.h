@@ -65,7 +65,7 @@ inline bool same_row_layout(const Tensor& a, const Tensor& b) {
 }
 
 // [count, ...] for rows of x: strides of dense rows are kept, others become contiguous.
-inline Tensor empty_rows(const Tensor& x, int64_t count) {
+inline Tensor empty_rows(const Tensor& x, int64_t count, ScalarType dtype) {
   Shape sizes = shape_of(x), strides = strides_of(x);
   const bool dense = has_dense_rows(x);
   int64_t step = 1;
@@ -75,7 +75,9 @@ inline Tensor empty_rows(const Tensor& x, int64_t count) {
   }
   sizes[0] = count;
   strides[0] = dense ? std::max<int64_t>(row_numel(x), 1) : step;
-  return empty_strided(sizes, strides, x.scalar_type());
+  return empty_strided(sizes, strides, dtype);
 }
+
+inline Tensor empty_rows(const Tensor& x, int64_t count) { return empty_rows(x, count, x.scalar_type()); }
 
 }  // namespace dynexec

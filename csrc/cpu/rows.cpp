@@ -1,4 +1,4 @@
-// Moving rows: gather_rows, gather_rows_out, scatter_rows_. Meaning: dynexec/reference.py.
+// Moving rows: gather_rows, gather_rows_out, scatter_rows_, merge_rows, gather_passed. Meaning: dynexec/reference.py.
 //
 // Rows that are gap-free in memory move as flat stretches of elements, so channels_last costs nothing; anything else
 // goes through a copy that is. Shapes and dtypes were checked in dynexec/ops.py; row numbers are checked here, because
@@ -34,32 +34,65 @@ struct Arithmetic<torch::headeronly::BFloat16> {
   using type = float;
 };
 
-// destination = relu(rows + destination), less what is not asked for. NaN passes the ReLU, as in torch.
+// Rows that take the place of others: out = relu(rows + base), less what is not asked for. `out` may be `base`.
 template <class T>
-__attribute__((always_inline)) inline void update_span(T* destination, const T* rows, int64_t count, bool add,
-                                                       bool relu) {
+struct Update {
+  T* out;
+  const T* base;
+  const T* rows;
+  uint8_t* passed;  // bools: which elements the ReLU passed, or null. As bool loops are not vectorized.
+  bool add;
+  bool relu;
+};
+
+// NaN passes the ReLU, as in torch.
+template <bool kAdd, bool kRelu, bool kPassed, class T>
+__attribute__((always_inline)) inline void update_span(const Update<T>& u, int64_t count) {
   using Value = typename Arithmetic<T>::type;
-  const auto rectify = [](Value v) { return v < Value(0) ? Value(0) : v; };
-  if (add && relu) {
-    for (int64_t i = 0; i < count; ++i) destination[i] = T(rectify(Value(rows[i]) + Value(destination[i])));
-  } else if (add) {
-    for (int64_t i = 0; i < count; ++i) destination[i] = T(Value(rows[i]) + Value(destination[i]));
-  } else {
-    for (int64_t i = 0; i < count; ++i) destination[i] = T(rectify(Value(rows[i])));
+  // Of their own: a store of bytes could change those of `u`, and nothing would be vectorized.
+  T* const out = u.out;
+  const T* const base = u.base;
+  const T* const rows = u.rows;
+  uint8_t* const passed = u.passed;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    Value value = Value(rows[i]);
+    if (kAdd) value += Value(base[i]);
+    if (kRelu) value = value < Value(0) ? Value(0) : value;
+    if (kPassed) passed[i] = value != Value(0);
+    out[i] = T(value);
   }
 }
 
-DYNEXEC_CLONES void update(float* d, const float* r, int64_t n, bool add, bool relu) { update_span(d, r, n, add, relu); }
-DYNEXEC_CLONES void update(double* d, const double* r, int64_t n, bool add, bool relu) {
-  update_span(d, r, n, add, relu);
+template <class T>
+__attribute__((always_inline)) inline void update_any(const Update<T>& u, int64_t count) {
+  if (u.passed) return u.add ? update_span<true, true, true>(u, count) : update_span<false, true, true>(u, count);
+  if (u.relu) return u.add ? update_span<true, true, false>(u, count) : update_span<false, true, false>(u, count);
+  update_span<true, false, false>(u, count);
 }
-DYNEXEC_CLONES void update(torch::headeronly::Half* d, const torch::headeronly::Half* r, int64_t n, bool add,
-                           bool relu) {
-  update_span(d, r, n, add, relu);
+
+DYNEXEC_CLONES void update(const Update<float>& u, int64_t count) { update_any(u, count); }
+DYNEXEC_CLONES void update(const Update<double>& u, int64_t count) { update_any(u, count); }
+DYNEXEC_CLONES void update(const Update<torch::headeronly::Half>& u, int64_t count) { update_any(u, count); }
+DYNEXEC_CLONES void update(const Update<torch::headeronly::BFloat16>& u, int64_t count) { update_any(u, count); }
+
+// out = x where passed, else 0; of any numbers of this many bytes.
+template <class Bits>
+__attribute__((always_inline)) inline void select_span(Bits* out, const Bits* x, const uint8_t* passed, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits bits = x[i];  // read in any case: so the loop has no branches
+    out[i] = passed[i] ? bits : Bits(0);
+  }
 }
-DYNEXEC_CLONES void update(torch::headeronly::BFloat16* d, const torch::headeronly::BFloat16* r, int64_t n, bool add,
-                           bool relu) {
-  update_span(d, r, n, add, relu);
+
+DYNEXEC_CLONES void select_passed(uint16_t* out, const uint16_t* x, const uint8_t* passed, int64_t count) {
+  select_span(out, x, passed, count);
+}
+DYNEXEC_CLONES void select_passed(uint32_t* out, const uint32_t* x, const uint8_t* passed, int64_t count) {
+  select_span(out, x, passed, count);
+}
+DYNEXEC_CLONES void select_passed(uint64_t* out, const uint64_t* x, const uint8_t* passed, int64_t count) {
+  select_span(out, x, passed, count);
 }
 
 // Row numbers of either integer type, contiguous.
@@ -166,43 +199,48 @@ void gather_rows_out(const Tensor& x, const Tensor& index, Tensor out) {
   gather_dense(x, numbers, out);
 }
 
-template <class T>
-void update_dense(const Tensor& destination, const Index& index, const Tensor& rows, bool add, bool relu) {
-  T* target = static_cast<T*>(destination.mutable_data_ptr());
-  const T* source = static_cast<const T*>(rows.const_data_ptr());
-  for_each_span(index, row_numel(rows), destination.stride(0), rows.stride(0), sizeof(T),
-                [&](int64_t to, int64_t from, int64_t length) {
-                  update(target + to, source + from, length, add, relu);
-                });
-}
-
-void replace_dense(const Tensor& destination, const Index& index, const Tensor& rows) {
-  const int64_t size = rows.element_size();
-  char* target = static_cast<char*>(destination.mutable_data_ptr());
-  const char* source = static_cast<const char*>(rows.const_data_ptr());
-  for_each_span(index, row_numel(rows), destination.stride(0), rows.stride(0), size,
-                [&](int64_t to, int64_t from, int64_t length) {
-                  std::memcpy(target + to * size, source + from * size, length * size);
-                });
-}
-
-void scatter_dense(const Tensor& destination, const Index& index, const Tensor& rows, bool add, bool relu) {
+// Calls run(write), where write(position in out, in base, in rows, length) has `length` elements take their places.
+// `passed` is null or as long as `rows`, which are gap-free then.
+template <class Run>
+void with_update(const Tensor& out, const Tensor& base, const Tensor& rows, uint8_t* passed, bool add, bool relu,
+                 const Run& run) {
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    T* target = static_cast<T*>(out.mutable_data_ptr());
+    const T* before = static_cast<const T*>(base.const_data_ptr());
+    const T* source = static_cast<const T*>(rows.const_data_ptr());
+    run([=](int64_t to, int64_t at, int64_t from, int64_t length) {
+      update(Update<T>{target + to, before + at, source + from, passed ? passed + from : nullptr, add, relu}, length);
+    });
+  };
   if (!add && !relu) {
-    replace_dense(destination, index, rows);
-    return;
+    const int64_t size = rows.element_size();
+    char* target = static_cast<char*>(out.mutable_data_ptr());
+    const char* source = static_cast<const char*>(rows.const_data_ptr());
+    return run([=](int64_t to, int64_t, int64_t from, int64_t length) {
+      std::memcpy(target + to * size, source + from * size, length * size);
+    });
   }
   switch (rows.scalar_type()) {
     case ScalarType::Float:
-      return update_dense<float>(destination, index, rows, add, relu);
+      return of_type(float{});
     case ScalarType::Double:
-      return update_dense<double>(destination, index, rows, add, relu);
+      return of_type(double{});
     case ScalarType::Half:
-      return update_dense<torch::headeronly::Half>(destination, index, rows, add, relu);
+      return of_type(torch::headeronly::Half{});
     case ScalarType::BFloat16:
-      return update_dense<torch::headeronly::BFloat16>(destination, index, rows, add, relu);
+      return of_type(torch::headeronly::BFloat16{});
     default:
       throw std::invalid_argument("rows must be float16, bfloat16, float32 or float64 where add or relu is asked");
   }
+}
+
+// `rows`, or a copy that lies in memory like rows of `x`; with `packed`, without gaps between rows.
+Tensor laid_out_as(const Tensor& x, const Tensor& rows, bool packed) {
+  if (same_row_layout(x, rows) && !(packed && rows.stride(0) != row_numel(rows))) return rows;
+  Tensor alike = empty_rows(x, rows.size(0), rows.scalar_type());
+  torch::stable::copy_(alike, rows);
+  return alike;
 }
 
 void scatter_rows_(Tensor destination, const Tensor& index, const Tensor& rows, bool add, bool relu) {
@@ -217,20 +255,98 @@ void scatter_rows_(Tensor destination, const Tensor& index, const Tensor& rows, 
     return;
   }
   check_writable_rows(destination, "destination");
-  if (same_row_layout(destination, rows)) {
-    check_disjoint(rows, "rows", destination, "destination");
-    scatter_dense(destination, numbers, rows, add, relu);
-  } else {
-    Tensor alike = empty_rows(destination, numbers.count);
-    torch::stable::copy_(alike, rows);
-    scatter_dense(destination, numbers, alike, add, relu);
+  const Tensor alike = laid_out_as(destination, rows, false);
+  check_disjoint(alike, "rows", destination, "destination");
+  with_update(destination, destination, alike, nullptr, add, relu, [&](const auto& write) {
+    for_each_span(numbers, row_numel(alike), destination.stride(0), alike.stride(0), alike.element_size(),
+                  [&](int64_t to, int64_t from, int64_t length) { write(to, to, from, length); });
+  });
+}
+
+// In one pass: what is not replaced is copied, and nothing else.
+void merge_dense(const Tensor& out, const Tensor& rest, const Index& index, const Tensor& rows, uint8_t* passed, bool add,
+                 bool relu) {
+  const int64_t samples = out.size(0), numel = row_numel(out), size = out.element_size();
+  std::vector<int64_t> source(samples, -1);  // which of `rows` takes the place of a row
+  for (int64_t i = 0; i < index.count; ++i) source[index[i]] = i;
+  char* target = static_cast<char*>(out.mutable_data_ptr());
+  const char* before = static_cast<const char*>(rest.const_data_ptr());
+  with_update(out, rest, rows, passed, add, relu, [&](const auto& write) {
+    torch::stable::parallel_for(0, samples * numel, kBytesPerThread / size, [&](int64_t position, int64_t end) {
+      while (position < end) {
+        const int64_t row = position / numel, column = position % numel;
+        const int64_t length = std::min((row + 1) * numel, end) - position;
+        const int64_t at = row * rest.stride(0) + column;
+        if (source[row] < 0) {
+          std::memcpy(target + position * size, before + at * size, length * size);
+        } else {
+          write(position, at, source[row] * numel + column, length);
+        }
+        position += length;
+      }
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> merge_rows(const Tensor& rest, const Tensor& index, const Tensor& rows, bool add,
+                                      bool relu) {
+  const Tensor contiguous_index = torch::stable::contiguous(index);
+  const Index numbers = read_index(contiguous_index);
+  numbers.check(rest.size(0));
+  if (!has_dense_rows(rest)) {
+    Tensor output = torch::stable::clone(rest);
+    auto [merged, passed] = merge_rows(torch::stable::contiguous(rest), index, rows, add, relu);
+    torch::stable::copy_(output, merged);
+    return {output, passed};
   }
+  const Tensor output = empty_rows(rest, rest.size(0));
+  const Tensor passed = relu ? empty_rows(rest, numbers.count, ScalarType::Bool)
+                             : empty_strided({0}, {1}, ScalarType::Bool);
+  if (output.numel() == 0) return {output, passed};
+  const Tensor packed = laid_out_as(output, rows, true);
+  merge_dense(output, rest, numbers, packed, relu ? static_cast<uint8_t*>(passed.mutable_data_ptr()) : nullptr, add, relu);
+  return {output, passed};
+}
+
+Tensor gather_passed(const Tensor& x, const Tensor& index, const Tensor& passed) {
+  const Tensor contiguous_index = torch::stable::contiguous(index);
+  const Index numbers = read_index(contiguous_index);
+  numbers.check(x.size(0));
+  const Tensor dense = has_dense_rows(x) ? x : torch::stable::contiguous(x);
+  const Tensor out = empty_rows(x, numbers.count);
+  const Tensor mask = laid_out_as(out, passed, true);
+  const auto of_type = [&](auto zero) {
+    using Bits = decltype(zero);
+    Bits* target = static_cast<Bits*>(out.mutable_data_ptr());
+    const Bits* source = static_cast<const Bits*>(dense.const_data_ptr());
+    const uint8_t* wanted = static_cast<const uint8_t*>(mask.const_data_ptr());
+    for_each_span(numbers, row_numel(x), dense.stride(0), out.stride(0), sizeof(Bits),
+                  [&](int64_t from, int64_t to, int64_t length) {
+                    select_passed(target + to, source + from, wanted + to, length);
+                  });
+  };
+  switch (x.element_size()) {
+    case 2:
+      of_type(uint16_t{});
+      break;
+    case 4:
+      of_type(uint32_t{});
+      break;
+    case 8:
+      of_type(uint64_t{});
+      break;
+    default:
+      throw std::invalid_argument("x must be float16, bfloat16, float32 or float64");
+  }
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynexec, CPU, library) {
   library.impl("gather_rows", TORCH_BOX(&gather_rows));
   library.impl("gather_rows_out", TORCH_BOX(&gather_rows_out));
   library.impl("scatter_rows_", TORCH_BOX(&scatter_rows_));
+  library.impl("merge_rows", TORCH_BOX(&merge_rows));
+  library.impl("gather_passed", TORCH_BOX(&gather_passed));
 }
 
 }  // namespace

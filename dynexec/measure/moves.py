@@ -53,6 +53,8 @@ _BYTES = {
     _ours.gather_rows.default: _gathered,
     _ours.gather_rows_out.default: lambda found, x, index, out: 2 * _size(out),
     _ours.scatter_rows_.default: _scattered,
+    _ours.merge_rows.default: lambda found, rest, index, rows, add, relu: (3 if add else 2) * _size(rows),
+    _ours.gather_passed.default: _gathered,
     _aten.index.Tensor: _gathered,
     _aten.index_select.default: _gathered,
     _aten.index_put_.default: lambda found, x, indices, values, *rest: 2 * _size(values),

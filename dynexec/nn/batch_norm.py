@@ -1,7 +1,5 @@
 """What BatchNorm takes its statistics over while only some samples run, and running statistics computed anew."""
 
-from contextlib import contextmanager
-
 import torch
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,18 +54,14 @@ def split_at_statistics(layers, block, shortcuts):
     return layers[:last], layers[last:]
 
 
-@contextmanager
-def explain_batch_norm(placement, samples):
-    """Have an error of BatchNorm, that it cannot train on one value per channel, say which block has so few samples."""
-    try:
-        yield
-    except ValueError as error:
-        if placement.batch_norm == "all" or "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f'batch_norm="{placement.batch_norm}": {samples} the block of column {placement.column} give BatchNorm one '
-            f'value per channel, and it cannot train on that: keep more samples, or use "all" ({error})'
-        ) from error
+def explain_batch_norm(error, placement, samples):
+    """Raise ``error`` in the words of a block, if it is BatchNorm's that it cannot train on one value per channel."""
+    if placement.batch_norm == "all" or "more than 1 value per channel" not in str(error):
+        return
+    raise ValueError(
+        f'batch_norm="{placement.batch_norm}": {samples} the block of column {placement.column} give BatchNorm one '
+        f'value per channel, and it cannot train on that: keep more samples, or use "all" ({error})'
+    ) from error
 
 
 def recompute_batch_norm(model, batches, forward=None):

@@ -44,9 +44,12 @@ class ExpertBlock(DynamicBlock):
             return choose(execution.column(column), expert(x, *args, **kwargs), other)
         route = execution.route(x.shape[0])
         groups = [(self.forward_dense, self, route.group(column, 0)), (expert, expert, route.group(column, 1))]
-        sizes = " and ".join(str(len(index)) for _, _, index in groups)
-        with explain_batch_norm(self.placement, f"{sizes} samples for the two sets of weights of"):
+        try:
             return _run_groups(groups, x, args, kwargs)
+        except ValueError as error:
+            sizes = " and ".join(str(len(index)) for _, _, index in groups)
+            explain_batch_norm(error, self.placement, f"{sizes} samples for the two sets of weights of")
+            raise
 
 
 def _run_groups(groups, x, args, kwargs):

@@ -124,10 +124,13 @@ def _run(block, execution, x, args, kwargs):
         dense, layers = split
     elif shortcuts or _is_plain(block):
         layers = block.residual_layers()
-    with explain_batch_norm(placement, f"{kept} of {x.shape[0]} samples kept by"):
+    try:
         if layers is None:
             return _compact_whole(block, x, index, args, kwargs)
         return _compact(block, x, index, shortcuts, dense, layers)
+    except ValueError as error:
+        explain_batch_norm(error, placement, f"{kept} of {x.shape[0]} samples kept by")
+        raise
 
 
 def computes_all(block, execution, x):
@@ -198,9 +201,11 @@ def _compact(block, x, index, shortcuts, dense, layers):
 
     The result never shares memory with ``x``.
     """
-    shortcut, version = apply_layers(shortcuts, x), _version(x)
-    residual = apply_layers(dense, x)
-    _check_unwritten(block, x, version)
+    shortcut, residual = apply_layers(shortcuts, x), x
+    if dense:
+        version = _version(x)
+        residual = apply_layers(dense, x)
+        _check_unwritten(block, x, version)
     if len(index) == 0 and not meets_other_processes(*dense, *layers):
         return with_zero_gradients(shortcut, block)
     shortcut_rows, rest = split_rows(shortcut, index)

@@ -8,8 +8,8 @@ gradients of the whole batch.
 import torch
 from torch.autograd import Function, forward_ad
 
-from dynexec import ops
-from dynexec.gradients import differentiable_once, needed, relu_gradient, relu_passed
+from dynexec import dispatch, ops
+from dynexec.gradients import differentiable_once, gather_gradient, needed
 from dynexec.reference import empty_rows
 
 
@@ -25,11 +25,13 @@ def merge_rows(rest, index, rows, shortcut=None, *, relu=False):
     ReLU to what is written.
     """
     # Under autocast a branch may be narrower than its shortcut; torch.where, the reference, widens too.
-    dtype = torch.promote_types(rest.dtype, rows.dtype)
-    rest, rows = rest.to(dtype), rows.to(dtype)
+    if rest.dtype != rows.dtype:
+        dtype = torch.promote_types(rest.dtype, rows.dtype)
+        rest, rows = rest.to(dtype), rows.to(dtype)
     if not _backward_only(rest, rows):
         return ops.scatter_rows(rest, index, rows, add=shortcut is not None, relu=relu)
-    return _Merge.apply(rest, index, rows, None if shortcut is None else shortcut.to(dtype), relu)
+    ops.check_scatter(rest, index, rows, shortcut is not None, relu)
+    return _Merge.apply(rest, index, rows, None if shortcut is None else shortcut.to(rows.dtype), relu)
 
 
 def _backward_only(*tensors):
@@ -46,7 +48,7 @@ class _Split(Function):
         ctx.save_for_backward(index)
         ctx.num_samples = len(x)
         ctx.set_materialize_grads(False)
-        return ops.gather_rows(x, index), x.view_as(x)
+        return dispatch.gather_rows(x, index), x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad_rows, grad_rest):
@@ -55,27 +57,26 @@ class _Split(Function):
             if grad_rows is None:  # no gradient comes through the branch
                 grad_rows = empty_rows(grad_rest, len(index)).zero_()
             if grad_rest is None:
-                grad = ops.scatter_rows_(empty_rows(grad_rows, ctx.num_samples).zero_(), index, grad_rows)
+                grad = empty_rows(grad_rows, ctx.num_samples).zero_()
+                dispatch.scatter_rows_(grad, index, grad_rows, False, False)
             else:
-                grad = ops.scatter_rows(grad_rest, index, grad_rows)
+                grad, _ = dispatch.merge_rows(grad_rest, index, grad_rows, False, False)
         return differentiable_once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
 
 
 class _Merge(Function):
     @staticmethod
     def forward(ctx, rest, index, rows, shortcut, relu):
-        output = ops.scatter_rows(rest, index, rows, add=shortcut is not None, relu=relu)
-        ctx.save_for_backward(index, relu_passed(output, index) if relu else None)
         ctx.adds = shortcut is not None
+        output, passed = dispatch.merge_rows(rest, index, rows, ctx.adds, relu)
+        ctx.save_for_backward(index, passed if relu else None)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         index, passed = ctx.saved_tensors
         with torch.no_grad():
-            grad_rows = ops.gather_rows(grad, index)
-            if passed is not None:
-                grad_rows = relu_gradient(grad_rows, passed)
+            grad_rows = gather_gradient(grad, index, passed)
         grad_rows = differentiable_once(grad_rows, grad, "scatter_rows")
         # The rows that split_rows took out are not zeroed in the gradient of the rest: it replaces them.
         return grad, None, grad_rows, grad_rows if ctx.adds else None, None
