@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from bisect import bisect_left
-from contextlib import nullcontext
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +20,7 @@ from dynexec.measure.environment import processor_name
 _VERSION = 1  # of the file
 _LARGEST = 16  # rows; beyond, time grows linearly because blocks run in chunks
 _CHUNKS = (32, 16, 8, 4)
-_QUEUED = 4  # calls of a run on a GPU
+_QUEUED, _WARM_UP = 4, 0.03  # calls of a run on a GPU; seconds of such runs before the first that counts
 _REPEATS, _BUDGET = 5, 0.2  # runs of which the least time counts, unless they take more seconds than that
 _ROWS = {str(rows) for rows in range(1, _LARGEST + 1)}
 _log = logging.getLogger(__name__)
@@ -241,34 +240,34 @@ def _shortcut(block, x):
 
 
 def seconds(function, device=None):
-    """Seconds that ``function()`` takes on ``device``, the least of a few runs: noise only ever adds.
-
-    On a GPU by its own clock, of calls one behind the other: the host's time to launch one counts where the GPU waits.
-    """
-    on_a_gpu = device is not None and device.type == "cuda"
-    with torch.cuda.device(device) if on_a_gpu else nullcontext():
-        measure = _seconds_on_a_gpu if on_a_gpu else _seconds
-        measure(function)
-        best, start = float("inf"), time.perf_counter()
-        for _ in range(_REPEATS):
-            best = min(best, measure(function))
-            if time.perf_counter() - start > _BUDGET:
-                break
+    """Seconds that ``function()`` takes on ``device``, the least of a few runs: noise only ever adds."""
+    warm = time.perf_counter() + _WARM_UP if device is not None and device.type == "cuda" else 0.0
+    time_call(function, device)
+    while time.perf_counter() < warm:  # an idle GPU has lowered its clock
+        time_call(function, device)
+    best, start = float("inf"), time.perf_counter()
+    for _ in range(_REPEATS):
+        best = min(best, time_call(function, device))
+        if time.perf_counter() - start > _BUDGET:
+            break
     return best
 
 
-def _seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def time_call(function, device=None):
+    """Seconds of ``function()`` on ``device``.
 
-
-def _seconds_on_a_gpu(function):
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    function()  # so that the clock starts while the GPU is at work
-    begin.record()
-    for _ in range(_QUEUED):
+    On a GPU by its own clock, of calls one behind the other: the host's time to launch one counts where the GPU waits.
+    """
+    if device is None or device.type != "cuda":
+        start = time.perf_counter()
         function()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3 / _QUEUED
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        function()  # so that the clock starts while the GPU is at work
+        begin.record()
+        for _ in range(_QUEUED):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / _QUEUED

@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 from torch import fx
 
+from dynexec.executors.costs import time_call
 from dynexec.executors.emit import layer_name
 from dynexec.executors.engine import Program, engine_missing, peak_rate
 from dynexec.executors.parts import POLICY, Work, columns, find_parts
@@ -221,7 +222,8 @@ def take_turns(cases, rounds, device):
     try:
         for turn in range(-2 if on_gpu else -1, rounds):  # first a warm-up, and what tells how long the host takes
             for number, ((call, take_down), (walls, runs)) in enumerate(zip(cases, found, strict=True)):
-                wall = _seconds(call, device)
+                with torch.no_grad():
+                    wall = time_call(call, device)
                 if on_gpu:
                     torch.cuda._sleep(round(ahead[number] * _SLEEP_PER_SECOND))
                 start = time.perf_counter()
@@ -235,16 +237,6 @@ def take_turns(cases, rounds, device):
         if collecting:
             gc.enable()
     return [(min(walls), _least(runs)) for walls, runs in found]
-
-
-def _seconds(call, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    with torch.no_grad():
-        call()
-    wait()
-    return time.perf_counter() - start
 
 
 def _least(runs):
