@@ -11,8 +11,8 @@ if capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(echo "$capability" | head -1)}
 fi
 if ! "$python" -c "import dynexec._C" 2>/dev/null; then
-  "$python" -m pip install -v --no-build-isolation --no-deps -e . >"$out/install.txt" 2>&1 ||
-    tail -50 "$out/install.txt"
+  "$python" -m pip install -v --no-build-isolation --no-deps -e . >"$out/info.txt" 2>&1 ||
+    tail -50 "$out/info.txt"
 fi
-"$python" -m dynexec info >"$out/info.txt"
+"$python" -m dynexec info >>"$out/info.txt"
 exec "$python" bench/gpu.py "$out" --minutes "$(awk "BEGIN { print 9.5 - $SECONDS / 60 }")" "$@"

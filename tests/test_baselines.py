@@ -82,7 +82,7 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
 
     class AsItIs:  # no graph, which only a GPU has
         def __init__(self, function, device):
-            self.function = function
+            self.function, self.failed = function, {}
 
         def __call__(self, images, decisions, variant):
             return self.function(images, decisions)
@@ -94,7 +94,11 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
     network = model if own else converted("timm")[0]
     backbone, images = getattr(network, "backbone", network), nets.make_images(3, 16)
     with torch.inference_mode():
-        output = baselines.DenseLibrary(network, images, threads=1)(images, None)
+        library = baselines.DenseLibrary(network, images, threads=1)
+        output = library(images, None)
+        library.graphs.failed["dense"] = "out of memory"
+        with pytest.raises(RuntimeError, match="no CUDA graph: out of memory"):
+            library(images, None)
         torch.testing.assert_close(output, backbone(images), rtol=1e-4, atol=1e-4)
     layers = sum(isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) for module in backbone.modules())
     assert len(ran) == layers

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kernel_cases  # noqa: F401 - skips where there is no Triton
@@ -27,7 +29,8 @@ def test_dry_run(tmp_path):
     end = json.loads(result.stdout.splitlines()[-1])
     assert end["steps"] == dict.fromkeys(STEPS, 0)
     assert "| frozen | 0.5 |" in (tmp_path / "training.txt").read_text()
-    assert "fused, keep 0.5: " in (tmp_path / "timeline.txt").read_text()
+    timeline = (tmp_path / "timeline.txt").read_text()
+    assert "fused, keep 0.5: " in timeline and timeline.count(" us between them") == 3
     rows = read_rows(tmp_path / "gpu.jsonl")
     assert sorted((row["net"], row["decisions"]) for row in rows) == [("tiny", "bernoulli"), ("tiny", "published")]
     assert all({"dynexec", "masked eager", "dense eager"} <= row["milliseconds"].keys() for row in rows)
@@ -40,3 +43,23 @@ def test_dry_run(tmp_path):
     before = [path.read_text() for path in measured]
     assert run().returncode == 0
     assert [path.read_text() for path in measured] == before  # what is measured is not measured again
+
+
+def test_tests_that_run_too_long_say_what_failed_and_are_ended(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    wait = __import__("gpu").wait
+    begin = "import signal, sys, time; print(1, flush=True); "
+    commands = [
+        begin + "sys.exit(3)",
+        begin + "signal.signal(signal.SIGINT, lambda *_: sys.exit(4)); time.sleep(60)",
+        begin + "signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.5), sys.exit(5))); time.sleep(60)",
+        begin + "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)",
+    ]
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for code in commands]
+    for process in processes:
+        process.stdout.readline()
+    start = time.monotonic()
+    assert wait(processes, start + 1.0, patience=2.0) == [3, 4, 5, -signal.SIGKILL]
+    assert 2.5 < time.monotonic() - start < 15.0
+    for process in processes:
+        process.stdout.close()

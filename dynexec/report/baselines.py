@@ -240,7 +240,10 @@ class DenseLibrary(Baseline):
         self.graphs = Graphs(lambda images, _: (module.forward(images),), images.device)
 
     def __call__(self, images, decisions):
-        return self.graphs(images, None, "dense")[0]
+        output = self.graphs(images, None, "dense")[0]
+        if self.graphs.failed:  # launched one by one it would be no match
+            raise RuntimeError(f"no CUDA graph: {next(iter(self.graphs.failed.values()))}")
+        return output
 
 
 class OnnxRuntime(Baseline):
