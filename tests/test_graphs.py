@@ -97,7 +97,7 @@ def test_what_cannot_be_captured_runs_without_a_graph():
         decisions.any().item()
         return compute(x, decisions)
 
-    frozen.graphs.function = waits
+    frozen.graphs.function, frozen.graphs.instead = waits, (waits,)
     for n in (5, 5, 6):
         decisions = torch.rand(n, num_blocks, device="cuda") < 0.5
         close(frozen(x[:n], decisions), expected(model, x[:n], decisions))
@@ -105,6 +105,31 @@ def test_what_cannot_be_captured_runs_without_a_graph():
     assert torch.randn(8, device="cuda").std() > 0
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     close(frozen(x[:4], decisions[:4]), expected(model, x[:4], decisions[:4]))
+
+
+def test_another_function_is_captured_where_the_first_cannot_be():
+    model, num_blocks, x, frozen = freeze(executor=EXECUTORS[-1])
+    compute = frozen.graphs.function
+
+    def waits(x, decisions):
+        decisions.any().item()
+        return compute(x, decisions)
+
+    frozen.graphs.function = waits
+    for n in (5, 3, 5):
+        decisions = torch.rand(n, num_blocks, device="cuda") < 0.5
+        close(frozen(x[:n], decisions), expected(model, x[:n], decisions))
+    assert [shape[0] for _, shape, _ in frozen.graphs.replaced] == [5, 3] and not frozen.graphs.failed
+    frozen.note_failed_graphs()
+    assert "another CUDA graph for" in frozen.explain()
+
+
+def test_bodies_of_a_switch_take_dependent_launches():
+    """Else the graph with plain launches runs, which is slower."""
+    if "switched" not in EXECUTORS:
+        pytest.skip(str(conditional_missing()))
+    _, _, _, frozen = freeze(executor="switched")
+    assert not frozen.graphs.replaced
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -4,7 +4,9 @@ import re
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from dynexec.executors.profile import record
 from dynexec.executors.proof import relative_error
 from dynexec.measure import count_flops
 from dynexec.nn.context import decide
+from dynexec.route import Route
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:invalid value:RuntimeWarning")
 
@@ -122,6 +125,40 @@ def test_switched_is_dense_where_enough_is_kept(monkeypatch):
             assert frozen.executor_for(decisions) == executor
             assert ran.pop() == ("static" if kept == pairs else executor) and not ran
             torch.testing.assert_close(y, expected(model, x, decisions), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for nodes")
+@pytest.mark.parametrize("executor, plain", [("switched", False), ("conditional", True), ("fused", False)])
+def test_launches_depend_on_each_other_but_beside_nodes(executor, plain, monkeypatch):
+    """A body of a switch is a chain of kernels; a block behind a node begins with a kernel and ends with one."""
+    from dynexec.kernels import device
+
+    nodes = SimpleNamespace(
+        switch=lambda offset, size, functions: [function() for function in functions],
+        if_any=lambda offset: nullcontext(),
+    )
+    with_nodes = launches._WITH_NODES
+    monkeypatch.setattr(
+        launches.LaunchPrograms, "take_conditional", lambda self, x, executor: nodes if executor in with_nodes else None
+    )
+    launch, seen = launches.LaunchProgram._launch, []
+
+    def take_down(*arguments):
+        seen.append(device._plain.get())
+        return launch(*arguments)
+
+    monkeypatch.setattr(launches.LaunchProgram, "_launch", take_down)
+    _, num_blocks, x, frozen = frozen_pair("timm", executor="fused")
+    seen.clear()
+    route = Route.from_decisions(torch.rand(len(x), num_blocks) < 0.5, exact=False)
+    for segment in frozen.segments:
+        for program in segment.programs.values():
+            program(x, route, executor=executor)
+    assert seen == [plain] * (3 if executor == "switched" else 1)
+    seen.clear()
+    with device.plain_launches():
+        program(x, route, executor=executor)
+    assert set(seen) == {True}
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a node chooses, and nobody sees which")
@@ -273,6 +310,36 @@ def test_where_dense_becomes_the_faster_one(dense, fused, share, monkeypatch, tm
     assert candidate._measure_switch(frozen, x, cache) == share and next(times, None) is None
     frozen.graphs = None
     assert candidate._measure_switch(frozen, x, cache) == 1.0
+
+
+def test_a_switch_needs_graphs_and_bodies_that_run(monkeypatch):
+    """That ``dense`` is not worth trying is no reason against it: where nothing is dropped the static network runs."""
+    from dynexec.executors import candidate
+
+    fast = SimpleNamespace(graphs=object())
+    monkeypatch.setattr(candidate, "conditional_missing", lambda: None)
+    assert candidate._can_switch(fast, ["fused", "dense"], {})
+    assert candidate._can_switch(fast, ["fused"], {})
+    assert not candidate._can_switch(fast, ["fused"], {"dense": "it differs"})
+    assert not candidate._can_switch(fast, ["dense"], {})
+    assert not candidate._can_switch(SimpleNamespace(graphs=None), ["fused", "dense"], {})
+    monkeypatch.setattr(candidate, "conditional_missing", lambda: "built without CUDA")
+    assert not candidate._can_switch(fast, ["fused", "dense"], {})
+
+
+def test_what_has_no_graph_or_another_one_is_told():
+    _, _, x, frozen = frozen_pair("timm", executor="fused")
+    key = "switched", tuple(x.shape), False
+    found = SimpleNamespace(failed={key: "it waits"}, replaced={("fused", *key[1:2], True): "no such edge"})
+    frozen.graphs = SimpleNamespace(lock=threading.RLock(), **vars(found))
+    for _ in range(2):
+        frozen.note_failed_graphs()
+    shape = tuple(x.shape)
+    for note in (
+        f"no CUDA graph for switched, {shape}, decisions given: it waits",
+        f"another CUDA graph for fused, {shape}, decisions by the policy: no such edge",
+    ):
+        assert frozen.notes.count(note) == 1 and note in frozen.explain()
 
 
 def test_without_triton_layers_run(monkeypatch):

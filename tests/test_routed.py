@@ -1,7 +1,6 @@
 """Networks of parts: each part runs on its rows, frozen parts are compared, and nothing is frozen that would differ."""
 
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import toys
 from torch import nn
 
 import dynexec
-from dynexec.executors import graphs, routed
+from dynexec.executors import routed
 from dynexec.executors.proof import relative_error
 from dynexec.measure import count_call
 from dynexec.nn import RoutedNetwork
@@ -170,19 +169,3 @@ def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
             torch.testing.assert_close(run(x[:rows]), net(x[:rows]), rtol=1e-5, atol=1e-5)
     assert {shape[0] for shape in shapes if shape[0] <= 24} == {3, 6, 9, 12, 15, 18, 21, 24} and len(shapes) == 50
     assert routed.FrozenPart(net, run).explain() == "as it is, in CUDA graphs"
-
-
-def test_what_a_graph_gives_is_in_memory_of_its_own():
-    """Also where it became, in place, of what the graph reads; but decisions come back as they were given."""
-    graph = object.__new__(graphs._Graph)  # captured nowhere
-    graph.inputs = [toys.images(2), torch.ones(2, 3).bool()]
-    graph.results = graph.inputs[0], graph.inputs[1], None
-    graph.graph = SimpleNamespace(replay=lambda: graph.inputs[0].relu_())
-    x, decisions = toys.images(2), torch.zeros(1, 3).bool().expand(2, 3)
-    before = x.clone()
-    y, returned, nothing = graph.replay(x, decisions)
-    assert torch.equal(y, before.relu()) and torch.equal(x, before) and nothing is None
-    assert y.data_ptr() != graph.inputs[0].data_ptr() and returned is decisions
-    graph.inputs[1], graph.results = None, (graph.inputs[0], None)
-    y, nothing = graph.replay(x, None)
-    assert torch.equal(y, before.relu()) and nothing is None

@@ -33,13 +33,13 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
         return None, f"it does not know {left[0].blocks[0].name}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
-        fast.graphs = Graphs(fast.compute, layers.device, fast.compute_without_nodes)
+        fast.graphs = Graphs(fast.compute, layers.device, (fast.compute_plainly, fast.compute_without_nodes))
     refused, accepted = {}, []
     fast.expected = _expect(fast, images)
     names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
     fast.executors = names = names if executor is None else [executor]
     for name in sorted(names, key=lambda name: (name == "switched", fast.expected.get(name, 0.0))):
-        if name == "switched" and executor is None and not {"fused", "dense"} <= set(accepted):
+        if name == "switched" and executor is None and not _can_switch(fast, accepted, refused):
             fast.executors.remove(name)
             continue
         better = next((other for other in accepted if other != "resident"), None)  # of that one all is guessed
@@ -52,12 +52,10 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
             continue
         try:
             if name == "switched":
-                fast.switch_at = _measure_switch(fast, images, cache)
-                if executor is None and not 0.0 < fast.switch_at < 1.0:
-                    fast.executors.remove(name)
-                    continue
+                both = executor is not None or "dense" in accepted
+                fast.switch_at = _measure_switch(fast, images, cache) if both else 1.0
                 share = f"{100 * fast.switch_at:.0f} % of blocks"
-                fast.notes.append(f"switched: dense where at least {share} are kept, else fused")
+                fast.notes.append(f"switched: static where all blocks are kept, dense from {share} on, else fused")
             fast.use(name)
             with choosing_algorithms():
                 reason = proof.difference(fast)
@@ -76,6 +74,16 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
     fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
     fast.note_failed_graphs()
     return fast, None
+
+
+def _can_switch(fast, accepted, refused):
+    """Whether there are nodes that choose, and a reason to: the bodies run, and the static network is another one."""
+    return (
+        fast.graphs is not None
+        and conditional_missing() is None
+        and "fused" in accepted
+        and "dense" not in refused  # what fails in a graph fails in a body of it
+    )
 
 
 def _measure_switch(fast, images, cache):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from dynexec import native
+from dynexec.executors.graphs import take_stream
 
 
 def conditional_missing():
@@ -21,7 +22,7 @@ class Conditional:
     """
 
     def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, take_stream(device)
         self._memory = None
         native.cuda().prepare_conditional()
 

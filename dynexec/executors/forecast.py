@@ -24,8 +24,9 @@ def program_seconds(gpu, program, samples, kept, dtype, executor):
     if executor == "resident":
         return _resident_seconds(gpu, program, samples, kept)
     if executor == "switched":
-        either = (program_seconds(gpu, program, samples, kept, dtype, name) for name in ("dense", "fused"))
-        return layer_seconds(gpu, _NODE, 1) + min(either)
+        names = ("static",) if all(count == samples for count in kept) else ("dense", "fused")
+        bodies = (program_seconds(gpu, program, samples, kept, dtype, name) for name in names)
+        return layer_seconds(gpu, _NODE, 1) + min(bodies)
     return sum(layer_seconds(gpu, *launch) for launch in launches(program, samples, kept, dtype, executor))
 
 

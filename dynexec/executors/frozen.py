@@ -116,17 +116,27 @@ class FrozenNetwork(nn.Module):
         with self.using("fused" if self.executor in ("conditional", "switched") else self.executor):
             return self.compute(x, decisions)
 
+    def compute_plainly(self, x, decisions):
+        """The same where the bodies of conditional nodes do not take dependent launches."""
+        from dynexec.kernels.device import plain_launches
+
+        with plain_launches():
+            return self.compute(x, decisions)
+
     def in_graphs(self, x, decisions):
         """The output alone."""
         return self.call(x, decisions)[0]
 
     def note_failed_graphs(self):
         """Have ``explain`` say for which inputs there is no CUDA graph, and why."""
-        for (executor, shape, decided), reason in (self.graphs.failed if self.graphs is not None else {}).items():
-            by = "by the policy" if decided else "given"
-            note = f"no CUDA graph for {executor}, {shape}, decisions {by}: {reason}"
-            if note not in self.notes:
-                self.notes.append(note)
+        if self.graphs is None:
+            return
+        for what, found in (("no", self.graphs.failed), ("another", self.graphs.replaced)):
+            for (executor, shape, decided), reason in found.items():
+                by = "by the policy" if decided else "given"
+                note = f"{what} CUDA graph for {executor}, {shape}, decisions {by}: {reason}"
+                if note not in self.notes:
+                    self.notes.append(note)
 
     def compute(self, x, decisions):
         """Output and decisions for ``x`` in the network's dtype and decisions bool ``[N, L]``; None: the policy's."""

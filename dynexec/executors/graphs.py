@@ -2,13 +2,16 @@
 
 from contextlib import contextmanager, suppress
 from threading import RLock
+from weakref import WeakValueDictionary
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _MOST = 8  # graphs of a network; the one not used for longest gives way to a new one
 # Captures wait for the whole device, and cuDNN's setting is the process's: one at a time.
 _capturing = RLock()
+_STREAMS = 32  # that torch has, and gives in turn
+_taken = WeakValueDictionary()  # those of them that something was captured on, by handle
 
 
 class Graphs:
@@ -16,16 +19,17 @@ class Graphs:
 
     ``graphs(x, decisions, variant)`` gives what ``function(x, decisions)`` gives, in new memory, but for
     ``decisions`` if these are a result; ``decisions`` may be None, and ``variant`` names what else the function
-    depends on. The function must not wait for the device; where it does, or a capture fails for another reason,
-    ``instead`` runs in its place, or it as it is, and ``failed`` says why. Calls from several streams and threads
-    are put in order on the device, since a graph has its memory once.
+    depends on. The function must not wait for the device; where it does, or a capture fails for another reason, the
+    first of ``instead``, functions that give the same, that can be captured takes its place, and ``replaced`` says why.
+    Where none can be, the last one runs as it is, and ``failed`` says why. Calls from several streams and threads are
+    put in order on the device, since a graph has its memory once.
     """
 
-    def __init__(self, function, device, instead=None):
-        self.function, self.instead = function, instead or function
+    def __init__(self, function, device, instead=()):
+        self.function, self.instead = function, instead
         self.done = torch.cuda.Event()
         self.lock = RLock()
-        self.graphs, self.failed = {}, {}
+        self.graphs, self.replaced, self.failed = {}, {}, {}
 
     def __call__(self, x, decisions, variant):
         key = variant, tuple(x.shape), decisions is None
@@ -33,7 +37,7 @@ class Graphs:
             caller = torch.cuda.current_stream()
             caller.wait_event(self.done)  # a new graph's first calls share memory with the others', too
             graph = self._find(key, x, decisions)
-            results = self.instead(x, decisions) if graph is None else graph.replay(x, decisions)
+            results = (self.function, *self.instead)[-1](x, decisions) if graph is None else graph.replay(x, decisions)
             self.done.record(caller)
         return results
 
@@ -51,20 +55,26 @@ class Graphs:
             if len(self.graphs) >= _MOST:
                 torch.cuda.synchronize()  # the oldest may still run
                 del self.graphs[next(iter(self.graphs))]
-            try:
-                with _capturing:
-                    graph = _Graph(self.function, x, decisions)
-            except Exception as error:  # of anybody's code
-                self.failed[key] = f"{type(error).__name__}: {error}"
+            reasons = []
+            for function in (self.function, *self.instead):
+                try:
+                    with _capturing:
+                        graph = _Graph(function, x, decisions)
+                    break
+                except Exception as error:  # of anybody's code
+                    reasons.append(f"{type(error).__name__}: {error}")
+            if graph is None:
+                self.failed[key] = reasons[0]
                 return None
+            if reasons:
+                self.replaced[key] = reasons[0]
         self.graphs[key] = graph  # the last one again
         return graph
 
 
 class _Graph:
     def __init__(self, function, x, decisions):
-        # One of its own: with a graph, torch gives up what cuBLAS keeps for the stream that it was captured on.
-        self.stream = stream = torch.cuda.Stream(x.device)
+        self.stream = stream = take_stream(x.device)
         # Tensors of inference mode could not be written to by a later call outside of it.
         with torch.inference_mode(False), torch.no_grad(), choosing_algorithms():
             self.inputs = [value if value is None else value.clone() for value in (x, decisions)]
@@ -83,7 +93,7 @@ class _Graph:
         how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.stream(stream), torch.cuda.graph(self.graph, **how):
-                self.results = function(*self.inputs)
+                self.results, self.structure = tree_flatten(function(*self.inputs))
         except Exception:
             with suppress(AttributeError, RuntimeError):  # or the allocator goes on as if this was being captured
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
@@ -104,7 +114,21 @@ class _Graph:
                 return given[1]  # nothing writes to decisions; the other input may have become the result in place
             return value.clone() if isinstance(value, torch.Tensor) else value
 
-        return tree_map(take, self.results)
+        return tree_unflatten([take(value) for value in self.results], self.structure)
+
+
+def take_stream(device):
+    """A stream to capture on that nothing alive was captured on, while there is one.
+
+    With a graph, torch gives up what cuBLAS keeps for the graph's stream, which others of that stream rely on.
+    """
+    with _capturing:
+        for _ in range(_STREAMS):
+            stream = torch.cuda.Stream(device)
+            if stream.cuda_stream not in _taken:
+                break
+        _taken[stream.cuda_stream] = stream
+        return stream
 
 
 @contextmanager

@@ -197,10 +197,10 @@ class LaunchProgram:
                     raise
                 executor = "fused"  # for another size of images than that which it was chosen for
         conditional = self.programs.take_conditional(x, executor)
-        # Dependent launches are edges of a kind that conditional nodes do not have.
+        if executor == "switched":
+            return self._run_switched(x, route, switch_at, conditional)
+        # Dependent launches are edges of a kind that conditional nodes do not have: none may lead to one or away.
         with nullcontext() if conditional is None else plain_launches():
-            if executor == "switched":
-                return self._run_switched(x, route, switch_at, conditional)
             return self._launch(x, route, executor, conditional)
 
     def _launch(self, x, route, executor, conditional=None):

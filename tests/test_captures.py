@@ -1,0 +1,117 @@
+"""What of CUDA graphs needs no GPU: which function is captured, on which stream, and what comes back."""
+
+from contextlib import nullcontext
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toys
+from torch.utils._pytree import tree_flatten
+
+from dynexec.executors import graphs
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Graphs on a CPU, where those of a function that has ``waits`` cannot be captured; what was, in order."""
+    found = []
+
+    class Graph:
+        def __init__(self, function, x, decisions):
+            if hasattr(function, "waits"):
+                raise RuntimeError(f"{function.__name__} waits for the device")
+            found.append(function.__name__)
+            self.function = function
+
+        def replay(self, x, decisions):
+            return self.function(x, decisions)
+
+    monkeypatch.setattr(graphs, "_Graph", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=lambda event: None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return found
+
+
+def functions(*names):
+    """Functions that give their names; those in capitals cannot be captured."""
+    found = []
+    for name in names:
+
+        def function(x, decisions, name=name):
+            return name
+
+        function.__name__ = name
+        if name.isupper():
+            function.waits = True
+        found.append(function)
+    return found
+
+
+@pytest.mark.parametrize(
+    "names, runs, replaced, failed",
+    [
+        (["a"], "a", None, None),
+        (["a", "b"], "a", None, None),
+        (["A", "b", "c"], "b", "RuntimeError: A waits for the device", None),
+        (["A", "B", "c"], "c", "RuntimeError: A waits for the device", None),
+        (["A", "B"], "B", None, "RuntimeError: A waits for the device"),
+        (["A"], "A", None, "RuntimeError: A waits for the device"),
+    ],
+)
+def test_the_first_function_that_can_be_is_captured(names, runs, replaced, failed, captured):
+    function, *instead = functions(*names)
+    found = graphs.Graphs(function, torch.device("cpu"), instead)
+    x = torch.zeros(2, 3)
+    for _ in range(3):
+        assert found(x, None, "way") == runs
+    key = "way", (2, 3), True
+    assert found.replaced == ({key: replaced} if replaced else {})
+    assert found.failed == ({key: failed} if failed else {})
+    assert captured == ([] if failed else [runs])  # once
+
+
+def test_the_graph_not_used_for_longest_gives_way(captured):
+    (function,) = functions("a")
+    found = graphs.Graphs(function, torch.device("cpu"))
+    for samples in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 1, 2):
+        found(torch.zeros(samples), None, "way")
+    assert [shape for _, (shape,), _ in found.graphs] == [4, 5, 6, 7, 8, 9, 1, 2]
+    assert len(captured) == 10
+
+
+def test_streams_are_not_shared_while_there_are_others(monkeypatch):
+    """torch gives its 32 in turn, whoever still uses them."""
+    number = count()
+
+    class Stream:
+        def __init__(self, device):
+            self.cuda_stream = next(number) % 32
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    device = torch.device("cpu")
+    kept = [graphs.take_stream(device) for _ in range(20)]
+    for _ in range(100):
+        assert graphs.take_stream(device).cuda_stream not in {stream.cuda_stream for stream in kept}
+    kept += [graphs.take_stream(device) for _ in range(12)]
+    assert len({stream.cuda_stream for stream in kept}) == 32
+    assert graphs.take_stream(device).cuda_stream in range(32)  # one of them is shared
+
+
+def test_what_a_graph_gives_is_in_memory_of_its_own():
+    """Also where it became, in place, of what the graph reads; but decisions come back as they were given."""
+    graph = object.__new__(graphs._Graph)  # captured nowhere
+    graph.inputs = [toys.images(2), torch.ones(2, 3).bool()]
+    graph.results, graph.structure = tree_flatten((graph.inputs[0], graph.inputs[1], None))
+    graph.graph = SimpleNamespace(replay=lambda: graph.inputs[0].relu_())
+    x, decisions = toys.images(2), torch.zeros(1, 3).bool().expand(2, 3)
+    before = x.clone()
+    y, returned, nothing = graph.replay(x, decisions)
+    assert torch.equal(y, before.relu()) and torch.equal(x, before) and nothing is None
+    assert y.data_ptr() != graph.inputs[0].data_ptr() and returned is decisions
+    graph.inputs[1] = None
+    graph.results, graph.structure = tree_flatten((graph.inputs[0], None))
+    y, nothing = graph.replay(x, None)
+    assert torch.equal(y, before.relu()) and nothing is None
