@@ -64,7 +64,7 @@ def _check_range(index, size):
 
 
 def _check_writable_rows(x, name):
-    if x.shape[0] > 1 and reference.has_dense_rows(x) and x.stride(0) < x.shape[1:].numel():
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1:].numel() and reference.has_dense_rows(x):
         raise ValueError(
             f"{name} must not have rows that overlap in memory, got stride {x.stride(0)} for rows of "
             f"{x.shape[1:].numel()}"
@@ -197,8 +197,7 @@ def _triton_moves(whole, index, part, passed=None, **how):
     if whole.dtype not in _MOVABLE:
         return False
     with on_device(whole.device):
-        flat = reference.flat_rows
-        move_rows(flat(whole), flat(part), index.contiguous(), None if passed is None else flat(passed), **how)
+        move_rows(whole, part, index.contiguous(), passed, **how)
     return True
 
 

@@ -51,11 +51,11 @@ def _move(
 def move_rows(whole, part, index, passed=None, *, scatter, add=False, relu=False):
     """``part[:] = whole[index]``, or with ``scatter`` ``whole[index] = relu(part + whole[index])`` as far as asked.
 
-    ``whole`` ``[N, size]`` and ``part`` ``[M, size]`` have elements of a row side by side; ``index`` int32 or int64
-    ``[M]``, without duplicates for a scatter. ``passed``, bool like ``part`` and without gaps, is written by a scatter
-    with ``relu``: which elements that passed; of a gather it is read: others become 0.
+    ``whole`` ``[N, ...]`` and ``part`` ``[M, ...]`` have rows that lie in memory alike, without gaps inside; ``index``
+    is int32 or int64 ``[M]``, without duplicates for a scatter. ``passed``, bool like ``part`` and without gaps, is
+    written by a scatter with ``relu``: which elements that passed; of a gather it is read: others become 0.
     """
-    rows, size = part.shape
+    rows, size = len(part), part.shape[1:].numel()
     if rows and size:
         grid = fill(part.device, rows * triton.cdiv(size, _BLOCK), 8)
         strides = whole.stride(0), part.stride(0)
