@@ -279,6 +279,24 @@ def test_saved_activations_shrink(make, most, batch_norm):
             assert saved_bytes(model, x) >= dense  # what masking costs
 
 
+@pytest.mark.parametrize("make", [many_blocks, many_converted])
+def test_statistics_of_all_samples_cost_no_memory(make):
+    """Beyond a byte per element of the kept rows; what masking keeps is a whole activation more."""
+    model = make()
+    if make is many_blocks:
+        assign_columns(model)
+    else:
+        dynexec.convert(model)
+    model.train()
+    x = toys.images(16, size=16)
+    dense = saved_bytes(model, x)
+    decisions = torch.stack([torch.randperm(16) < 4 for _ in range(16)], 1)
+    with dynexec.decide(decisions):
+        assert saved_bytes(model, x) <= 1.03 * dense
+    with dynexec.decide(decisions, mode="capacity"):
+        assert saved_bytes(model, x) >= 1.15 * dense
+
+
 def test_what_follows_a_block_may_overwrite_its_output():
     """And a gradient may come as an expanded tensor; both for a kept, a dropped and a projected block."""
     net, num_blocks = network()

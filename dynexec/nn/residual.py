@@ -119,7 +119,7 @@ def _run(block, execution, x, args, kwargs):
     index, dense, layers = route.group(placement.column), [], None
     if placement.batch_norm == "all" and uses_batch_statistics(block):
         split = None if others else _split(block, shortcuts)
-        if split is None or (kept and not split[1]):  # nothing is known to be left that could be skipped
+        if split is None:
             return _select(block, x, execution.column(placement.column), shortcuts, args, kwargs)
         dense, layers = split
     elif shortcuts or _is_plain(block):
