@@ -20,6 +20,7 @@ from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.proof import relative_error
 from dynexec.nn import ExpertBlock, decide, dynamic_blocks
 from dynexec.nn.residual import place as nn_place
+from dynexec.nn.rows import join_rows, part_rows, split_rows
 from dynexec.nn.swap import FROZEN
 
 STYLES = list(toys.STYLES)
@@ -426,3 +427,25 @@ def test_unlike_weights_on_the_kernels(monkeypatch):
     assert not program.twins
     expected = toys.run(model, x, decisions)
     assert relative_error(frozen(x, decisions), expected) <= (2e-5 if DEVICE.type == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_taking_a_batch_apart_and_joining_it(layout):
+    indices = [torch.tensor([4, 0]), torch.tensor([1, 2, 3], dtype=torch.int32)]
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+
+    def cubes(x):
+        first, second = part_rows(x, indices)
+        return join_rows([first**3, second * 2], indices)
+
+    expected = torch.where(torch.tensor([1, 0, 0, 0, 1]).bool().reshape(5, 1, 1, 1), x**3, x * 2)
+    assert torch.equal(cubes(x), expected) and cubes(x).stride() == x.stride()
+    assert torch.autograd.gradcheck(cubes, (x,), check_forward_ad=True)
+    assert torch.autograd.gradcheck(lambda x: part_rows(x, indices)[1] * 2, (x,))  # of the others nothing comes
+    (gradient,) = torch.autograd.grad(cubes(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"dynexec.ops.\w+_rows has no second derivative"):
+        gradient.sum().backward()
+    for part in (part_rows, lambda x, indices: split_rows(x, indices[0])):
+        assert torch.autograd.gradcheck(lambda x, part=part: part(x, indices)[0] ** 2, (x,))  # and with no gradient
+    with pytest.raises(ValueError, match=r"rows must have shape \(3, 3, 2, 2\)"):
+        join_rows([x[:2], x[:2]], indices)

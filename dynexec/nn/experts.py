@@ -2,7 +2,6 @@
 
 import torch
 
-from dynexec import ops
 from dynexec.nn.batch_norm import explain_batch_norm, hold_batch_norm, uses_batch_statistics
 from dynexec.nn.residual import (
     DynamicBlock,
@@ -10,7 +9,7 @@ from dynexec.nn.residual import (
     computes_all,
     with_zero_gradients,
 )
-from dynexec.reference import empty_rows
+from dynexec.nn.rows import join_rows, part_rows
 
 
 class ExpertBlock(DynamicBlock):
@@ -54,15 +53,12 @@ class ExpertBlock(DynamicBlock):
 
 def _run_groups(groups, x, args, kwargs):
     """Each group's function on its samples; a module whose group is empty gets zero gradients."""
-    y, idle = None, []
-    for function, module, index in groups:
-        if len(index) == 0:
-            idle.append(module)
-        elif len(index) == len(x):
-            y = function(x, *args, **kwargs)
-        else:
-            rows = function(ops.gather_rows(x, index), *args, **kwargs)
-            y = ops.scatter_rows_(empty_rows(rows, len(x)) if y is None else y, index, rows)
-    if y is None:  # an empty batch
-        y, idle = groups[0][0](x, *args, **kwargs), [groups[1][1]]
-    return with_zero_gradients(y, idle[0]) if idle and torch.is_grad_enabled() else y
+    idle = [module for _, module, index in groups if len(index) == 0]
+    if not idle:
+        indices = [index for _, _, index in groups]
+        parts = part_rows(x, indices)
+        return join_rows([f(rows, *args, **kwargs) for (f, _, _), rows in zip(groups, parts, strict=True)], indices)
+    # Of an empty batch both are, and the first runs.
+    function = next((function for function, _, index in groups if len(index)), groups[0][0])
+    y = function(x, *args, **kwargs)
+    return with_zero_gradients(y, idle[-1]) if torch.is_grad_enabled() else y

@@ -1,8 +1,8 @@
-"""Taking the kept samples out of a batch, and putting back what became of them, with one copy in the backward pass.
+"""Taking samples out of a batch, and putting back what became of them, with one copy in the backward pass.
 
 The two belong together: the gradient of the kept rows is complete where they were taken out, and replaces there what
 came from behind. Two ops of :mod:`dynexec.ops`, each right by itself, must write zeros over those rows, and add two
-gradients of the whole batch.
+gradients of the whole batch. The same holds where a batch is taken apart, and nothing of it is left.
 """
 
 import torch
@@ -34,6 +34,26 @@ def merge_rows(rest, index, rows, shortcut=None, *, relu=False):
     return _Merge.apply(rest, index, rows, None if shortcut is None else shortcut.to(rows.dtype), relu)
 
 
+def part_rows(x, indices):
+    """``[x[index] for index in indices]``, of which every row of ``x`` is in one."""
+    if _backward_only(x):
+        return _Part.apply(x, *indices)
+    return [ops.gather_rows(x, index) for index in indices]
+
+
+def join_rows(parts, indices):
+    """The reverse of :func:`part_rows`, laid out as the first of ``parts``."""
+    first, *others = parts
+    for rows, index in zip(others, indices[1:], strict=True):
+        ops.check_scatter(first, index, rows, False, False)
+    if _backward_only(*parts):
+        return _Join.apply(indices, *parts)
+    y = empty_rows(first, sum(map(len, indices)))
+    for rows, index in zip(parts, indices, strict=True):
+        y = ops.scatter_rows_(y, index, rows)
+    return y
+
+
 def _backward_only(*tensors):
     """Whether an ordinary backward pass may follow: no tangents, and no transform of ``torch.func``."""
     plain = forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
@@ -53,6 +73,8 @@ class _Split(Function):
     @staticmethod
     def backward(ctx, grad_rows, grad_rest):
         (index,) = ctx.saved_tensors
+        if grad_rows is None and grad_rest is None:  # what is behind stops the gradient
+            return None, None
         with torch.no_grad():
             if grad_rows is None:  # no gradient comes through the branch
                 grad_rows = empty_rows(grad_rest, len(index)).zero_()
@@ -80,3 +102,44 @@ class _Merge(Function):
         grad_rows = differentiable_once(grad_rows, grad, "scatter_rows")
         # The rows that split_rows took out are not zeroed in the gradient of the rest: it replaces them.
         return grad, None, grad_rows, grad_rows if ctx.adds else None, None
+
+
+class _Part(Function):
+    @staticmethod
+    def forward(ctx, x, *indices):
+        ctx.save_for_backward(*indices)
+        ctx.set_materialize_grads(False)
+        return tuple(dispatch.gather_rows(x, index) for index in indices)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        indices = ctx.saved_tensors
+        known = next((grad for grad in grads if grad is not None), None)
+        if known is None:
+            return None, *[None] * len(indices)
+        with torch.no_grad():
+            grad_x = empty_rows(known, sum(map(len, indices)))
+            if any(grad is None for grad in grads):
+                grad_x.zero_()
+            _put(grad_x, indices, grads)
+        return differentiable_once(grad_x, known, "gather_rows"), *[None] * len(indices)
+
+
+class _Join(Function):
+    @staticmethod
+    def forward(ctx, indices, *parts):
+        ctx.save_for_backward(*indices)
+        return _put(empty_rows(parts[0], sum(map(len, indices))), indices, parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            grads = [dispatch.gather_rows(grad, index) for index in ctx.saved_tensors]
+        return None, *(differentiable_once(part, grad, "scatter_rows") for part in grads)
+
+
+def _put(y, indices, parts):
+    for index, rows in zip(indices, parts, strict=True):
+        if rows is not None:
+            dispatch.scatter_rows_(y, index, rows, False, False)
+    return y
