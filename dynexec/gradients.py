@@ -15,10 +15,9 @@ def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=Fa
     """The op, entering autograd only where a derivative may be asked for."""
     if needed(destination, rows):
         return _apply(_ScatterRows, destination, index, rows, add, relu, in_place)
-    if in_place:
-        count_write(destination)
-    else:
-        destination = destination.clone()
+    if not in_place:
+        return dispatch.merge_rows(destination, index, rows, add, relu)[0]
+    count_write(destination)
     dispatch.scatter_rows_(destination, index, rows, add, relu)
     return destination
 
@@ -89,7 +88,7 @@ class _ScatterRows(Function):
     @staticmethod
     def forward(destination, index, rows, add, relu, in_place):
         if not in_place:
-            destination = destination.clone()
+            return dispatch.merge_rows(destination, index, rows, add, relu)[0]
         dispatch.scatter_rows_(destination, index, rows, add, relu)
         return destination
 

@@ -3,7 +3,7 @@
 import torch
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-ROWS = [(), (1,), (5,), (0,), (3, 4), (8, 5, 7), (16, 1, 1), (1, 3, 3)]
+ROWS = [(), (1,), (5,), (0,), (4, 0, 2), (3, 4), (8, 5, 7), (16, 1, 1), (1, 3, 3)]
 INDEX = {
     "none": lambda n: [],
     "one": lambda n: [n - 1],

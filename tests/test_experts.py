@@ -449,3 +449,5 @@ def test_taking_a_batch_apart_and_joining_it(layout):
         assert torch.autograd.gradcheck(lambda x, part=part: part(x, indices)[0] ** 2, (x,))  # and with no gradient
     with pytest.raises(ValueError, match=r"rows must have shape \(3, 3, 2, 2\)"):
         join_rows([x[:2], x[:2]], indices)
+    with pytest.raises(ValueError, match=r"rows must have shape \(2, 3, 2, 2\)"):
+        join_rows([x[:1], x[:3]], indices)

@@ -293,7 +293,7 @@ std::tuple<Tensor, Tensor> merge_rows(const Tensor& rest, const Tensor& index, c
   const Tensor contiguous_index = torch::stable::contiguous(index);
   const Index numbers = read_index(contiguous_index);
   numbers.check(rest.size(0));
-  if (!has_dense_rows(rest)) {
+  if (rest.numel() != 0 && !has_dense_rows(rest)) {  // what has no elements is contiguous without being gap-free
     Tensor output = torch::stable::clone(rest);
     auto [merged, passed] = merge_rows(torch::stable::contiguous(rest), index, rows, add, relu);
     torch::stable::copy_(output, merged);

@@ -63,7 +63,8 @@ class FrozenNetwork(nn.Module):
         x, decisions
             As for :meth:`forward`; at least one image.
         rounds : int
-            Four calls each: one as it is and one that is taken down, of these decisions and with everything kept.
+            Four measurements each: of calls as they are and of one that is taken down, of these decisions and with
+            everything kept.
             Of each time the least counts: noise only ever adds.
 
         Returns

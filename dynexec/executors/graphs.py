@@ -98,7 +98,7 @@ class _Graph:
             with suppress(AttributeError, RuntimeError):  # or the allocator goes on as if this was being captured
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             # So does the generator of random numbers, on which every graph relies, until a capture goes well.
-            how = {"stream": torch.cuda.Stream(stream.device), "capture_error_mode": "thread_local"}
+            how = {"stream": take_stream(stream.device), "capture_error_mode": "thread_local"}
             with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), **how):
                 torch.zeros(1, device=stream.device)
             raise

@@ -40,7 +40,7 @@ class FrozenRouted(nn.Module):
         inputs, decisions
             As for :meth:`forward`; at least one sample.
         rounds : int
-            Four calls each: one as it is and one that is taken down, of these decisions and of
+            Four measurements each: of calls as they are and of one that is taken down, of these decisions and of
             :meth:`RoutedNetwork.run_dense`. Of each time the least counts: noise only ever adds.
 
         Returns

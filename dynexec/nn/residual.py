@@ -156,11 +156,15 @@ def _select(block, x, keep, shortcuts, args, kwargs):
         full = block.forward_dense(x.clone() if block.residual_layers() is None else x, *args, **kwargs)
         _check_unwritten(block, x, version)
     if full.shape != shortcut.shape:
-        raise ValueError(
-            f"the {type(block).__name__} of column {block.placement.column} gives {tuple(full.shape)} and its shortcut "
-            f"{tuple(shortcut.shape)}: a block that can be dropped needs equal shapes"
-        )
+        raise _unequal(block, full, shortcut)
     return choose(keep, full, shortcut)
+
+
+def _unequal(block, output, shortcut):
+    return ValueError(
+        f"the {type(block).__name__} of column {block.placement.column} gives {tuple(output.shape)} and its shortcut "
+        f"{tuple(shortcut.shape)}: a block that can be dropped needs equal shapes"
+    )
 
 
 def _version(x):
@@ -205,7 +209,13 @@ def _compact(block, x, index, shortcuts, dense, layers):
     if dense:
         version = _version(x)
         residual = apply_layers(dense, x)
-        _check_unwritten(block, x, version)
+        if shortcut is x or torch._C._is_alias_of(shortcut, x):
+            _check_unwritten(block, x, version)
+        if not layers and residual.shape != shortcut.shape:
+            try:  # the addition may have broadcast it
+                residual = residual.expand_as(shortcut)
+            except RuntimeError:
+                raise _unequal(block, residual, shortcut) from None
     if len(index) == 0 and not meets_other_processes(*dense, *layers):
         return with_zero_gradients(shortcut, block)
     shortcut_rows, rest = split_rows(shortcut, index)

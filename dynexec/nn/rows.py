@@ -5,6 +5,8 @@ came from behind. Two ops of :mod:`dynexec.ops`, each right by itself, must writ
 gradients of the whole batch. The same holds where a batch is taken apart, and nothing of it is left.
 """
 
+from functools import reduce
+
 import torch
 from torch.autograd import Function, forward_ad
 
@@ -43,12 +45,11 @@ def part_rows(x, indices):
 
 def join_rows(parts, indices):
     """The reverse of :func:`part_rows`, laid out as the first of ``parts``."""
-    first, *others = parts
-    for rows, index in zip(others, indices[1:], strict=True):
-        ops.check_scatter(first, index, rows, False, False)
+    for rows, index in zip(parts, indices, strict=True):
+        ops.check_scatter(parts[0], index, rows, False, False)
     if _backward_only(*parts):
         return _Join.apply(indices, *parts)
-    y = empty_rows(first, sum(map(len, indices)))
+    y = empty_rows(parts[0], sum(map(len, indices)))
     for rows, index in zip(parts, indices, strict=True):
         y = ops.scatter_rows_(y, index, rows)
     return y
@@ -79,8 +80,7 @@ class _Split(Function):
             if grad_rows is None:  # no gradient comes through the branch
                 grad_rows = empty_rows(grad_rest, len(index)).zero_()
             if grad_rest is None:
-                grad = empty_rows(grad_rows, ctx.num_samples).zero_()
-                dispatch.scatter_rows_(grad, index, grad_rows, False, False)
+                grad = _put_alone(ctx.num_samples, [index], [grad_rows])
             else:
                 grad, _ = dispatch.merge_rows(grad_rest, index, grad_rows, False, False)
         return differentiable_once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
@@ -118,10 +118,7 @@ class _Part(Function):
         if known is None:
             return None, *[None] * len(indices)
         with torch.no_grad():
-            grad_x = empty_rows(known, sum(map(len, indices)))
-            if any(grad is None for grad in grads):
-                grad_x.zero_()
-            _put(grad_x, indices, grads)
+            grad_x = _put_alone(sum(map(len, indices)), indices, grads)
         return differentiable_once(grad_x, known, "gather_rows"), *[None] * len(indices)
 
 
@@ -129,7 +126,7 @@ class _Join(Function):
     @staticmethod
     def forward(ctx, indices, *parts):
         ctx.save_for_backward(*indices)
-        return _put(empty_rows(parts[0], sum(map(len, indices))), indices, parts)
+        return _put_alone(sum(map(len, indices)), indices, parts)
 
     @staticmethod
     def backward(ctx, grad):
@@ -138,8 +135,21 @@ class _Join(Function):
         return None, *(differentiable_once(part, grad, "scatter_rows") for part in grads)
 
 
-def _put(y, indices, parts):
-    for index, rows in zip(indices, parts, strict=True):
-        if rows is not None:
-            dispatch.scatter_rows_(y, index, rows, False, False)
+def _is_batch(x):
+    """Whether a tensor stands for one dimension more than it shows: ``torch.vmap``, or ``is_grads_batched``."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def _put_alone(num_samples, indices, parts):
+    """Rows at their places, and zeros elsewhere; of parts that are None, too."""
+    known = [(index, rows) for index, rows in zip(indices, parts, strict=True) if rows is not None]
+    some = known[0][1]
+    if _is_batch(some):  # of gradients: there is no rule for what writes in place
+        y = some.new_zeros(num_samples, *some.shape[1:])
+        return reduce(lambda y, part: y.index_copy(0, part[0].long(), part[1]), known, y)
+    y = empty_rows(some, num_samples)
+    if sum(len(index) for index, _ in known) < num_samples:
+        y.zero_()
+    for index, rows in known:
+        dispatch.scatter_rows_(y, index, rows, False, False)
     return y
