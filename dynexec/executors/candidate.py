@@ -77,7 +77,7 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
 
 
 def _can_switch(fast, accepted, refused):
-    """Whether there are nodes that choose, and a reason to: the bodies run, and the static network is another one."""
+    """Whether there are nodes that choose among bodies that run."""
     return (
         fast.graphs is not None
         and conditional_missing() is None

@@ -80,7 +80,7 @@ class _Split(Function):
             if grad_rows is None:  # no gradient comes through the branch
                 grad_rows = empty_rows(grad_rest, len(index)).zero_()
             if grad_rest is None:
-                grad = _put_alone(ctx.num_samples, [index], [grad_rows])
+                grad = _place_rows(ctx.num_samples, [index], [grad_rows])
             else:
                 grad, _ = dispatch.merge_rows(grad_rest, index, grad_rows, False, False)
         return differentiable_once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
@@ -118,7 +118,7 @@ class _Part(Function):
         if known is None:
             return None, *[None] * len(indices)
         with torch.no_grad():
-            grad_x = _put_alone(sum(map(len, indices)), indices, grads)
+            grad_x = _place_rows(sum(map(len, indices)), indices, grads)
         return differentiable_once(grad_x, known, "gather_rows"), *[None] * len(indices)
 
 
@@ -126,7 +126,7 @@ class _Join(Function):
     @staticmethod
     def forward(ctx, indices, *parts):
         ctx.save_for_backward(*indices)
-        return _put_alone(sum(map(len, indices)), indices, parts)
+        return _place_rows(sum(map(len, indices)), indices, parts)
 
     @staticmethod
     def backward(ctx, grad):
@@ -140,7 +140,7 @@ def _is_batch(x):
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def _put_alone(num_samples, indices, parts):
+def _place_rows(num_samples, indices, parts):
     """Rows at their places, and zeros elsewhere; of parts that are None, too."""
     known = [(index, rows) for index, rows in zip(indices, parts, strict=True) if rows is not None]
     some = known[0][1]

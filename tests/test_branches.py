@@ -1,0 +1,113 @@
+"""Branches in training: gradients in batches, shapes that the addition broadcasts or cannot add, layers in place."""
+
+import re
+
+import pytest
+import torch
+import toys
+from test_batch_norm import Own
+from test_training import assert_same, gradients, inside
+from torch import nn
+
+import dynexec
+from dynexec.nn import assign_columns
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("batch_norm", ["all", "frozen"])
+def test_gradients_in_batches_and_jacobians(batch_norm):
+    model = nn.Sequential(Own(), Own(shortcut=nn.Conv2d(4, 4, 1).double())).double()
+    num_blocks = assign_columns(model, batch_norm=batch_norm)
+    x = torch.randn(4, 4, 3, 3, dtype=torch.float64)
+    decisions = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]]).bool()
+    assert decisions.shape[1] == num_blocks
+    model.train()
+    found = {}
+    for mode, given in (("exact", decisions), ("soft", decisions.double())):
+        model.requires_grad_(False)
+
+        def run(x, mode=mode, given=given):
+            with dynexec.decide(given, mode=mode):
+                return model(x)
+
+        given_x = x.clone().requires_grad_()
+        y = run(given_x)
+        several = torch.eye(y.numel(), dtype=y.dtype)[:7].reshape(7, *y.shape)
+        found[mode] = [torch.autograd.grad(y, given_x, several, is_grads_batched=True)[0]]
+        if batch_norm == "frozen":  # running statistics cannot be written inside of a transform
+            found[mode] += [
+                torch.func.jacrev(lambda x: run(x).sum(0))(x),
+                torch.func.jacfwd(lambda scale: run(x * scale).sum(0))(torch.ones((), dtype=x.dtype)),
+            ]
+    for actual, expected in zip(found["exact"], found["soft"], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+class Context(nn.Module):
+    """Adds one value per channel, of all pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn(self.conv(nn.functional.adaptive_avg_pool2d(x, 1))))
+
+
+@pytest.mark.parametrize("batch_norm", ["all", "frozen"])
+def test_a_branch_that_the_addition_broadcasts(batch_norm):
+    model = nn.Sequential(toys.finish(Context())).double()
+    dynexec.convert(model, match=Context, batch_norm=batch_norm)
+    model.train()
+    x = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    for kept in ([], [2], [0, 1, 3], range(5)):
+        decisions = torch.zeros(5, 1, dtype=torch.bool)
+        decisions[list(kept)] = True
+        expected = gradients(model, x, inside(model, decisions.double(), "soft"))
+        assert_same(gradients(model, x, inside(model, decisions)), expected)
+
+
+class Reshaped(Own):
+    """A branch of another shape than its shortcut."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.reshape = reshape
+
+    def residual_layers(self):
+        return [self.conv1, self.reshape, self.bn1]
+
+
+@pytest.mark.parametrize(
+    "reshape, shape",
+    [
+        (lambda x: torch.cat([x, x]), "(8, 4, 5, 5)"),
+        (lambda x: x[:2], "(2, 4, 5, 5)"),
+        (lambda x: x[:, :, 1:], "(4, 4, 4, 5)"),
+    ],
+)
+def test_a_branch_of_another_shape_is_refused(reshape, shape):
+    block = Reshaped(reshape)
+    assign_columns(block)
+    block.train()
+    decisions = torch.tensor([[True], [False], [True], [False]])
+    message = f"the Reshaped of column 0 gives {shape} and its shortcut (4, 4, 5, 5): a block that can be dropped needs"
+    with pytest.raises(ValueError, match=re.escape(message)), dynexec.decide(decisions):
+        block(torch.randn(4, 4, 5, 5))
+
+
+def test_a_first_layer_in_place_beside_a_projection():
+    """The projection has read the input by then, where no gradient needs it again."""
+
+    class First(Own):
+        def residual_layers(self):
+            return [nn.ReLU(inplace=True), self.conv1, self.bn1]
+
+    block = First(shortcut=nn.Conv2d(4, 4, 1)).requires_grad_(False)
+    assign_columns(block)
+    block.train()
+    x, decisions = torch.randn(4, 4, 5, 5), torch.tensor([[True], [False], [True], [False]])
+    with dynexec.decide(decisions):
+        actual = block(x.clone())
+    with dynexec.decide(decisions, mode="capacity"):
+        torch.testing.assert_close(actual, block(x.clone()))
