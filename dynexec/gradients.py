@@ -15,9 +15,12 @@ def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=Fa
     """The op, entering autograd only where a derivative may be asked for."""
     if needed(destination, rows):
         return _apply(_ScatterRows, destination, index, rows, add, relu, in_place)
-    if not in_place:
+    if in_place:
+        count_write(destination)
+    elif not relu:
         return dispatch.merge_rows(destination, index, rows, add, relu)[0]
-    count_write(destination)
+    else:  # without the mask, which nobody would read
+        destination = destination.clone()
     dispatch.scatter_rows_(destination, index, rows, add, relu)
     return destination
 
