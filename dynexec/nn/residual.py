@@ -211,19 +211,27 @@ def _compact(block, x, index, shortcuts, dense, layers):
         residual = apply_layers(dense, x)
         if shortcut is x or torch._C._is_alias_of(shortcut, x):
             _check_unwritten(block, x, version)
-        if not layers and residual.shape != shortcut.shape:
-            try:  # the addition may have broadcast it
-                residual = residual.expand_as(shortcut)
-            except RuntimeError:
-                raise _unequal(block, residual, shortcut) from None
+        if not layers:
+            residual = _broadcast(block, residual, shortcut)
     if len(index) == 0 and not meets_other_processes(*dense, *layers):
         return with_zero_gradients(shortcut, block)
     shortcut_rows, rest = split_rows(shortcut, index)
     rows = shortcut_rows if residual is shortcut else split_rows(residual, index)[0]
-    rows, activation = apply_layers(layers, rows), block.activation_layer()
+    rows = _broadcast(block, apply_layers(layers, rows), shortcut_rows)
+    activation = block.activation_layer()
     if activation is None or _is_plain_relu(activation):
         return merge_rows(rest, index, rows, shortcut_rows, relu=activation is not None)
     return merge_rows(rest, index, activation(rows + shortcut_rows))
+
+
+def _broadcast(block, output, shortcut):
+    """What a branch gives, as the addition broadcasts it."""
+    if output.shape == shortcut.shape:
+        return output
+    try:
+        return output.expand_as(shortcut)
+    except RuntimeError:
+        raise _unequal(block, output, shortcut) from None
 
 
 def _compact_whole(block, x, index, args, kwargs):
@@ -231,7 +239,10 @@ def _compact_whole(block, x, index, args, kwargs):
     if len(index) == 0 and not meets_other_processes(block):
         return with_zero_gradients(x, block)
     rows, rest = split_rows(x, index)
-    return merge_rows(rest, index, block.forward_dense(rows, *args, **kwargs))
+    output = block.forward_dense(rows, *args, **kwargs)
+    if output.shape != rows.shape:
+        raise _unequal(block, output, rows)
+    return merge_rows(rest, index, output)
 
 
 def _finish(block, total):
