@@ -1,4 +1,7 @@
-"""Derivatives of the row ops, as ``autograd.Function`` outside them: gradients, and tangents of forward mode."""
+"""Derivatives of the row ops, as ``autograd.Function`` outside them: gradients, and tangents of forward mode.
+
+The derivatives are made of the ops themselves, and so have derivatives.
+"""
 
 import torch
 from torch.autograd import Function, forward_ad
@@ -26,8 +29,10 @@ def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=Fa
 
 
 def needed(*tensors):
-    """Whether to go through autograd: some tensor requires grad, or may have a tangent of forward mode."""
-    return _in_forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    """Whether to go through autograd: some tensor requires grad, or may do so, or have a tangent, in a transform."""
+    if _in_forward_mode() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def count_write(x):
@@ -39,15 +44,10 @@ def count_write(x):
 
 def gather_gradient(grad, index, passed):
     """Rows of ``grad``, zero where a ReLU did not pass; ``passed`` is None where there was no ReLU."""
-    if passed is not None and not _in_forward_mode():
+    if passed is not None and not needed(grad):
         return dispatch.gather_passed(grad, index, passed)
     rows = gather_rows(grad, index)
     return rows if passed is None else rows.masked_fill(~passed, 0)
-
-
-def differentiable_once(result, grad, name):
-    """``result``, computed from ``grad`` without a graph; differentiating it is an error that says ``name``."""
-    return _apply(_FirstDerivative, result, grad, name) if torch.is_grad_enabled() else result
 
 
 def nested_tangents():
@@ -72,9 +72,7 @@ class _GatherRows(Function):
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        with torch.no_grad():
-            grad_x = reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad)
-        return differentiable_once(grad_x, grad, "gather_rows"), None
+        return reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad), None
 
 
 class _GatherRowsForwardMode(_GatherRows):
@@ -108,16 +106,9 @@ class _ScatterRows(Function):
     @staticmethod
     def backward(ctx, grad):
         index, passed = ctx.saved_tensors
-        with torch.no_grad():
-            grad_rows = gather_gradient(grad, index, passed)
-            grad_destination = grad
-            if ctx.needs_input_grad[0] and (passed is not None or not ctx.add):
-                through = grad_rows if ctx.add else torch.zeros_like(grad_rows)
-                grad_destination = scatter_rows(grad, index, through)
-        grad_destination = (
-            differentiable_once(grad_destination, grad, "scatter_rows") if ctx.needs_input_grad[0] else None
-        )
-        grad_rows = differentiable_once(grad_rows, grad, "scatter_rows") if ctx.needs_input_grad[2] else None
+        grad_rows, grad_destination = gather_gradient(grad, index, passed), grad
+        if ctx.needs_input_grad[0] and (passed is not None or not ctx.add):
+            grad_destination = scatter_rows(grad, index, grad_rows if ctx.add else torch.zeros_like(grad_rows))
         return grad_destination, None, grad_rows, None, None, None
 
 
@@ -133,37 +124,8 @@ class _ScatterRowsForwardMode(_ScatterRows):
             return scatter_rows(destination, index, rows, in_place=ctx.in_place)
 
 
-class _FirstDerivative(Function):
-    """Identity on a gradient made without a graph: differentiating it is an error, not a silent zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(result, grad, name):
-        return result.view_as(result)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.name = inputs[2]
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(f"dynexec.ops.{ctx.name} has no second derivative: its gradient can't be differentiated")
-
-
-class _FirstDerivativeForwardMode(_FirstDerivative):
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        with nested_tangents():
-            return tangent.view_as(tangent)
-
-
 # Apart, because torch.compile refuses a Function that has a jvp, even where nothing asks for it.
-_FORWARD_MODE = {
-    _GatherRows: _GatherRowsForwardMode,
-    _ScatterRows: _ScatterRowsForwardMode,
-    _FirstDerivative: _FirstDerivativeForwardMode,
-}
+_FORWARD_MODE = {_GatherRows: _GatherRowsForwardMode, _ScatterRows: _ScatterRowsForwardMode}
 
 
 def _in_forward_mode():

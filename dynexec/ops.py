@@ -38,13 +38,16 @@ def gather_rows(x, index, *, out=None):
 
     Notes
     -----
-    Equivalent to ``x[index]``. It has tangents (forward mode) and a gradient, of which only tangents can be taken.
+    Equivalent to ``x[index]``. It has derivatives of any order, in reverse and in forward mode.
     """
     _check_rows(x, "x", index)
     if out is None:
         return gradients.gather_rows(x, index)
     if gradients.needed(x):
-        raise ValueError("out must be None where a derivative is needed: x requires grad, or forward mode is on")
+        raise ValueError(
+            "out must be None where a derivative may be needed: x requires grad, or forward mode or a transform of "
+            "torch.func is on"
+        )
     _check_match(out, "out", x, "x", index)
     _check_writable(out, "out")
     dispatch.gather_rows_out(x, index, out)

@@ -10,8 +10,9 @@ from dynexec import dispatch, ops, reference
 
 
 def gradcheck(function, inputs):
-    """Both modes of differentiation, against finite differences."""
-    return torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    """Both modes of differentiation and second derivatives, against finite differences."""
+    first = torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    return first and torch.autograd.gradgradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -72,20 +73,6 @@ def test_nan_in_dropped_rows_reaches_no_gradient():
     assert torch.equal(x.grad, torch.tensor([[0.0] * 3, [2.0] * 3, [0.0] * 3, [0.0] * 3]))
 
 
-def test_second_derivative_is_refused():
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    for name, y in (
-        ("gather_rows", ops.gather_rows(x, TWO)),
-        ("scatter_rows", ops.scatter_rows(x, TWO, rows, relu=True)),
-    ):
-        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=f"dynexec.ops.{name} has no second derivative"):
-            gradient.sum().backward()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.gradgradcheck(lambda x: ops.gather_rows(x, TWO), (x,))
-
-
 def scatter_cubes(gather, scatter):
     """A function of one tensor that uses both ops, and whose derivative of a derivative is not zero."""
     return lambda x: scatter(x, TWO, gather(x, TWO) ** 3, True, True).pow(2).sum()
@@ -112,8 +99,28 @@ def test_transforms_of_torch_func(ours):
     for actual, expected in ((ours, THEIRS), (torch.func.grad(ours), torch.func.grad(THEIRS))):  # forward over reverse
         torch.testing.assert_close(tangents(actual, x), tangents(expected, x))
         torch.testing.assert_close(nested(actual), nested(expected))
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        torch.func.grad(lambda x: torch.func.grad(ours)(x).sum())(x)
+
+    def reverse_over_reverse(function):
+        return torch.func.grad(lambda x: (torch.func.grad(function)(x) * v).sum())(x)
+
+    torch.testing.assert_close(reverse_over_reverse(ours), reverse_over_reverse(THEIRS))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))])
+def test_hessians(transform):
+    """Of the op that copies: nothing that writes in place can be batched."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(transform(OURS)(x), transform(THEIRS)(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_inside_of_a_derivative():
+    """Which hides that a gradient is asked for."""
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    ours, theirs = (lambda x, one=one: torch.vmap(one)(x) for one in (OURS, THEIRS))
+    torch.testing.assert_close(torch.func.jacrev(ours)(x), torch.func.jacrev(theirs)(x))
+    torch.testing.assert_close(*(torch.autograd.grad(function(x).sum(), x) for function in (ours, theirs)))
 
 
 def test_tangents_of_dual_tensors():
@@ -134,7 +141,7 @@ def test_tangents_of_dual_tensors():
         placed = torch.zeros(5, 3).index_copy(0, TWO, v[:2])
         for tangent, expected in zip(tangents, (v[TWO], rest, placed, placed, v), strict=True):
             assert torch.equal(tangent, expected)
-        with pytest.raises(ValueError, match="out must be None where a derivative is needed: .*forward mode is on"):
+        with pytest.raises(ValueError, match="out must be None where a derivative may be needed: .*forward mode"):
             ops.gather_rows(dual, TWO, out=torch.zeros(2, 3))
         numbers = ops.scatter_rows_(torch.zeros(5, 3, dtype=torch.int64), TWO, torch.ones(2, 3, dtype=torch.int64))
         assert numbers.sum() == 6  # no tangent at all
@@ -155,7 +162,7 @@ def test_a_write_is_seen_by_autograd():
     leaf = torch.zeros(6, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="leaf Variable"):
         ops.scatter_rows_(leaf, TWO, R)
-    with pytest.raises(ValueError, match="out must be None where a derivative is needed"):
+    with pytest.raises(ValueError, match="out must be None where a derivative may be needed"):
         ops.gather_rows(leaf, TWO, out=torch.zeros(2, 3))
     with torch.inference_mode():
         ops.scatter_rows_(torch.zeros(6, 3), TWO, torch.ones(2, 3))

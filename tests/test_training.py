@@ -220,13 +220,29 @@ def test_frozen_layers_get_no_gradient():
                 torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_second_derivatives_are_refused():
-    model, _, num_blocks = converted(dtype=torch.float64)
-    x = toys.images(3, size=9).double().requires_grad_()
-    loss = inside(model, torch.tensor([[True], [False], [True]]).expand(-1, num_blocks))(x).square().sum()
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        gradient.square().sum().backward()
+@pytest.mark.parametrize("batch_norm", ["all", "kept", "frozen"])
+@pytest.mark.parametrize("style", toys.STYLES)
+def test_a_gradient_penalty_has_the_gradients_of_the_naive_loop(style, batch_norm):
+    """Second derivatives, of which BatchNorm in training has some of its own."""
+    model, twin = (toys.STYLES[style]().double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    num_blocks = dynexec.convert(model, batch_norm=batch_norm).num_blocks
+    dynexec.convert(twin, batch_norm="all" if batch_norm == "kept" else batch_norm)
+    if batch_norm != "kept":
+        model.train(), twin.train()
+    x = toys.images(4, size=9).double()
+
+    def penalize(model, decisions, mode):
+        given = x.clone().requires_grad_()
+        loss = inside(model, decisions, mode)(given).square().sum()
+        (gradient,) = torch.autograd.grad(loss, given, create_graph=True)
+        model.zero_grad()
+        (loss + gradient.square().sum()).backward()
+        return {"input": given.grad} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for _, decisions in decision_patterns(4, num_blocks):
+        expected = penalize(twin, decisions.double(), "soft")
+        assert_same(penalize(model, decisions, "exact"), expected)
 
 
 @pytest.mark.parametrize("style", toys.STYLES)

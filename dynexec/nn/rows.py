@@ -11,7 +11,7 @@ import torch
 from torch.autograd import Function, forward_ad
 
 from dynexec import dispatch, ops
-from dynexec.gradients import differentiable_once, gather_gradient, needed
+from dynexec.gradients import gather_gradient, gather_rows, needed, scatter_rows
 from dynexec.reference import empty_rows
 
 
@@ -76,14 +76,11 @@ class _Split(Function):
         (index,) = ctx.saved_tensors
         if grad_rows is None and grad_rest is None:  # what is behind stops the gradient
             return None, None
-        with torch.no_grad():
-            if grad_rows is None:  # no gradient comes through the branch
-                grad_rows = empty_rows(grad_rest, len(index)).zero_()
-            if grad_rest is None:
-                grad = _place_rows(ctx.num_samples, [index], [grad_rows])
-            else:
-                grad, _ = dispatch.merge_rows(grad_rest, index, grad_rows, False, False)
-        return differentiable_once(grad, grad_rows if grad_rest is None else grad_rest, "gather_rows"), None
+        if grad_rows is None:  # no gradient comes through the branch
+            grad_rows = empty_rows(grad_rest, len(index)).zero_()
+        if grad_rest is None:
+            return _place_rows(ctx.num_samples, [index], [grad_rows]), None
+        return scatter_rows(grad_rest, index, grad_rows), None
 
 
 class _Merge(Function):
@@ -97,9 +94,7 @@ class _Merge(Function):
     @staticmethod
     def backward(ctx, grad):
         index, passed = ctx.saved_tensors
-        with torch.no_grad():
-            grad_rows = gather_gradient(grad, index, passed)
-        grad_rows = differentiable_once(grad_rows, grad, "scatter_rows")
+        grad_rows = gather_gradient(grad, index, passed)
         # The rows that split_rows took out are not zeroed in the gradient of the rest: it replaces them.
         return grad, None, grad_rows, grad_rows if ctx.adds else None, None
 
@@ -114,12 +109,9 @@ class _Part(Function):
     @staticmethod
     def backward(ctx, *grads):
         indices = ctx.saved_tensors
-        known = next((grad for grad in grads if grad is not None), None)
-        if known is None:
-            return None, *[None] * len(indices)
-        with torch.no_grad():
-            grad_x = _place_rows(sum(map(len, indices)), indices, grads)
-        return differentiable_once(grad_x, known, "gather_rows"), *[None] * len(indices)
+        nothing = all(grad is None for grad in grads)
+        grad_x = None if nothing else _place_rows(sum(map(len, indices)), indices, grads)
+        return grad_x, *[None] * len(indices)
 
 
 class _Join(Function):
@@ -130,9 +122,7 @@ class _Join(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        with torch.no_grad():
-            grads = [dispatch.gather_rows(grad, index) for index in ctx.saved_tensors]
-        return None, *(differentiable_once(part, grad, "scatter_rows") for part in grads)
+        return None, *(gather_rows(grad, index) for index in ctx.saved_tensors)
 
 
 def _is_batch(x):
@@ -144,7 +134,8 @@ def _place_rows(num_samples, indices, parts):
     """Rows at their places, and zeros elsewhere; of parts that are None, too."""
     known = [(index, rows) for index, rows in zip(indices, parts, strict=True) if rows is not None]
     some = known[0][1]
-    if _is_batch(some):  # of gradients: there is no rule for what writes in place
+    # Gradients in batches have no rule for what writes in place, and gradients of gradients need a graph.
+    if _is_batch(some) or needed(*(rows for _, rows in known)):
         y = some.new_zeros(num_samples, *some.shape[1:])
         return reduce(lambda y, part: y.index_copy(0, part[0].long(), part[1]), known, y)
     y = empty_rows(some, num_samples)
