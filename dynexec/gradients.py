@@ -11,11 +11,16 @@ from dynexec import dispatch, reference
 
 def gather_rows(x, index):
     """The op, entering autograd only where a derivative may be asked for."""
+    if _hides_gradient(x):
+        return x.index_select(0, index)
     return _apply(_GatherRows, x, index) if needed(x) else dispatch.gather_rows(x, index)
 
 
 def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=False):
     """The op, entering autograd only where a derivative may be asked for."""
+    if not in_place and _hides_gradient(destination, rows):
+        rows = rows + destination.index_select(0, index) if add else rows
+        return destination.index_copy(0, index.long(), torch.relu(rows) if relu else rows)
     if needed(destination, rows):
         return _apply(_ScatterRows, destination, index, rows, add, relu, in_place)
     if in_place:
@@ -35,6 +40,13 @@ def needed(*tensors):
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def _hides_gradient(*tensors):
+    """Whether these are gradients in batches, and gradients of them may be asked for: only torch's own ops know how."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+
+
 def count_write(x):
     """Tell autograd that ``x`` was written."""
     # Library ops don't, and autograd relies on it to notice that a tensor it saved was overwritten.
@@ -44,7 +56,7 @@ def count_write(x):
 
 def gather_gradient(grad, index, passed):
     """Rows of ``grad``, zero where a ReLU did not pass; ``passed`` is None where there was no ReLU."""
-    if passed is not None and not needed(grad):
+    if passed is not None and not (needed(grad) or _hides_gradient(grad)):
         return dispatch.gather_passed(grad, index, passed)
     rows = gather_rows(grad, index)
     return rows if passed is None else rows.masked_fill(~passed, 0)
@@ -72,6 +84,8 @@ class _GatherRows(Function):
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
+        if _hides_gradient(grad):
+            return grad.new_zeros(ctx.num_samples, *grad.shape[1:]).index_add(0, index, grad), None
         return reference.empty_rows(grad, ctx.num_samples).zero_().index_add_(0, index, grad), None
 
 

@@ -123,6 +123,17 @@ def test_vmap_inside_of_a_derivative():
     torch.testing.assert_close(*(torch.autograd.grad(function(x).sum(), x) for function in (ours, theirs)))
 
 
+@pytest.mark.parametrize("ours", [OURS, IN_PLACE], ids=["copy", "in place"])
+def test_gradients_of_gradients_in_batches(ours):
+    """These hide that a gradient is asked for, too."""
+    x, found = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), []
+    for function in (ours, THEIRS):
+        y = function(x) * torch.arange(1.0, 3.0, dtype=x.dtype)
+        (rows,) = torch.autograd.grad(y, x, torch.eye(2, dtype=x.dtype), is_grads_batched=True, create_graph=True)
+        found.append([rows, *torch.autograd.grad(rows.square().sum(), x)])
+    torch.testing.assert_close(*found)
+
+
 def test_tangents_of_dual_tensors():
     x, v = torch.randn(5, 3), torch.randn(5, 3)
     with forward_ad.dual_level():
