@@ -94,6 +94,49 @@ class ReluInPlaceBehindIdentityProjection(ReluInPlaceBehindIdentity):
         return self.body(self.relu(self.norm(x))) + self.project(x)
 
 
+class ReluInPlaceUnassigned(nn.Module):
+    """What the ReLU gives is not taken: its input goes on, overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn, self.relu, self.conv2 = conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), conv()
+        self.shortcut = nn.Identity()
+
+    def forward(self, x):
+        y = self.bn(self.conv1(x))
+        self.relu(y)
+        return self.conv2(y) + self.shortcut(x)
+
+
+class AddsInPlaceToTwoNames(ReluInPlaceUnassigned):
+    """One tensor under two names, of which the other goes on."""
+
+    def forward(self, x):
+        y = z = self.bn(self.conv1(x))
+        y += 1
+        y *= y
+        return self.conv2(z) + self.shortcut(x)
+
+
+class ReluInPlaceUnassignedProjection(ReluInPlaceUnassigned):
+    def __init__(self):
+        super().__init__()
+        self.shortcut = nn.Conv2d(4, 4, 1)
+
+
+class AddsInPlaceToTwoNamesProjection(AddsInPlaceToTwoNames):
+    def __init__(self):
+        super().__init__()
+        self.shortcut = nn.Conv2d(4, 4, 1)
+
+
+class ActivationUnassigned(ReluInPlaceUnassigned):
+    def forward(self, x):
+        y = self.conv2(self.bn(self.conv1(x))) + self.shortcut(x)
+        torch.tanh_(y)
+        return y
+
+
 class ResidualSequential(nn.Sequential):
     """A container with a forward of its own."""
 

@@ -87,6 +87,9 @@ def test_argument_errors():
         odd_blocks.ReluInPlaceFirst,
         odd_blocks.ReluInPlaceBehindIdentity,
         odd_blocks.ReluInPlaceOfAView,
+        odd_blocks.ReluInPlaceUnassigned,
+        odd_blocks.AddsInPlaceToTwoNames,
+        odd_blocks.ActivationUnassigned,
         odd_blocks.ResidualSequential,
         odd_blocks.EmptyShortcut,
         odd_blocks.SquareBranch,
@@ -114,6 +117,23 @@ def test_odd_blocks_with_an_identity_shortcut(kind, mode):
 
 
 @pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize(
+    "kind",
+    [odd_blocks.ReluInPlaceUnassigned, odd_blocks.AddsInPlaceToTwoNames, odd_blocks.ActivationUnassigned],
+)
+def test_what_is_overwritten_unseen_is_in_training_too(kind, mode):
+    """Where a block is taken apart at its BatchNorm."""
+    model = shallow(kind()).train()
+    reference = copy.deepcopy(model)
+    dynexec.convert(model)
+    x, keep = torch.randn(4, 3, 5, 5), HALF[:, :1]
+    h = reference[0](x)
+    expected = torch.where(keep[:, :, None, None], reference[1](h.clone()), h)
+    with dynexec.decide(keep, mode=mode):
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
 def test_functional_projection(mode):
     model = toys.finish(shallow(odd_blocks.PooledProjection()))
     reference = copy.deepcopy(model)
@@ -134,6 +154,8 @@ def test_functional_projection(mode):
         (odd_blocks.Squares, "a branch is not a plain sequence of layers"),
         (odd_blocks.ReluInPlaceProjection, "an in-place layer overwrites its input"),
         (odd_blocks.ReluInPlaceBehindIdentityProjection, "an in-place layer overwrites its input"),
+        (odd_blocks.ReluInPlaceUnassignedProjection, "it ignores what a call gives, which may write in place"),
+        (odd_blocks.AddsInPlaceToTwoNamesProjection, "it ignores what a call gives, which may write in place"),
         (odd_blocks.ProjectsWithDropout, "its forward differs between training and evaluation"),
         (odd_blocks.TakenName, "it has an attribute 'placement', a name that dynexec needs"),
         (odd_blocks.TakenMethod, "it has an attribute 'residual_layers', a name that dynexec needs"),

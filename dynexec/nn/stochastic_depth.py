@@ -126,7 +126,7 @@ def _training_graph(block):
         if not buffer.is_inference()
     }
     try:
-        graph = _Tracer(block).trace(OneInput(block))
+        graph = BlockTracer(block).trace(OneInput(block))
     except Exception as error:  # tracing runs the block's own Python on stand-ins: anything may be raised
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotABlock(f"its forward cannot be traced ({reason})") from error
@@ -147,30 +147,6 @@ def _training_graph(block):
     if any(node.op == "get_attr" and not node.target.startswith("block.") for node in graph.nodes):
         raise NotABlock("its forward makes a tensor, which would be the same whenever what is run instead needs it")
     return graph
-
-
-class _Tracer(BlockTracer):
-    """Records operators in place as such, where others see ``x = x + y`` for ``x += y``."""
-
-    def proxy(self, node):
-        return _Proxy(node, self)
-
-
-class _Proxy(fx.Proxy):
-    def __iadd__(self, other):
-        return self._record(operator.iadd, other)
-
-    def __isub__(self, other):
-        return self._record(operator.isub, other)
-
-    def __imul__(self, other):
-        return self._record(operator.imul, other)
-
-    def __itruediv__(self, other):
-        return self._record(operator.itruediv, other)
-
-    def _record(self, target, other):
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
 
 
 def _add_input(graph):

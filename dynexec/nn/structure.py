@@ -32,6 +32,10 @@ _HAND_ON = (
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "to", "permute", "transpose", "dropout", "dropout2d"}
 
 
+# What has no effect but its result.
+_ASKS = {"getattr", "getitem", "size", "dim", "numel", "len", "eq", "ne", "lt", "le", "gt", "ge", "_assert"}
+
+
 class Adapter:
     """Says how blocks of a type split; subclass it for a block that cannot be read from its trace.
 
@@ -186,6 +190,28 @@ class BlockTracer(Tracer):
     def is_leaf_module(self, module, name):
         return module is not self.block
 
+    def proxy(self, node):
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    """Records ``y += 1`` as what writes in place; fx takes it for ``y = y + 1``."""
+
+    def __iadd__(self, other):
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other):
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other):
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other):
+        return self._record(operator.itruediv, other)
+
+    def _record(self, target, other):
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
 
 def _trace(block):
     try:
@@ -204,16 +230,19 @@ def _split(block, graph):
     if not (isinstance(node, fx.Node) and is_addition(node)):
         raise NoSkip("no skip connection: its output is not residual(x) + shortcut(x), activated or not")
     first, second = (_branch(block, operand, x) for operand in node.args)
-    overwritten = any(overwrites(block, user, x) for user in x.users)
+    overwritten = any(overwrites(block, user, x) for user in x.users if user is not node)
+    unseen = _writes_unseen(graph)
     if () in (first, second):
         residual = second if first == () else first
         if residual == ():
             raise NotABlock("both operands of its addition are its input")
-        return TracedAdapter(type(block), None if overwritten else residual, (), activation)
+        return TracedAdapter(type(block), None if overwritten or unseen else residual, (), activation)
     if first is None or second is None:
         raise NotABlock("its shortcut is not the identity, and a branch is not a plain sequence of layers")
     if overwritten:
         raise NotABlock("its shortcut is not the identity, and an in-place layer overwrites its input")
+    if unseen:
+        raise NotABlock("its shortcut is not the identity, and it ignores what a call gives, which may write in place")
     if first[0] == second[0]:
         raise NotABlock("its residual branch and its shortcut share their first layer")
     counts = [sum(_convolutions(block, step) for step in branch) for branch in (first, second)]
@@ -284,6 +313,21 @@ def overwrites(block, node, x):
         if name not in _VIEWS:
             return False
     return any(overwrites(block, user, node) for user in node.users)
+
+
+def _writes_unseen(graph):
+    """Whether something is called whose result leads nowhere, as ``self.relu(y)`` in place where ``y`` goes on."""
+    leads_on = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in leads_on:
+            leads_on.update(node.all_input_nodes)
+        elif node.op == "call_module":
+            return True
+        elif node.op in ("call_function", "call_method"):
+            name = node.target if node.op == "call_method" else node.target.__name__
+            if name not in _ASKS:
+                return True
+    return False
 
 
 def _layers(module):
