@@ -146,7 +146,7 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
     ``fine_tune`` comes before ``DistributedDataParallel``.
     """
     _check_model(model)
-    check_batch_norm(batch_norm)
+    check_batch_norm(batch_norm, {})
     if not isinstance(stochastic_depth, bool):
         raise TypeError(f"stochastic_depth must be True or False, got {stochastic_depth!r}")
     if fine_tune not in (None, *FROZEN):
@@ -172,6 +172,7 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
         raise ValueError("\n".join([f"model has no residual block{wanted} to convert", *_reason_lines(skipped)]))
     modules = dict(model.named_modules())
     columns = [name for name in modules if name in found]
+    check_batch_norm(batch_norm, {name: modules[name] for name in columns})
     if fine_tune is not None:
         for name, second in {name: second_weights(modules[name], fine_tune) for name in columns}.items():
             add_expert(modules[name], second, fine_tune)

@@ -10,7 +10,7 @@ def replacing(path, mode="w", partial=None):
     """Open a file that takes the place of ``path`` at the end of the ``with`` statement.
 
     Whenever this is interrupted, the old file or the new one is there, whole; after an exception inside, the old one,
-    and nothing beside it.
+    and nothing beside it. A device or a pipe, as ``/dev/stdout``, is written to.
 
     Parameters
     ----------
@@ -21,6 +21,10 @@ def replacing(path, mode="w", partial=None):
         The file that is written meanwhile, in the same folder. Default: one of a new name, since several processes may
         write at once. One that always has the same name is what a killed process leaves behind at most once.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode) as file:
+            yield file
+        return
     target = os.path.realpath(path)
     partial = f"{target}.{uuid.uuid4().hex}.part" if partial is None else partial
     try:

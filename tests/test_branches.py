@@ -116,3 +116,16 @@ def test_a_first_layer_in_place_beside_a_projection():
         actual = block(x.clone())
     with dynexec.decide(decisions, mode="capacity"):
         torch.testing.assert_close(actual, block(x.clone()))
+
+
+def test_what_has_no_running_statistics_cannot_be_frozen():
+    class Own(toys.BasicBlock):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.bn2 = nn.BatchNorm2d(4, track_running_stats=False)
+
+    model = nn.Sequential(toys.BasicBlock(4, 4), Own())
+    with pytest.raises(ValueError, match="a BatchNorm of block '1' has no running statistics to freeze"):
+        dynexec.convert(model, batch_norm="frozen")
+    assert type(model[0]) is toys.BasicBlock and type(model[1]) is Own and model[0].bn1.training
+    assert dynexec.convert(model, batch_norm="kept").num_blocks == 2

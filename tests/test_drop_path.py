@@ -158,8 +158,13 @@ def test_argument_errors(arguments, error):
 def test_what_a_branch_must_give():
     x = tokens(4)
     for rate in (0.0, 0.5, ALMOST_0):
-        with pytest.raises(ValueError, match=r"branch must give \(\d, 7, 6\), .* got \(\d, 1, 6\)"):
-            SubsetDropPath(rate, draw="fixed")(x, lambda rows: rows[:, :1])
+        with pytest.raises(ValueError, match=r"branch must give \(\d, 7, 6\), .* got \(\d, 2, 6\)"):
+            SubsetDropPath(rate, draw="fixed")(x, lambda rows: rows[:, :2])
+        torch.manual_seed(0)
+        actual = SubsetDropPath(rate, draw="fixed")(x, lambda rows: rows[:, :1])  # which the addition broadcasts
+        torch.manual_seed(0)
+        expected = SubsetDropPath(rate, draw="fixed")(x, lambda rows: rows[:, :1].repeat(1, 7, 1))
+        assert torch.equal(actual, expected)
         with pytest.raises(TypeError, match="branch must give a tensor, got tuple"):
             SubsetDropPath(rate, draw="fixed")(x, lambda rows: (rows,))
 

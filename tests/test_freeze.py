@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -98,6 +99,31 @@ def test_nan_of_one_sample_does_not_reach_others():
         output = frozen(x, decisions)
         others = [0, 2, 3]
         assert relative_error(output[others], toys.run(model, x[others], decisions[others])) < TOLERANCE
+
+
+@pytest.mark.parametrize("executor", [None, *ALL_EXECUTORS])
+def test_a_parameter_that_is_added_has_no_samples(executor):
+    """Though with an example of one it has the shape of the stream."""
+
+    class Embedded(toys.Network):
+        def __init__(self):
+            super().__init__(8, [[toys.BasicBlock(8, 8)]], 8)
+            self.place = nn.Parameter(torch.randn(1, 8, 11, 11))
+
+        def forward(self, x):
+            x = torch.relu(self.stem[1](self.stem[0](x)) + 2 * self.place)
+            return self.head(self.layers(x).mean((2, 3)))
+
+    model = toys.finish(Embedded())
+    dynexec.convert(model)
+    try:
+        frozen = dynexec.freeze(model, toys.images(1, size=11), executor=executor)
+    except RuntimeError as error:
+        assert executor == "resident" and "it does not know" in str(error)
+        return
+    for n in (3, 1, 0):
+        x, decisions = toys.images(n, size=11), torch.rand(n, 1) < 0.5
+        torch.testing.assert_close(frozen(x, decisions), toys.run(model, x, decisions), rtol=1e-4, atol=1e-5)
 
 
 def test_model_and_example_are_not_changed():
@@ -293,6 +319,21 @@ def test_bad_decisions(decisions, error, message):
     frozen = dynexec.freeze(model, toys.images(2))
     with pytest.raises(error, match=message):
         frozen(toys.images(3), decisions)
+
+
+@pytest.mark.parametrize("order", [[0], [1, 0], [0, 1, 1]])
+def test_blocks_that_do_not_run_once_in_order(order):
+    class Ordered(toys.Network):
+        def forward(self, x):
+            x = self.stem(x)
+            for number in order:
+                x = self.layers[0][number](x)
+            return self.head(x.mean((2, 3)))
+
+    model = toys.finish(Ordered(8, [[toys.BasicBlock(8, 8), toys.BasicBlock(8, 8)]], 8))
+    dynexec.convert(model)
+    with pytest.raises(ValueError, match=re.escape(f"the columns {order}, and must run each of its 2 blocks once")):
+        dynexec.freeze(model, toys.images(2))
 
 
 def test_bad_arguments():

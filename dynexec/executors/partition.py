@@ -80,8 +80,12 @@ def _runs(graph, modules):
             runs.append([node])
         last = node
         columns.append(block.placement.column)
-    if columns != list(range(len(columns))):
-        raise ValueError(f"model cannot be frozen: it runs its blocks in the order of the columns {columns}")
+    total = modules[last.target].placement.num_columns if columns else 0
+    if columns != list(range(total)):
+        raise ValueError(
+            f"model cannot be frozen: it runs its blocks in the order of the columns {columns}, and must run each of "
+            f"its {total} blocks once, in the order of their columns"
+        )
     return runs
 
 

@@ -242,7 +242,16 @@ def _adds_same_shape(node, operand):
     others = [other for other in node.args if other is not operand]
     if len(node.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
         return False
-    return others[0].meta["tensor_meta"].shape == operand.meta["tensor_meta"].shape
+    same = others[0].meta["tensor_meta"].shape == operand.meta["tensor_meta"].shape
+    return same and _has_samples(others[0])
+
+
+def _has_samples(node):
+    """Whether a value is computed from the input: what is not has the shape of a single sample whatever the batch."""
+    found = {node}
+    while found and all(value.op != "placeholder" for value in found):
+        found = {value for values in found for value in values.all_input_nodes}
+    return bool(found)
 
 
 def _read_activation(modules, node):

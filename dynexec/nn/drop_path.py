@@ -1,5 +1,6 @@
 """Stochastic depth that computes only the samples it keeps (Huang et al., ECCV 2016)."""
 
+from contextlib import suppress
 from numbers import Real
 
 import torch
@@ -177,6 +178,9 @@ def _run(branch, rows, shortcut):
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"branch must give a tensor, got {type(output).__name__}")
     expected = (len(rows), *shortcut.shape[1:])
+    if output.shape[:1] == expected[:1] and output.dim() == len(expected):  # the addition may have broadcast it
+        with suppress(RuntimeError):
+            output = output.expand(expected)
     if output.shape != expected:
         raise ValueError(f"branch must give {expected}, rows to be added to the shortcut, got {tuple(output.shape)}")
     return output

@@ -16,6 +16,7 @@ from dynexec.gradients import nested_tangents
 from dynexec.measure.ranges import part_range, profiling
 from dynexec.nn.batch_norm import (
     HoldsBatchNorm,
+    batch_norms,
     explain_batch_norm,
     hold_batch_norm,
     meets_other_processes,
@@ -309,7 +310,7 @@ def assign_columns(module, *, batch_norm="all"):
     Raises
     ------
     ValueError
-        If ``batch_norm`` is another.
+        If ``batch_norm`` is another, or "frozen" where a BatchNorm has no running statistics.
     """
     blocks = {name: block for name, block in module.named_modules() if isinstance(block, DynamicBlock)}
     place(blocks, batch_norm)
@@ -318,17 +319,23 @@ def assign_columns(module, *, batch_norm="all"):
 
 def place(blocks, batch_norm="all", *, by_convert=False):
     """Give ``blocks``, by name, their columns, in this order."""
-    check_batch_norm(batch_norm)
+    check_batch_norm(batch_norm, blocks)
     for column, (name, block) in enumerate(blocks.items()):
         block.placement = Placement(column, len(blocks), batch_norm, by_convert, name)
         if batch_norm == "frozen":
             hold_batch_norm(block)
 
 
-def check_batch_norm(batch_norm):
-    """Raise ValueError unless ``batch_norm`` names one of the ways to take batch statistics."""
+def check_batch_norm(batch_norm, blocks):
+    """Raise ValueError unless ``batch_norm`` names a way to take batch statistics that ``blocks`` have."""
     if batch_norm not in ("all", "kept", "frozen"):
         raise ValueError(f'batch_norm must be "all" or "kept" (samples), or "frozen", got {batch_norm!r}')
+    for name, block in blocks.items() if batch_norm == "frozen" else ():
+        if any(norm.running_mean is None for norm in batch_norms(block)):
+            raise ValueError(
+                f'batch_norm must be "all" or "kept", got "frozen": a BatchNorm of block {name!r} has no running '
+                f"statistics to freeze (track_running_stats=False)"
+            )
 
 
 def _is_plain(block):
