@@ -80,6 +80,15 @@ class ReluInPlaceHidden(ReluInPlaceBehindIdentity):
         self.norm = HiddenRelu()
 
 
+class ReluInPlaceHiddenProjection(ReluInPlaceHidden):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.body(self.norm(x)) + self.project(x)
+
+
 class HiddenRelu(nn.Module):
     def forward(self, x):
         return torch.relu_(x)

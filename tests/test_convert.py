@@ -229,6 +229,19 @@ def test_own_blocks_are_numbered_with_the_converted_ones():
     torch.testing.assert_close(run(model, x, torch.zeros(2, 2, dtype=torch.bool)), model[2](x))
 
 
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("batch_norm", ["all", "kept"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_that_turns_out_to_overwrite_what_its_shortcut_reads(training, batch_norm, mode):
+    model = shallow(odd_blocks.ReluInPlaceHiddenProjection()).train(training)
+    assert dynexec.convert(model, batch_norm=batch_norm).converted[0][3] == "projection"
+    error, message = ValueError, "overwrites its input, which its shortcut reads, inside one of its layers"
+    if training and mode == "capacity" and batch_norm == "kept":
+        error, message = RuntimeError, "use exact mode"
+    with pytest.raises(error, match=message), dynexec.decide(HALF[:, :1], mode=mode):
+        model(torch.randn(4, 3, 5, 5))
+
+
 def test_a_block_that_turns_out_to_overwrite_its_input():
     model, x, keep = shallow(odd_blocks.ReluInPlaceHidden()).train(), torch.randn(4, 3, 5, 5), HALF[:, :1]
     reference = copy.deepcopy(model)

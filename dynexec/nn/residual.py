@@ -151,7 +151,7 @@ def _select(block, x, keep, shortcuts, args, kwargs):
     """Compute every sample, then choose: the published code's way, and the reference for every other."""
     shortcut, version = apply_layers(shortcuts, x), _version(x)
     if shortcuts:
-        full = _finish(block, apply_layers(block.residual_layers(), x) + shortcut)
+        full = _finish(block, _apply_branch(block, block.residual_layers(), x, shortcuts) + shortcut)
     else:
         # A forward that is not known as a sequence may overwrite its input, which dropped samples need.
         full = block.forward_dense(x.clone() if block.residual_layers() is None else x, *args, **kwargs)
@@ -183,6 +183,20 @@ def _check_unwritten(block, x, version):
         )
 
 
+def _apply_branch(block, layers, x, shortcuts):
+    """``layers`` of the residual branch; a trace does not show whether ``shortcuts`` read ``x`` before or after."""
+    if not (shortcuts and isinstance(getattr(block, "_dynexec_adapter", None), TracedAdapter)):
+        return apply_layers(layers, x)
+    version = _version(x)
+    output = apply_layers(layers, x)
+    if _version(x) != version:
+        raise ValueError(
+            f"the {type(block).__name__} of column {block.placement.column} overwrites its input, which its shortcut "
+            f"reads, inside one of its layers: let that layer give a new tensor"
+        )
+    return output
+
+
 def choose(decisions, chosen, other):
     """Per sample ``chosen`` where ``decisions`` ``[N]`` or ``[1]`` are True, else ``other``; mixed by float ones."""
     decisions = decisions.reshape(-1, *[1] * (chosen.dim() - 1))
@@ -209,7 +223,7 @@ def _compact(block, x, index, shortcuts, dense, layers):
     shortcut, residual = apply_layers(shortcuts, x), x
     if dense:
         version = _version(x)
-        residual = apply_layers(dense, x)
+        residual = _apply_branch(block, dense, x, shortcuts)
         if shortcut is x or torch._C._is_alias_of(shortcut, x):
             _check_unwritten(block, x, version)
         if not layers:
@@ -218,7 +232,7 @@ def _compact(block, x, index, shortcuts, dense, layers):
         return with_zero_gradients(shortcut, block)
     shortcut_rows, rest = split_rows(shortcut, index)
     rows = shortcut_rows if residual is shortcut else split_rows(residual, index)[0]
-    rows = _broadcast(block, apply_layers(layers, rows), shortcut_rows)
+    rows = _broadcast(block, _apply_branch(block, layers, rows, () if dense else shortcuts), shortcut_rows)
     activation = block.activation_layer()
     if activation is None or _is_plain_relu(activation):
         return merge_rows(rest, index, rows, shortcut_rows, relu=activation is not None)
