@@ -41,7 +41,7 @@ def test_dry_run(tmp_path):
     assert "tiny" in (tmp_path / "summary.md").read_text()
     measured = [tmp_path / name for name in ("gpu.jsonl", "rates.jsonl")]
     before = [path.read_text() for path in measured]
-    assert run("--steps", "headline", "rates").returncode == 0
+    assert run("--steps", "headline", "systems", "rates").returncode == 0
     assert [path.read_text() for path in measured] == before  # what is measured is not measured again
 
 

@@ -25,7 +25,7 @@ SOURCES = ROOT / "csrc"
 FLAGS = {"kernels_avx2": ["-mavx2", "-mfma"], "kernels_avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma"]}
 KERNELS = {4: "kernels_generic", 8: "kernels_avx2", 16: "kernels_avx512"}  # by floats per vector
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
-MUTATIONS = {"address": 300, "thread": 60}  # of each program
+MUTATIONS = {"address": 600, "thread": 100}  # of each program
 
 pytestmark = [
     needs_engine,
