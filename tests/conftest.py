@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, NaN in memory that nobody wrote, a cost cache that is not the user's."""
+"""What holds for every test: one thread, NaN in memory nobody wrote, a cost cache of the tests', modes put back."""
 
 import os
 
@@ -29,6 +29,28 @@ def nan_in_uninitialised_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
+
+
+def modes():
+    """What torch computes with from here on, in this thread."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "modes of functions": torch._C._len_torch_function_stack(),
+        "modes of dispatch": torch._C._len_torch_dispatch_stack(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def modes_are_put_back():
+    """A test that leaves another mode behind fails itself, not those that come after it."""
+    before = modes()
+    yield
+    left = modes()
+    torch.set_grad_enabled(before["gradients"])
+    torch.set_default_dtype(before["default dtype"])
+    assert left == before
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,6 +23,7 @@ from dynexec.nn.routed import RoutedNetwork
 from dynexec.route import Route
 
 
+@torch.no_grad()
 def freeze(
     model,
     example_input,
@@ -119,7 +120,7 @@ def freeze(
     dtype = dtype or next((p.dtype for p in backbone.parameters()), torch.float32)
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     images = example_input.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), dispatch.for_frozen(device):
+    with dispatch.for_frozen(device):
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
             in_graph = backend.plans  # there kernels run in a graph
@@ -127,7 +128,7 @@ def freeze(
         frozen = _freeze_backbone(backbone, images, executor, backend, cache)
     frozen.policy = policy
     if policy is not None:
-        with torch.no_grad(), dispatch.for_frozen(device):
+        with dispatch.for_frozen(device):
             frozen.prove_one_launch(images)
             if frozen.graphs is not None:
                 frozen.call(images, None)

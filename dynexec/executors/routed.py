@@ -142,7 +142,7 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
     inputs = convert_inputs(inputs, dtype)
     device = next(iter(tensors_of(inputs))).device
     cases = []
-    with torch.no_grad(), dispatch.for_frozen(device):
+    with dispatch.for_frozen(device):
         examples = {}
         hooks = [
             network.get_submodule(name).register_forward_pre_hook(_record(examples, name))
