@@ -53,6 +53,7 @@ HEADLINE = [
 PARTS = [("arnet_resnet", 4), ("adamml_rgb_flow_sound", 1), ("adashare_nyu_v2", 2)]
 COMPILED = [("resnet110", 128)]
 SHARDS = 16
+TINY = 4  # pixels of an image of the tiny network's
 
 
 def tests(folder, dry, seconds):
@@ -160,8 +161,10 @@ def measure_system(folder, dry, name, batch):
 
 def training(folder, dry, seconds):
     """A step of routed training, and what takes its time."""
-    what = ["--batch", "2", "--size", "32"] if dry else ["--device", "cuda", "--batch", "64", "--size", "224"]
-    how = ["--only", "bottleneck", "--kinds", "frozen", "--profile", "--seconds", "0" if dry else "3"]
+    what = ["--device", "cuda", "--only", "bottleneck", "--batch", "64", "--size", "224", "--seconds", "3"]
+    if dry:
+        what = ["--only", "a third", "--batch", "2", "--size", "8", "--seconds", "0"]
+    how = ["--kinds", "frozen", "--profile"]
     with (folder / "training.txt").open("w") as file:
         command = [sys.executable, Path(__file__).parent / "training.py", *what, *how]
         return subprocess.call(command, stdout=file, stderr=file)
@@ -212,7 +215,7 @@ def measure_network(folder, dry, net, batch, names):
         print(f"{net}: {reason}")
         return 0
     model = (tiny() if dry else build(NETS[net])).to(device)
-    images = make_images(batch, 8 if dry else NETS[net].size).to(device)
+    images = make_images(batch, TINY if dry else NETS[net].size).to(device)
     settings = [draw_decisions(keep, num_blocks(model), batch) for keep in (KEEPS[:1] if dry else KEEPS)]
     frozen = []
 
@@ -258,12 +261,12 @@ def predict(frozen, row, settings, dtype):
 
 
 def tiny():
-    """A network that the interpreter runs in a second."""
+    """A network that the interpreter runs in a tenth of a second."""
     from dynexec.models import blockdrop_resnet
     from dynexec.report.nets import randomize_batch_norm
 
     model = blockdrop_resnet((1, 1), (8, 16), num_classes=4).eval()
-    randomize_batch_norm(model, make_images(4, 8))
+    randomize_batch_norm(model, make_images(4, TINY))
     return model.requires_grad_(False)
 
 
