@@ -126,7 +126,8 @@ def plan(decisions, choices):
     Raises
     ------
     TypeError, ValueError
-        If dtype, shape or a value do not fit (values on a CPU only; elsewhere the last offset is less than N).
+        If dtype, shape or a value do not fit (values on a CPU only; elsewhere the last offset is less than N), or the
+        decisions are batched by ``torch.vmap``.
 
     Notes
     -----
@@ -139,10 +140,25 @@ def plan(decisions, choices):
         raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {decisions.dtype}")
     if decisions.dim() != 2:
         raise ValueError(f"decisions must have shape [N, L], got {tuple(decisions.shape)}")
+    if not torch.compiler.is_compiling() and _is_batched(decisions):
+        raise ValueError(
+            "decisions must be those of one batch, got several under torch.vmap, whose groups differ in size: "
+            'call it for each, or decide with mode="capacity" or "soft", which computes every sample'
+        )
     check_choices(choices)
     if choices < 1 or (decisions.dtype == torch.bool and choices < 2):
         raise ValueError(f"choices must be at least 1, and at least 2 for bool decisions, got {choices}")
     return dispatch.plan(decisions, choices)
+
+
+def _is_batched(x):
+    """Whether ``torch.vmap`` made a tensor, below whatever other transforms of ``torch.func`` are around it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_dense(x, name):

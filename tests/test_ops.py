@@ -312,6 +312,17 @@ def test_plan_names_the_value_out_of_range(wrong):
         ops.plan(decisions, 3)
 
 
+@pytest.mark.parametrize("outer", [lambda f: f, lambda f: lambda d: torch.func.jacrev(f)(d.float())], ids=["", "jacrev"])
+def test_plan_is_for_one_batch(outer):
+    def plan(decisions):
+        return ops.plan(decisions > 0, 2)[0].float()
+
+    with pytest.raises(ValueError, match="decisions must be those of one batch, got several under torch.vmap"):
+        torch.vmap(outer(plan))(torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match="decisions must be those of one batch, got several under torch.vmap"):
+        outer(torch.vmap(plan))(torch.ones(2, 3, 4))
+
+
 @pytest.mark.skipif(dispatch.native_missing is not None, reason="this is the portable run")
 def test_portable_implementation():
     """These tests, and those of Route, once more without the native part."""
