@@ -336,6 +336,14 @@ def test_blocks_that_do_not_run_once_in_order(order):
         dynexec.freeze(model, toys.images(2))
 
 
+def test_statistics_of_the_batch_are_refused():
+    model, _ = converted("torchvision")
+    norm = model.get_submodule("layers.1.0.bn2")
+    norm.running_mean = norm.running_var = None
+    with pytest.raises(ValueError, match="BatchNorm of block 'layers.1.0' has no running statistics"):
+        dynexec.freeze(model, toys.images(2))
+
+
 def test_bad_arguments():
     model, _ = converted("torchvision")
     with pytest.raises(ValueError, match="convert"):

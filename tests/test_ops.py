@@ -312,7 +312,9 @@ def test_plan_names_the_value_out_of_range(wrong):
         ops.plan(decisions, 3)
 
 
-@pytest.mark.parametrize("outer", [lambda f: f, lambda f: lambda d: torch.func.jacrev(f)(d.float())], ids=["", "jacrev"])
+@pytest.mark.parametrize(
+    "outer", [lambda f: f, lambda f: lambda d: torch.func.jacrev(f)(d.float())], ids=["", "jacrev"]
+)
 def test_plan_is_for_one_batch(outer):
     def plan(decisions):
         return ops.plan(decisions > 0, 2)[0].float()

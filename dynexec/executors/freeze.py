@@ -16,9 +16,10 @@ from dynexec.executors.partition import pack_stages
 from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_error
 from dynexec.executors.routed import FrozenRouted, freeze_routed, tensors_of
 from dynexec.executors.stage import EXECUTORS
+from dynexec.nn.batch_norm import batch_norms
 from dynexec.nn.context import decide
 from dynexec.nn.network import DynamicNetwork
-from dynexec.nn.residual import apply_layers, dynamic_blocks
+from dynexec.nn.residual import DynamicBlock, apply_layers, dynamic_blocks
 from dynexec.nn.routed import RoutedNetwork
 from dynexec.route import Route
 
@@ -201,7 +202,17 @@ def check_arguments(model, example_input, dtype=None, policy=None):
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model and example_input must be on one device, the CPU or a GPU, got {found}")
+    _check_batch_norm(model)
     return next(iter(devices))
+
+
+def _check_batch_norm(model):
+    for name, block in model.named_modules():
+        if isinstance(block, DynamicBlock) and any(norm.running_mean is None for norm in batch_norms(block)):
+            raise ValueError(
+                f"model cannot be frozen: a BatchNorm of block {name!r} has no running statistics "
+                "(track_running_stats=False), so what a sample becomes depends on the others"
+            )
 
 
 def _prove_and_measure(stages, cache):

@@ -12,6 +12,7 @@ from dynexec.executors.graphs import Graphs
 from dynexec.executors.profile import check_rounds
 from dynexec.executors.proof import is_rounding, relative_error, tolerance
 from dynexec.executors.routed_profile import profile_routed
+from dynexec.nn.batch_norm import uses_batch_statistics
 
 
 class FrozenRouted(nn.Module):
@@ -155,7 +156,8 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
         for name in network.part_names():
             if name not in examples:
                 raise RuntimeError(f"model cannot be frozen: no example decisions reach its part {name}")
-            part, example, graphs = network.get_submodule(name), examples.pop(name), device.type == "cuda"
+            part, example = network.get_submodule(name), examples.pop(name)
+            graphs = device.type == "cuda" and not uses_batch_statistics(part)  # there rows of zeros are added
             function = freeze_function(part, example, executor, backend, cache, in_graph=graphs)
             run = InGraphs(function, len(example), device) if graphs else None
             parent, _, child = name.rpartition(".")
