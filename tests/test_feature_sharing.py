@@ -244,6 +244,17 @@ def test_bad_calls():
             net.count_flops(inputs)
 
 
+class Times(nn.Module):
+    """As a user writes one: its repr does not show what it does."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def test_which_heads_are_joined():
     """Those alike that learn nothing, and draw nothing, before their last layer."""
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -254,7 +265,15 @@ def test_which_heads_are_joined():
         (nn.Sequential(*pooled, nn.Linear(4, 2)), nn.Sequential(*pooled, nn.ReLU(), nn.Linear(4, 3)), False),
         *(
             (nn.Sequential(*pooled, layer, nn.Linear(4, 2)),) * 2 + (False,)
-            for layer in (nn.Dropout(0.5), nn.Linear(4, 4))
+            for layer in (nn.Dropout(0.5), nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+        ),
+        *(
+            (nn.Sequential(layer, *pooled, nn.Linear(4, 2)), nn.Sequential(other, *pooled, nn.Linear(4, 2)), False)
+            for layer, other in [
+                (nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True)),
+                (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+                (Times(1.0), Times(3.0)),
+            ]
         ),
         (nn.Sequential(*pooled, nn.Linear(4, 2), nn.ReLU()), nn.Sequential(*pooled, nn.Linear(4, 3)), False),
     ]:
@@ -265,6 +284,18 @@ def test_which_heads_are_joined():
         with torch.no_grad():
             features = net.columns(0)[0](images)
             assert close(net(images), [head(features) for head in heads])
+
+
+def test_hooks_of_joined_heads_run():
+    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)) for _ in range(2)]
+    net = finish(FeatureSharing([stage(3, 4)], heads))
+    assert list(net.heads) == ["0"]
+    images = torch.randn(2, 3, 5, 5)
+    before = net(images)
+    hook = heads[1].register_forward_hook(lambda head, inputs, output: 2 * output)
+    assert close(net(images), [before[0], 2 * before[1]])
+    hook.remove()
+    assert close(net(images), before)
 
 
 def test_heads_that_give_something_else():

@@ -8,8 +8,9 @@ from torch import fx, nn
 
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
-from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS, hooked
+from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS
 from dynexec.executors.stage import Stage
+from dynexec.nn.structure import hooked
 
 _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")

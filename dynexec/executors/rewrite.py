@@ -10,6 +10,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dynexec.executors.packing import PackedConv
+from dynexec.nn.structure import hooked
 
 ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 ACTIVATION_CALLS = {
@@ -179,11 +180,6 @@ def _only_user(node):
 
 def _input_of(node):
     return node.args[0] if node.args else node.kwargs["input"]
-
-
-def hooked(module):
-    """Whether a call does something else than the type's own forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _changes_in_place(modules, node):

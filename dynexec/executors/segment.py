@@ -6,8 +6,8 @@ from dynexec.executors.emit import Flat, emit_nodes
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
 from dynexec.executors.recent import IMAGE_SIZES, Recent
-from dynexec.executors.rewrite import hooked
 from dynexec.executors.stage import Stage
+from dynexec.nn.structure import hooked
 
 
 class Segment:

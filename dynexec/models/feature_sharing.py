@@ -84,6 +84,7 @@ class FeatureSharing(RoutedNetwork):
         (list, tuple or ``ModuleList``) of one module per column. None may change its input in place: siblings read it.
     heads : sequence of T modules
         From the last layer's output to ``[N, C_t]``, by at least one ``Linear``, of which the last one has C_t outputs.
+        None may change its input in place either.
     tree : SharingTree or what makes one, optional
         Per layer the groups of tasks. Default: all tasks share all layers.
 

@@ -4,17 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.nn.structure import hooked
+
+# Layers that are what their arguments say: nothing learned, drawn or kept from call to call.
+_STATELESS = {
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.ReLU, nn.ReLU6),
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d),
+}
+
 
 class Heads(nn.ModuleList):
     """Heads of tasks that read the same column, as one: ``[rows, ...]`` to ``[rows, sum of C_t]``.
 
     Several are one matrix product: each is a ``Sequential`` that ends in a ``Linear``, and what precedes that is the
-    same in all and has nothing to learn, see :func:`can_join`.
+    same in all and has nothing to learn, see :func:`can_join`. Not while a hook wants to see one of them run.
     """
 
     def forward(self, x):
         if len(self) == 1:
             return self[0](x)
+        if any(hooked(module) for module in self.modules()):
+            return torch.cat([head(x) for head in self], 1)
         for layer in list(self[0])[:-1]:
             x = layer(x)
         last = [head[-1] for head in self]
@@ -26,11 +36,16 @@ def can_join(heads):
     """Whether heads may run as one :class:`Heads` of several."""
     if not all(type(head) is nn.Sequential and type(head[-1]) is nn.Linear for head in heads):
         return False
-    before = [head[:-1] for head in heads]
-    learns = any(next(layers.parameters(), None) is not None for layers in before)
-    draws = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in before[0].modules())
-    alike = len({str(layers) for layers in before}) == 1 and len({head[-1].bias is None for head in heads}) == 1
-    return alike and not learns and not draws
+    before = [[_settings(layer) for layer in head[:-1].modules()] for head in heads]
+    if any(kind not in _STATELESS for layers in before for kind, _ in layers):
+        return False
+    return all(layers == before[0] for layers in before) and len({head[-1].bias is None for head in heads}) == 1
+
+
+def _settings(layer):
+    """The type of a layer, and what its arguments were."""
+    ours = {name: value for name, value in vars(layer).items() if not name.startswith("_") and name != "training"}
+    return type(layer), ours
 
 
 def count_classes(head, task):

@@ -25,7 +25,7 @@ from dynexec.nn.batch_norm import (
 )
 from dynexec.nn.context import active_execution
 from dynexec.nn.rows import merge_rows, split_rows
-from dynexec.nn.structure import TracedAdapter
+from dynexec.nn.structure import TracedAdapter, hooked
 
 
 @dataclass(frozen=True)
@@ -361,9 +361,7 @@ def _is_plain_relu(layer):
     """Whether the scatter may apply it instead: a ReLU that nobody hooked or patched."""
     if layer is torch.relu:
         return True
-    if type(layer) is not nn.ReLU or "forward" in vars(layer):
-        return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    return type(layer) is nn.ReLU and not hooked(layer)
 
 
 def is_traced(x):

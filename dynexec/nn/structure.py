@@ -36,6 +36,12 @@ _VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "to", "permut
 _ASKS = {"getattr", "getitem", "size", "dim", "numel", "len", "eq", "ne", "lt", "le", "gt", "ge", "_assert"}
 
 
+def hooked(module):
+    """Whether a call does something else than the type's own forward and backward."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 class Adapter:
     """Says how blocks of a type split; subclass it for a block that cannot be read from its trace.
 
