@@ -87,9 +87,39 @@ def test_arguments_of_trainers(problem, train):
     for x, y in ((images[:0], labels[:0]), (images[:3], labels)):
         with pytest.raises(ValueError, match=f"equally many, at least one, got {len(x)} and {len(y)}"):
             train(net, x, y, epochs=1)
-    for epochs, batch_size in ((-1, 8), (1, 0)):
-        with pytest.raises(ValueError, match=f"epochs must be at least 0 .* got {epochs} and {batch_size}"):
-            train(net, images, labels, epochs=epochs, batch_size=batch_size)
+    for error, message, options in [
+        (ValueError, "epochs must be at least 0, got -1", {"epochs": -1}),
+        (TypeError, "epochs must be an int, got 1.5", {"epochs": 1.5}),
+        (ValueError, "batch_size must be at least 1, got 0", {"epochs": 1, "batch_size": 0}),
+        (TypeError, "batch_size must be an int, got 8.0", {"epochs": 1, "batch_size": 8.0}),
+    ]:
+        with pytest.raises(error, match=message):
+            train(net, images, labels, **options)
+
+
+def test_evaluation_counts_one_label_and_one_row_of_decisions_per_image(problem):
+    net, images, labels = problem
+    images, labels = images[:50], labels[:50]
+    decisions = torch.ones(50, 2, dtype=torch.bool)
+    for error, message, arguments in [
+        (ValueError, r"labels must be integers \[N\], got torch.int64 of shape \(50, 1\)", (images, labels[:, None])),
+        (ValueError, r"labels must be integers \[N\], got torch.float32", (images, labels.float())),
+        (ValueError, "equally many, at least one, got 50 and 1", (images, labels[:1])),
+        (ValueError, "equally many, at least one, got 50 and 70", (images, torch.cat([labels, labels[:20]]))),
+        (ValueError, "equally many, at least one, got 0 and 0", (images[:0], labels[:0])),
+        (TypeError, "images and labels must be tensors, got Tensor and list", (images, labels.tolist())),
+        (
+            ValueError,
+            "one row per image, 50, got \\(99, 2\\)",
+            (images, labels, torch.cat([decisions, decisions[:49]])),
+        ),
+        (TypeError, "decisions must be a bool tensor .* got list", (images, labels, decisions.tolist())),
+    ]:
+        with pytest.raises(error, match=message):
+            training.evaluate(net, *arguments, batch_size=25)
+    for batch_size in (-1, 0):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+            training.evaluate(net, images, labels, batch_size=batch_size)
 
 
 def test_policy_training_leaves_the_backbone_s_batch_statistics_alone():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+import toys
 from torch import nn
-from toys import torchvision_style
 
 import dynexec
 from dynexec import measure, models
@@ -83,7 +83,7 @@ def test_a_small_network_by_hand():
 
 
 def test_a_converted_network_and_a_plain_one():
-    model = torchvision_style()
+    model = toys.torchvision_style()
     example = torch.empty(2, 3, 16, 16)
     plain = measure.count_flops(model, example)
     assert plain.block == () and plain.policy == 0
@@ -104,6 +104,24 @@ def test_counting_leaves_the_model_as_it_was():
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_policy_that_is_a_converted_network():
+    class Policy(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x).sigmoid()
+
+    backbone, net = toys.torchvision_style(), toys.torchvision_style()
+    dynexec.convert(backbone)
+    network, x = DynamicNetwork(backbone, Policy(net)), toys.images(2)
+    before = measure.count_flops(network, x)
+    dynexec.convert(net)
+    assert measure.count_flops(network, x) == before and before.policy == before.dense
+    assert models.delete_blocks(network, [0]).tolist() == [False, True, True, True, True]
 
 
 def test_what_cannot_be_counted_is_an_error():

@@ -352,6 +352,11 @@ def test_bad_arguments():
         dynexec.freeze(model, torch.ones(3))
     with pytest.raises(ValueError, match="on one device, the CPU or a GPU, got cpu, meta"):
         dynexec.freeze(model, toys.images(2).to("meta"))
+    with (
+        pytest.raises(RuntimeError, match="outside of dynexec.decide"),
+        dynexec.decide(torch.ones(5, dtype=torch.bool)),
+    ):
+        dynexec.freeze(model, toys.images(2))
     with pytest.raises(ValueError, match="fastest"):
         dynexec.freeze(model, toys.images(2), executor="fastest")
     with pytest.raises(TypeError, match="save the original model"):

@@ -92,7 +92,8 @@ def count_flops(model, example_input):
     with evaluation_mode(model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         image = fake.from_tensor(example_input[:1].detach())
         fixed, block = _count(backbone, image)
-        return Flops(fixed, block, _count(policy, image)[0] if policy is not None else 0)
+        of_policy, its_blocks = _count(policy, image) if policy is not None else (0, ())
+        return Flops(fixed, block, of_policy + sum(its_blocks))  # a policy may be a converted network: all of it runs
 
 
 def count_call(module, *shape, dtype=torch.float32):

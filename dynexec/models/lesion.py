@@ -51,7 +51,7 @@ def delete_blocks(model, blocks):
     ValueError
         If a column does not exist, or ``model`` has none.
     """
-    count = count_blocks(model)
+    count = count_blocks(model.backbone if isinstance(model, DynamicNetwork) else model)
     if count == 0:
         raise ValueError(
             f"model must be converted or a DynamicNetwork, got a {type(model).__name__} in which no block has a column"
@@ -98,11 +98,12 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
 
     Raises
     ------
-    ValueError
-        If ``draws`` is below 1, ``max_deleted`` not from 0 to L, or ``model`` has no dynamic block with a column.
+    TypeError, ValueError
+        If images and labels are not what :func:`evaluate` takes, ``draws`` is below 1, ``max_deleted`` not from 0 to
+        L, or ``model`` has no dynamic block with a column.
     """
     net = model if isinstance(model, DynamicNetwork) else DynamicNetwork(model)
-    count = count_blocks(net)
+    count = count_blocks(net.backbone)
     max_deleted = count if max_deleted is None else max_deleted
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")

@@ -63,9 +63,20 @@ def evaluate(net, images, labels, decisions=None, *, batch_size=512):
     Returns
     -------
     Evaluation
+
+    Raises
+    ------
+    TypeError, ValueError
+        If images, labels and decisions are not tensors, not as many as each other, or none.
     """
-    if decisions is not None and decisions.dim() == 1:
-        decisions = decisions.expand(len(images), -1)
+    _check_data(images, labels, batch_size)
+    if decisions is not None:
+        if not isinstance(decisions, torch.Tensor):
+            raise TypeError(f"decisions must be a bool tensor [N, L] or [L], got {type(decisions).__name__}")
+        if decisions.dim() == 1:
+            decisions = decisions.expand(len(images), -1)
+        if len(decisions) != len(images):
+            raise ValueError(f"decisions must be one row per image, {len(images)}, got {tuple(decisions.shape)}")
     right, taken = 0, []
     with evaluation_mode(net), torch.no_grad():
         for start in range(0, len(images), batch_size):
@@ -233,6 +244,19 @@ def _check_policy(net):
         raise ValueError("net must have a policy to train, got net.policy=None: give DynamicNetwork one")
 
 
+def _check_data(images, labels, batch_size):
+    if not (isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)):
+        raise TypeError(f"images and labels must be tensors, got {type(images).__name__} and {type(labels).__name__}")
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(f"labels must be integers [N], got {labels.dtype} of shape {tuple(labels.shape)}")
+    if not len(images) == len(labels) > 0:
+        raise ValueError(f"images and labels must be equally many, at least one, got {len(images)} and {len(labels)}")
+    if not hasattr(batch_size, "__index__"):
+        raise TypeError(f"batch_size must be an int, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
 def _rewards(drawn_logits, greedy_logits, drawn, greedy, labels, penalty):
     reward = usage_reward(drawn, drawn_logits.argmax(1) == labels, penalty=penalty)
     correct = greedy_logits.argmax(1) == labels
@@ -252,10 +276,11 @@ def _train(
     group, saved, history = training_group(net), None, []
     if group is not None:
         check_same_settings(settings, group)
-    if not len(images) == len(labels) > 0:
-        raise ValueError(f"images and labels must be equally many, at least one, got {len(images)} and {len(labels)}")
-    if not (epochs >= 0 and batch_size >= 1):
-        raise ValueError(f"epochs must be at least 0 and batch_size at least 1, got {epochs} and {batch_size}")
+    _check_data(images, labels, batch_size)
+    if not hasattr(epochs, "__index__"):
+        raise TypeError(f"epochs must be an int, got {epochs!r}")
+    if epochs < 0:
+        raise ValueError(f"epochs must be at least 0, got {epochs}")
     steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     if checkpoint is not None:
