@@ -223,6 +223,21 @@ def test_a_fitting_part_is_not_loaded_when_the_other_does_not_fit(net, backbone,
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("other", ["module.conv1.weight", "layer2.0.conv1.weight"])
+def test_one_parameter_under_two_names(net, backbone, policy, other):
+    before = snapshot(net)
+    name = {"layer2.0.conv1.weight": "blocks.1.0.conv1.weight"}.get(other, "conv1.weight")
+    with pytest.raises(ValueError, match=f"has two values for one parameter: '{name}' and '{other}'$"):
+        load_official(net, {"agent": policy, "resnet": backbone | {other: backbone[name]}})
+    assert holds(net, before)
+
+
+def test_a_base_network_with_a_policy(net, backbone, policy):
+    report = load_official(net, {"state_dict": base_names(backbone), "agent": policy, "epoch": 3})
+    assert (report.loaded, report.info) == (("backbone", "policy"), {"epoch": 3})
+    assert holds(net.backbone, backbone) and holds(net.policy, policy)
+
+
 def test_of_another_network_altogether_every_name_is_named(net):
     state = official_state("resnet110_cifar10 backbone")
     with pytest.raises(ValueError) as error:

@@ -8,7 +8,7 @@ from torch import nn
 
 from dynexec.measure import count_call
 from dynexec.models.adashare_policy import InstancePolicy, TaskPolicy
-from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
+from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.deeplab import BasicBlock, Bottleneck, DilatedResNet, Head
 from dynexec.nn import RoutedNetwork
 from dynexec.nn.tasks import SharingPlan, check_task_decisions, count_shared_rows
@@ -230,13 +230,10 @@ class AdaShare(RoutedNetwork):
             raise ValueError(
                 f"{given} has the entries {shorten(map(repr, checkpoint))}: expected 'mtl-net', or parameters by name"
             )
-        renamed, dropped = {}, []
-        for key, value in without_prefix(state).items():
-            if key.startswith(("policynet.parallel_blocks.", "policynet.parallel_ds.")):
-                dropped.append(key)
-            else:
-                renamed[_rename(key)] = value
-        return Checkpoint({"network": (self, renamed)}, (), dropped, info)
+        state = without_prefix(state)
+        dropped = [key for key in state if key.startswith(("policynet.parallel_blocks.", "policynet.parallel_ds."))]
+        state = rename({key: value for key, value in state.items() if key not in dropped}, _own_name)
+        return Checkpoint({"network": (self, state)}, (), dropped, info)
 
     def _check_soft(self, weights, samples):
         if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
@@ -253,7 +250,7 @@ class AdaShare(RoutedNetwork):
             )
 
 
-def _rename(key):
+def _own_name(key):
     """Our name of an official parameter."""
     key = re.sub(r"^backbone\.(conv1|bn1)\.", r"backbone.stem.\1.", key)
     key = re.sub(r"^task(\d+)_fc1_c(\d+)\.", lambda m: f"heads.{int(m[1]) - 1}.branches.{m[2]}.", key)

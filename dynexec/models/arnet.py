@@ -8,7 +8,7 @@ from torch import nn
 
 from dynexec.models.arnet_flops import count_arnet
 from dynexec.models.arnet_policy import ARNetPolicy, check_decisions, check_frames, kind_of, resize, rule, ruling_frames
-from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
+from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.efficientnet import EfficientNet
 from dynexec.models.mobilenet import NUM_FEATURES, MobileNetV2
 from dynexec.models.resnet import ResNet
@@ -232,15 +232,16 @@ def _nest_blocks(state, prefix):
     """The state with MobileNetV2's flat blocks (``conv.4``) under the names of nested ones (``conv.1.1``)."""
     if not any(key.startswith(f"{prefix}features.1.conv.4.") for key in state):
         return state
-    renamed = {}
-    for key, value in state.items():
-        if match := re.fullmatch(rf"({re.escape(prefix)}features\.(\d+)\.conv)\.(\d+)\.(.*)", key):
-            block, number, layer, name = match.groups()
-            group, place = divmod(int(layer), 3)  # convolution, BatchNorm, ReLU6
-            last = 1 if number == "1" else 2  # the projection, which is not nested
-            key = f"{block}.{last + place}.{name}" if group == last else f"{block}.{group}.{place}.{name}"
-        renamed[key] = value
-    return renamed
+
+    def nested(key):
+        if (match := re.fullmatch(rf"({re.escape(prefix)}features\.(\d+)\.conv)\.(\d+)\.(.*)", key)) is None:
+            return key
+        block, number, layer, name = match.groups()
+        group, place = divmod(int(layer), 3)  # convolution, BatchNorm, ReLU6
+        last = 1 if number == "1" else 2  # the projection, which is not nested
+        return f"{block}.{last + place}.{name}" if group == last else f"{block}.{group}.{place}.{name}"
+
+    return rename(state, nested)
 
 
 def build_arnet(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
+from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.resnet import initialize_convolutions
 from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
 from dynexec.policy import sample
@@ -204,13 +204,10 @@ class BlockDrop(DynamicNetwork):
 def _split(checkpoint, given):
     """The state of each part of the network, and everything else that the checkpoint says; ``given`` is for errors."""
     parts = {}
-    if "state_dict" in checkpoint:
-        parts["backbone"] = "state_dict"
-    else:
-        if "resnet" in checkpoint:
-            parts["backbone"] = "resnet"
-        if "agent" in checkpoint or "net" in checkpoint:
-            parts["policy"] = "agent" if "agent" in checkpoint else "net"
+    if "state_dict" in checkpoint or "resnet" in checkpoint:
+        parts["backbone"] = "state_dict" if "state_dict" in checkpoint else "resnet"
+    if "agent" in checkpoint or ("net" in checkpoint and "state_dict" not in checkpoint):
+        parts["policy"] = "agent" if "agent" in checkpoint else "net"
     if not parts:
         if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
             check_mapping(checkpoint, "backbone", given, given)
@@ -227,16 +224,17 @@ def _split(checkpoint, given):
 
 def _rename(state, part):
     """The state under our names, and the names that are dropped."""
-    renamed, dropped = {}, []
-    for key, value in state.items():
-        if part == "policy" and key.startswith("features.fc"):
-            dropped.append(key)
-            continue
-        if part == "backbone" and (match := re.match(r"layer(\d+)\.(?:0\.downsample|(\d+))\.(.*)", key)):
-            segment, block, rest = int(match[1]) - 1, match[2], match[3]
-            key = f"ds.{segment}.{rest}" if block is None else f"blocks.{segment}.{block}.{rest}"
-        renamed[key] = value
-    return renamed, dropped
+    if part == "policy":
+        dropped = [key for key in state if key.startswith("features.fc")]
+        return {key: value for key, value in state.items() if key not in dropped}, dropped
+    return rename(state, _name_in_backbone), []
+
+
+def _name_in_backbone(key):
+    if (match := re.match(r"layer(\d+)\.(?:0\.downsample|(\d+))\.(.*)", key)) is None:
+        return key
+    segment, block, rest = int(match[1]) - 1, match[2], match[3]
+    return f"ds.{segment}.{rest}" if block is None else f"blocks.{segment}.{block}.{rest}"
 
 
 def blockdrop_resnet(

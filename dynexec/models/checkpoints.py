@@ -131,7 +131,17 @@ def check_mapping(state, part, entry, given):
 
 def without_prefix(state):
     """``state`` without the ``module.`` before its names, which ``DataParallel`` puts there."""
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return rename(state, lambda key: key.removeprefix("module."))
+
+
+def rename(state, name_of):
+    """``state`` under the names ``name_of(name)``; ValueError where two of its names become one."""
+    found = {}
+    for key in state:
+        found.setdefault(name_of(key), []).append(key)
+    if twice := [" and ".join(map(repr, keys)) for keys in found.values() if len(keys) > 1]:
+        raise ValueError(f"the checkpoint has two values for one parameter: {shorten(twice)}")
+    return {key: state[keys[0]] for key, keys in found.items()}
 
 
 def shorten(items):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.blockdrop import pool_shortcut
-from dynexec.models.checkpoints import Checkpoint, check_mapping, shorten, without_prefix
+from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.inert import state_of
 from dynexec.models.resnet import initialize_convolutions
 from dynexec.nn import DynamicNetwork, ExpertBlock, assign_columns, dynamic_blocks
@@ -232,7 +232,7 @@ class SpotTune(DynamicNetwork):
         parts, dropped, absent = {}, [], ()
         state = _state(checkpoint["net"], "backbone", f"{given}['net']", given)
         if any(key.startswith("pre_layers_conv.") for key in state):
-            state = _rename_pretrained(state)
+            state = rename(state, _name_of_pretrained)
             dropped = [key for key in state if key.startswith("linear.")]
             own = self.backbone.state_dict()
             state |= {f"parallel_{key}": value for key, value in state.items() if key.startswith("blocks.")}
@@ -269,17 +269,13 @@ _PRETRAINED_NAMES = (
 )
 
 
-def _rename_pretrained(state):
-    """The names of the pre-training code as ours; its layers are numbered from 1."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, ours in _PRETRAINED_NAMES:
-            if match := re.match(pattern, key):
-                key = match.expand(ours) + key[match.end() :]
-                break
-        key = re.sub(r"^blocks\.(\d)", lambda found: f"blocks.{int(found[1]) - 1}", key)
-        renamed[key] = value
-    return renamed
+def _name_of_pretrained(key):
+    """Our name of a parameter of the pre-training code, whose layers are numbered from 1."""
+    for pattern, ours in _PRETRAINED_NAMES:
+        if match := re.match(pattern, key):
+            key = match.expand(ours) + key[match.end() :]
+            break
+    return re.sub(r"^blocks\.(\d)", lambda found: f"blocks.{int(found[1]) - 1}", key)
 
 
 def spottune_resnet26(*, num_classes=10, blocks=(4, 4, 4), widths=WIDTHS, stem_width=STEM_WIDTH, in_channels=3):
