@@ -242,3 +242,26 @@ def test_wrong_sizes_are_errors():
     policy = models.create_model("blockdrop_resnet32_cifar10").policy
     with pytest.raises(ValueError, match="policy decides for 15 blocks, but backbone has 2"):
         models.BlockDrop(backbone, policy)
+
+
+@pytest.mark.parametrize(
+    ("large", "size", "fits"), [(False, 30, False), (False, 33, False), (False, 36, True), (True, 33, True)]
+)
+def test_sizes_of_images(large, size, fits):
+    """Whatever the decisions: pooling rounds down, a convolution that strides rounds up."""
+    net = models.blockdrop_resnet((1, 1, 1), (4, 6, 8), large_images=large).eval()
+    images = torch.randn(2, 3, size, size)
+    for decisions in (None, *(torch.full((3,), kept) for kept in (False, True))):
+        if fits:
+            assert net(images, decisions).shape == (2, 10)
+        else:
+            with pytest.raises(ValueError, match=r"H and W multiples of 4, as segments halve them, got \(2, 3"):
+                net(images, decisions)
+
+
+def test_kinds_of_images():
+    net = models.blockdrop_resnet((1,), (4,))
+    with pytest.raises(TypeError, match=r"images must be a floating-point tensor \[N, 3, H, W\], got torch.uint8"):
+        net(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images must be \[N, 3, H, W\], got \(2, 1, 8, 8\)"):
+        net(torch.zeros(2, 1, 8, 8))

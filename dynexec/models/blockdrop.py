@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
-from dynexec.models.resnet import initialize_convolutions
+from dynexec.models.resnet import check_images, initialize_convolutions
 from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
 from dynexec.policy import sample
 
@@ -182,6 +182,32 @@ class BlockDrop(DynamicNetwork):
             )
         super().__init__(backbone, policy)
         self.num_blocks = num_blocks
+
+    def forward(self, images, decisions=None, **options):
+        """Run the blocks that the decisions keep.
+
+        Parameters
+        ----------
+        images : float tensor ``[N, C, H, W]``
+            Where shortcuts pool (CIFAR), of height and width that every segment but the first can halve.
+        decisions : bool tensor ``[N, L]`` or ``[L]``, optional
+            None, and no soft decisions: the policy decides.
+        **options
+            ``return_decisions``, ``soft_decisions`` and ``mode``, as of :class:`dynexec.nn.DynamicNetwork`.
+
+        Returns
+        -------
+        float tensor ``[N, classes]``, or ``(output, decisions)``
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``images`` are of another kind or size; and as :class:`dynexec.nn.DynamicNetwork`.
+        """
+        pools = any(isinstance(layer, nn.AvgPool2d) for layer in self.backbone.ds.modules())
+        step = 2 ** (len(self.backbone.blocks) - 1) if pools else 1
+        check_images(images, self.backbone.conv1.in_channels, step)
+        return super().forward(images, decisions, **options)
 
     def read_official(self, checkpoint, given):
         """The :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.

@@ -103,6 +103,16 @@ class ResNet(nn.Module):
         return self.fc(x) if hasattr(self, "fc") else x
 
 
+def check_images(images, channels, step):
+    """Raise unless ``images`` are floating-point ``[N, channels, H, W]`` with H and W multiples of ``step``."""
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(f"images must be a floating-point tensor [N, {channels}, H, W], got {kind}")
+    if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % step or images.shape[3] % step:
+        why = f" with H and W multiples of {step}, as segments halve them" if step > 1 else ""
+        raise ValueError(f"images must be [N, {channels}, H, W]{why}, got {tuple(images.shape)}")
+
+
 def initialize_convolutions(module):
     """Weights of convolutions for training from scratch (He et al., ICCV 2015)."""
     for layer in module.modules():

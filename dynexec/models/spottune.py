@@ -9,7 +9,7 @@ from torch import nn
 from dynexec.models.blockdrop import pool_shortcut
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.inert import state_of
-from dynexec.models.resnet import initialize_convolutions
+from dynexec.models.resnet import check_images, initialize_convolutions
 from dynexec.nn import DynamicNetwork, ExpertBlock, assign_columns, dynamic_blocks
 from dynexec.policy import draw, gumbel_softmax
 
@@ -183,15 +183,7 @@ class SpotTune(DynamicNetwork):
         TypeError, ValueError
             If ``images`` are of another kind or size.
         """
-        step, channels = 2 ** len(self.backbone.blocks), self.backbone.conv1.in_channels
-        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-            raise TypeError(f"images must be a floating-point tensor [N, {channels}, H, W], got {kind}")
-        if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % step or images.shape[3] % step:
-            raise ValueError(
-                f"images must be [N, {channels}, H, W] with H and W multiples of {step}, as each segment halves them, "
-                f"got {tuple(images.shape)}"
-            )
+        check_images(images, self.backbone.conv1.in_channels, 2 ** len(self.backbone.blocks))
         return super().forward(images, decisions, **options)
 
     def freeze_pretrained(self, batch_norm=False):
