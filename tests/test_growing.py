@@ -134,6 +134,25 @@ def test_thin_errors():
     grouped = FeatureSharing([nn.Conv2d(4, 4, 3, groups=2)], [nn.Linear(4, 2)])
     with pytest.raises(ValueError, match="convolutions without groups, got Conv2d"):
         thin(grouped, (2,))
+    for layer in (nn.PReLU(6), nn.GroupNorm(3, 6), nn.InstanceNorm2d(6, affine=True)):
+        stages = [nn.Sequential(nn.Conv2d(3, 6, 3), layer)]
+        with pytest.raises(ValueError, match=f"convolutions, linear layers and BatchNorm, got {type(layer).__name__}"):
+            thin(FeatureSharing(stages, [nn.Linear(6, 2)]), (2,))
+
+
+def test_thin_batch_norm_behind_flatten():
+    """It has as many numbers of each channel as there are pixels."""
+    stages = [nn.Conv2d(3, 6, 3, bias=False), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(54), nn.Linear(54, 5))]
+    net = finish(FeatureSharing(stages, [nn.Linear(5, 2)]))
+    dead = torch.randperm(6)[4:]
+    net.columns(0)[0].weight.data[dead] = 0.0
+    norm = net.columns(1)[0][1]
+    numbers = (dead[:, None] * 9 + torch.arange(9)).flatten()
+    norm.running_mean[numbers] = norm.bias.data[numbers] = 0.0
+    small, images = thin(net, (4, 5)), torch.randn(3, 3, 5, 5)
+    with torch.no_grad():
+        assert close(small(images), net(images))
+    assert small.columns(1)[0][1].num_features == 36
 
 
 def test_affinity():

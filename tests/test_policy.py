@@ -226,6 +226,28 @@ def test_logits_must_be_a_tensor():
     assert not policy.draw(torch.zeros(3, 2, requires_grad=True)).requires_grad
 
 
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ([[0.0, math.inf]], r"logits \(1, 2\) hold inf, or -inf for all choices"),
+        ([[0.0, 1.0], [-math.inf, -math.inf]], r"logits \(2, 2\) hold inf, or -inf for all choices"),
+        ([[0.0, math.nan]], "hold NaN"),
+        ([[], []], r"logits must have choices, \[..., choices\], got shape \(2, 0\)"),
+        (1.0, "logits must have choices"),
+    ],
+)
+def test_logits_without_a_softmax(logits, message):
+    for function in (policy.draw, lambda logits: policy.gumbel_softmax(logits, 1.0)):
+        with pytest.raises(ValueError, match=message):
+            function(torch.tensor(logits))
+
+
+def test_a_choice_of_no_probability_is_never_drawn():
+    logits = torch.tensor([0.0, -math.inf, 1.0]).expand(1000, 3)
+    assert policy.draw(logits).unique().tolist() == [0, 2]
+    assert policy.gumbel_softmax(logits, 1.0).isfinite().all()
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
 def test_gumbel_softmax_stays_finite_at_extreme_temperatures(temperature):
     logits = torch.tensor([[30.0, -30.0, 0.0]]).expand(100, 3)

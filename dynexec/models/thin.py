@@ -73,8 +73,8 @@ def thin(network, widths):
     Raises
     ------
     ValueError
-        If the tree has branches; there is not one width per layer, of 1 to what the layer has; or a convolution has
-        groups.
+        If the tree has branches; there is not one width per layer, of 1 to what the layer has; a convolution has
+        groups; or there are other layers with parameters.
     """
     if any(len(layer) > 1 for layer in network.tree.layers):
         raise ValueError(f"network must have one column per layer, got the tree\n{network.tree}")
@@ -94,12 +94,16 @@ def thin(network, widths):
 
 def _thin_layers(module, kept, width, name):
     """Thin the layers of ``module`` in place; ``kept``: of how many input channels which ones are left, None: all."""
-    layers = [m for m in module.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear, _BatchNorm))]
-    weighted = [m for m in layers if not isinstance(m, _BatchNorm)]
+    layers = [m for m in module.modules() if _has_size(m)]
+    weighted = [m for m in layers if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
     for layer in layers:
         if isinstance(layer, _BatchNorm):
             if kept is not None:
-                _keep_norm(layer, kept[1])
+                _keep_norm(layer, *kept)
+            continue
+        if layer not in weighted:
+            if kept is not None:
+                raise ValueError(f"network must be of convolutions, linear layers and BatchNorm, got {layer}")
             continue
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(f"network must have convolutions without groups, got {layer}")
@@ -115,6 +119,12 @@ def _thin_layers(module, kept, width, name):
         else:
             kept = None
     return kept
+
+
+def _has_size(module):
+    """Whether a layer has numbers of its own for channels or a number of groups."""
+    own = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None))
+    return own is not None or isinstance(module, (_BatchNorm, nn.GroupNorm))
 
 
 def _keep_inputs(layer, before, kept):
@@ -135,7 +145,11 @@ def _keep_outputs(layer, kept):
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
 
 
-def _keep_norm(norm, kept):
+def _keep_norm(norm, before, kept):
+    """The same for BatchNorm: behind a ``Flatten`` it has several numbers of each channel."""
+    if norm.num_features % before:
+        raise ValueError(f"network must be a sequence of layers: {norm} does not read the {before} channels before it")
+    kept = torch.arange(norm.num_features, device=kept.device).unflatten(0, (before, -1))[kept].flatten()
     for name in ("weight", "bias"):
         if (old := getattr(norm, name)) is not None:
             setattr(norm, name, nn.Parameter(old.data[kept], old.requires_grad))

@@ -120,8 +120,17 @@ def check_probabilities(probabilities):
 
 
 def check_logits(logits):
-    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
+    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting.
+
+    Infinite ones have no softmax either, but for choices of -inf, which are never taken, beside others.
+    """
     check_numbers(logits, "logits", "[..., choices]")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have choices, [..., choices], got shape {tuple(logits.shape)}")
+    if _readable(logits) and not bool(logits.amax(-1).isfinite().all()):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} hold inf, or -inf for all choices: expected numbers {_DIVERGED}"
+        )
 
 
 def check_numbers(values, name, shape):

@@ -28,8 +28,8 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
     Raises
     ------
     TypeError, ValueError
-        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN; or ``temperature`` is not above 0 and
-        finite in their dtype.
+        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN, inf, or -inf for all choices; or
+        ``temperature`` is not above 0 and finite in their dtype.
     """
     check_logits(logits)
     if not torch.finfo(logits.dtype).tiny <= temperature < float("inf"):
