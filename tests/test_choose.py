@@ -1,5 +1,6 @@
 """The cost model against sums written out naively, with made-up costs."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,18 @@ def test_cache_in_a_place_that_cannot_be_written(tmp_path, caplog, monkeypatch):
     for path in (3, b"costs.json"):
         with pytest.raises(TypeError, match="cost_cache must be a path or None, got"):
             CostCache(path)
+
+
+def test_cache_that_is_no_file(tmp_path, caplog):
+    """A pipe, of which reading would wait for ever; and a name that no file has."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, messages in ((tmp_path / "pipe", 1), (f"{tmp_path}/a\0b", 2)):
+        caplog.clear()
+        cache = CostCache(path)
+        assert cache.get("a", bool, lambda: {"chunk": 1}) == {"chunk": 1}
+        cache.save()
+        assert len(caplog.messages) == messages and "ignored: " in caplog.messages[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_user_without_a_home(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """FLOPs: equal to the published figures, and split rightly into what can be saved."""
 
+import threading
+
 import pytest
 import torch
 import toys
@@ -122,6 +124,30 @@ def test_a_policy_that_is_a_converted_network():
     dynexec.convert(net)
     assert measure.count_flops(network, x) == before and before.policy == before.dense
     assert models.delete_blocks(network, [0]).tolist() == [False, True, True, True, True]
+
+
+def test_counting_while_another_thread_runs_the_model():
+    model = toys.torchvision_style()
+    num_blocks = dynexec.convert(model).num_blocks
+    x, decisions = toys.images(2), torch.ones(2, num_blocks, dtype=torch.bool)
+    expected, stop, failed = measure.count_flops(model, x), threading.Event(), []
+
+    def serve():
+        while not stop.is_set():
+            try:
+                with torch.no_grad(), dynexec.decide(decisions):
+                    model(x)
+            except Exception as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        found = [measure.count_flops(model, x) for _ in range(20)]
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed and found == [expected] * 20
 
 
 def test_what_cannot_be_counted_is_an_error():

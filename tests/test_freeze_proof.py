@@ -208,6 +208,58 @@ def test_a_shortcut_that_shares_its_inputs_memory(shortcut, executor):
     assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
 
 
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv(x))
+
+
+class NamedLikeOurs(nn.Module):
+    """Its modules have names that we might use."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.plan, self.route = nn.Conv2d(3, 4, 3), Plain(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.route(self.plan(self.x(x)).mean((2, 3)))
+
+
+class ArgumentLikeOurs(NamedLikeOurs):
+    def forward(self, route, x=None):
+        return super().forward(route)
+
+
+@needs_engine
+@pytest.mark.parametrize("kind", [NamedLikeOurs, ArgumentLikeOurs])
+def test_names_that_mean_something_here(kind):
+    model = toys.finish(kind())
+    dynexec.convert(model)
+    frozen = dynexec.freeze(model, toys.images(3), executor="resident")
+    x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-5
+
+
+@needs_engine
+def test_another_default_dtype():
+    model = toys.torchvision_style()
+    num_blocks = dynexec.convert(model).num_blocks
+    policy = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_blocks), nn.Sigmoid()
+    )
+    x, decisions = toys.images(3), torch.rand(3, num_blocks) < 0.5
+    torch.set_default_dtype(torch.float64)
+    try:
+        frozen = dynexec.freeze(model, x, executor="resident", policy=policy)
+        assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-5
+        assert torch.equal(frozen(x, return_decisions=True)[1], policy(x) >= 0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def break_segments(monkeypatch, broken):
     """Segments add 1 to what they give where ``broken(segment, x)``."""
     run = Segment.__call__

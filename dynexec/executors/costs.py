@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import stat
 import time
 from bisect import bisect_left
 from functools import cache, partial
@@ -87,12 +88,14 @@ class CostCache:
         """
         if not self._changed or self.path is None:
             return
+        if self.path.exists() and not self.path.is_file():
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"version": _VERSION, "entries": self._read()[0] | self.entries})
             with replacing(self.path) as file:
                 file.write(text)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a name with a NUL
             if self._asked_for:
                 _log.warning("cost cache %s cannot be written: %s: %s", self.path, type(error).__name__, error)
 
@@ -101,6 +104,8 @@ class CostCache:
         if self.path is None:
             return {}, None
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # reading a pipe may wait for ever
+                return {}, "it is no file"
             stored = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {}, None

@@ -5,7 +5,7 @@ from torch import fx, nn
 from dynexec.executors.block import FrozenBlock, trace
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.rewrite import pack
-from dynexec.executors.stage import Stage
+from dynexec.executors.stage import ROUTE, Stage
 from dynexec.nn.residual import DynamicBlock
 
 
@@ -37,7 +37,7 @@ def pack_stages(backbone, images, executor, samples):
     runs = _runs(graph, modules)
     inputs = _Recorder(module, {run[0] for run in runs}).record(images[:samples])
     with graph.inserting_after(next(node for node in graph.nodes if node.op == "placeholder")):
-        route = graph.placeholder("route")
+        route = graph.placeholder(ROUTE)
     stages = []
     for number, run in enumerate(runs):
         source = run[0].args[0]

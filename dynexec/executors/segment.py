@@ -6,7 +6,7 @@ from dynexec.executors.emit import Flat, emit_nodes
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
 from dynexec.executors.recent import IMAGE_SIZES, Recent
-from dynexec.executors.stage import Stage
+from dynexec.executors.stage import ROUTE, Stage
 from dynexec.nn.structure import hooked
 
 
@@ -130,7 +130,7 @@ def make_segments(module, make_programs):
     graph = fx.Graph()
     copies = {}
     graph.output(graph.graph_copy(module.graph, copies))
-    route = next((node for node in graph.nodes if node.op == "placeholder" and node.name == "route"), None)
+    route = next((node for node in graph.nodes if node.op == "placeholder" and node.target == ROUTE), None)
     segments = []
     for nodes, source, result in found:
         segment = Segment(len(segments), nodes, source, result, modules, make_programs())
@@ -194,4 +194,4 @@ def _may_end(value):
 
 
 def _tensor_inputs(node):
-    return [value for value in node.all_input_nodes if not (value.op == "placeholder" and value.name == "route")]
+    return [value for value in node.all_input_nodes if not (value.op == "placeholder" and value.target == ROUTE)]

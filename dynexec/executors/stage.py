@@ -8,6 +8,9 @@ from dynexec.executors.costs import measure_block
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.route import Route
 
+#: The input of a packed network that says what runs; no name that a module or an argument of a user's would have.
+ROUTE = "dynexec_route"
+
 EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
 
 

@@ -32,7 +32,7 @@ class Weights:
     def tensor(self):
         """All of them, float32; nothing can be added any more."""
         if self._tensor is None:
-            self._tensor = torch.cat([torch.zeros(0), *self._parts])
+            self._tensor = torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *self._parts])
             self._parts = None
         return self._tensor
 

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -137,13 +138,16 @@ def _count(model, image):
     per_block = [0] * len(blocks)
     counter = FlopCounterMode(display=False)
     repeated = inside = 0  # counted once more; of residual branches
-    entered = {}
+    entered, thread = {}, get_ident()  # others may run the model meanwhile
 
     def enter(block, arguments):
-        entered[block] = counter.get_total_flops()
+        if get_ident() == thread:
+            entered[block] = counter.get_total_flops()
 
     def leave(block, arguments, output):
         nonlocal repeated, inside
+        if get_ident() != thread:
+            return
         total = counter.get_total_flops()
         own = total - entered[block]
         x = arguments[0]

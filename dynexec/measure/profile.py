@@ -1,6 +1,7 @@
 """Where the time of a frozen network went: per part, and what is lost by cause."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -147,14 +148,16 @@ class Profile:
 
     def chrome_trace(self, path):
         """Write one call to ``path`` as Chrome trace events, for chrome://tracing or Perfetto: whole or not at all."""
-        each = {}  # FLOPs of a sample
-        for part in self.parts:
-            each[part.name, part.kind] = part.flops // max(part.samples, 1), part.column, part.total
+        parts, time = {(part.name, part.kind): part for part in self.parts}, Counter()
+        for span in self.spans:
+            time[span.name, span.kind] += span.end - span.begin
         events = []
         for span in self.spans:
-            flops, column, total = each[span.name, span.kind]
-            arguments = {"kind": span.kind, "kept": span.samples, "samples": total}
-            arguments |= {"flops": flops * span.samples} | ({} if column is None else {"column": column})
+            part = parts[span.name, span.kind]
+            # Instructions and threads share the work of a part: each has what its time is of the part's.
+            flops = part.flops * (span.end - span.begin) / (time[span.name, span.kind] or 1)
+            arguments = {"kind": span.kind, "kept": span.samples, "samples": part.total, "flops": round(flops)}
+            arguments |= {} if part.column is None else {"column": part.column}
             events.append({
                 "name": title(span),
                 "ph": "X", "pid": 0, "tid": span.thread, "ts": span.begin / 1e3, "dur": (span.end - span.begin) / 1e3,
