@@ -32,7 +32,12 @@ def main(argv=None):
         parser.parse_args(argv)  # prints help or the error, and exits
     module = _load(parser, argv[0])
     module.add_arguments(parsers[argv[0]])
-    return module.main(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    try:
+        return module.main(args)
+    except OSError as error:  # a folder that may not be written, a full disk
+        print(f"dynexec {argv[0]}: {error}", file=sys.stderr)
+        return 1
 
 
 def _load(parser, command):

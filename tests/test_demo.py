@@ -230,8 +230,10 @@ def test_a_wrong_output_is_a_failure(monkeypatch, tmp_path, capsys, result):
     assert "WRONG: dynexec" in capsys.readouterr().out
 
 
-def test_threads_are_checked(tmp_path):
+@pytest.mark.parametrize("wrong", [["--threads", "0"], ["--threads", "100000"], ["--seconds", "nan"]])
+def test_arguments_are_checked(capsys, wrong):
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    with pytest.raises(ValueError, match="--threads"):
-        demo.main(parser.parse_args(["--threads", "0", "--out", str(tmp_path)]))
+    with pytest.raises(SystemExit):
+        parser.parse_args(wrong)
+    assert f"argument {wrong[0]}: must be" in capsys.readouterr().err

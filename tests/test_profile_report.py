@@ -1,6 +1,7 @@
 """What profiles write and the page shows: files that are checked, plots, and a section for each profile."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -53,6 +54,8 @@ def test_what_is_written_is_read(tmp_path):
         (lambda found: found.pop("peak"), "the file must have the entries .* missing or unknown: peak"),
         (lambda found: found.update(speed=1), "the file must have the entries .* missing or unknown: speed"),
         (lambda found: found.update(samples=True), "samples must be an int of 0 or more, got True"),
+        (lambda found: found.update(flops=10**400), "flops must be an int of 0 or more, got 1000"),
+        (lambda found: found.update(executor="\ud800"), "executor must be text, got"),
         (lambda found: found.update(executor=None), "executor must be text, got None"),
         (lambda found: found.update(parts={}), "parts must be a list, got {}"),
         (lambda found: found.update(measured=float("nan")), "measured must be a number of 0 or more, got nan"),
@@ -118,6 +121,13 @@ def test_bars_and_marks_are_where_the_numbers_say(tmp_path, monkeypatch):
     assert [text.get_text() for text in axes.get_yticklabels()][:3] == ["planning", "conv1", "blocks.0"]
     labels = {text.get_text() for text in figures[0].legends[0].get_texts()}
     assert labels == {"stem", "blocks", "head", "planning", "theoretical", "roofline"}
+
+
+def test_names_are_no_formulas(tmp_path):
+    first, *others = made_up(3).parts
+    profile = made_up(3, parts=(replace(first, name=r"$\bad$"), *others), losses={r"$\worse$": 0.1})
+    assert all(map(os.path.exists, drawn(profile, tmp_path)))
+    assert os.path.exists(profile_plots.plot_losses(profile, tmp_path / "losses.png"))
 
 
 def test_layers_are_stem_head_or_between():

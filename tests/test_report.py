@@ -118,7 +118,11 @@ def test_bench_fails_on_a_wrong_executor(tiny_nets, tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--keep", "1.5"), ("--keep", "half"), ("--batch", "0"), ("--threads", "0"), ("--nets", "x")]
+    ("option", "value"),
+    [
+        *[("--keep", "1.5"), ("--keep", "half"), ("--batch", "0"), ("--threads", "0"), ("--nets", "x")],
+        *[("--threads", "99999999999999"), ("--seconds", "nan"), ("--seconds", "-1"), ("--out", ".")],
+    ],
 )
 def test_bench_refuses_wrong_arguments(tmp_path, capsys, option, value):
     with pytest.raises(SystemExit):

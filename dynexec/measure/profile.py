@@ -141,6 +141,7 @@ class Profile:
         for number, part in enumerate(found["parts"]):
             _check_entries(path, f"parts[{number}].", part, Part.__annotations__)
         for cause, seconds in found["losses"].items():
+            _check(path, "a name in losses", cause, *_KINDS[str])
             _check(path, f"losses.{cause}", seconds, "a finite number", _is_finite)
         _check(path, "dense_flops", found["dense_flops"], "1 or more", bool)
         del found["theoretical"]
@@ -229,12 +230,16 @@ def _is_finite(value):
 
 
 def _is_count(value):
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_text(value):
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)  # surrogates
 
 
 # Of an entry by its annotation: what a file may hold.
 _KINDS = {
-    str: ("text", lambda value: isinstance(value, str)),
+    str: ("text", _is_text),
     int: ("an int of 0 or more", _is_count),
     int | None: ("an int of 0 or more, or null", lambda value: value is None or _is_count(value)),
     float: ("a number of 0 or more", lambda value: _is_finite(value) and value >= 0),

@@ -1,7 +1,6 @@
 """``dynexec bench``: theoretical against realised speed-up, against every baseline."""
 
 import json
-import math
 import sys
 from argparse import ArgumentTypeError
 from functools import partial
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dynexec.report.arguments import file, keep_share, positive, seconds, threads
 from dynexec.report.baselines import BASELINES
 from dynexec.report.experiment import PUBLISHED, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
@@ -48,14 +48,14 @@ def add_arguments(parser):
         choices=list(_DTYPES),
         help="default: float32 on the CPU, float16 on a GPU; outputs are compared with float32's",
     )
-    add("--threads", type=positive, help="default: as many as torch takes by itself")
+    add("--threads", type=threads, help="default: as many as torch takes by itself")
     add(
         "--seconds",
-        type=float,
+        type=seconds,
         default=60.0,
         help="timing per network and batch, but at least five rounds (%(default)s)",
     )
-    add("--out", type=Path, default=Path(DEFAULT_OUT), help="file of result rows (%(default)s)")
+    add("--out", type=file, default=Path(DEFAULT_OUT), help="file of result rows (%(default)s)")
     add("--append", action="store_true", help="keep the rows that the file has already")
     add("--json", action="store_true", help="print rows as JSON lines instead of a table")
 
@@ -136,33 +136,12 @@ def print_table(console, rows):
     console.print(table)
 
 
-def positive(text):
-    """For argparse: an int of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
-
-
 def _device(text):
     if text not in ("cpu", "cuda"):
         raise ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
     if text == "cuda" and not torch.cuda.is_available():
         raise ArgumentTypeError("torch sees no GPU here")
     return text
-
-
-def keep_share(text):
-    """For argparse: a float from 0 to 1, or the word :data:`PUBLISHED`."""
-    if text == PUBLISHED:
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise ArgumentTypeError(f"must be a share between 0 and 1, or {PUBLISHED!r}; got {text!r}")
-    return value
 
 
 def make_settings(net, blocks, batch, keeps):

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dynexec.report.arguments import seconds, threads
 from dynexec.report.demo_parts import PARTS, Run
 from dynexec.report.demo_table import COLUMNS, NOTE, cells, plot_results, print_table
 from dynexec.report.page import DEFAULT_DEMO, DEFAULT_OUT, PageTable, Section, write_html, write_sections
@@ -19,9 +20,9 @@ _CAPTION = "On the diagonal, the time saved is the FLOPs saved; filled: against 
 def add_arguments(parser):
     """Add the arguments of ``dynexec demo`` to an argparse parser."""
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="default: as many as torch takes by itself")
+    parser.add_argument("--threads", type=threads, help="default: as many as torch takes by itself")
     parser.add_argument(
-        "--seconds", type=float, default=6.0, help="timing per network; at least five rounds (%(default)s)"
+        "--seconds", type=seconds, default=6.0, help="timing per network; at least five rounds (%(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path(DEFAULT_OUT).parent, help="folder for page and pictures (%(default)s)"
@@ -31,8 +32,6 @@ def add_arguments(parser):
 
 def main(args):
     """Run ``dynexec demo``; return the exit status: 1 if an output was wrong or no part could run."""
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be 1 or more, got {args.threads}")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)

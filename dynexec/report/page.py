@@ -12,6 +12,7 @@ from jinja2 import Environment
 
 from dynexec.files import replacing
 from dynexec.measure import Profile
+from dynexec.report.arguments import file
 from dynexec.report.plots import plot_speed_up
 from dynexec.report.profile_plots import plot_losses, plot_parts
 from dynexec.report.rows import read_rows
@@ -222,7 +223,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--profiles", nargs="+", type=Path, help=f"files of dynexec profile --json ({DEFAULT_PROFILES})"
     )
-    parser.add_argument("--out", type=Path, default=Path(DEFAULT_OUT), help="the page (%(default)s)")
+    parser.add_argument("--out", type=file, default=Path(DEFAULT_OUT), help="the page (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 

@@ -1,12 +1,12 @@
 """``dynexec profile``: where the time of a frozen network goes."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from dynexec.executors import freeze
-from dynexec.report.bench import keep_share, make_settings, positive
+from dynexec.report.arguments import file, keep_share, positive, threads
+from dynexec.report.bench import make_settings
 from dynexec.report.experiment import PUBLISHED, num_blocks
 from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.systems import SYSTEMS, build_system
@@ -23,9 +23,9 @@ def add_arguments(parser):
         help=f"share of blocks kept, 0.5 if not given, or {PUBLISHED!r}, as all networks of parts have it",
     )  # fmt: skip
     add("--rounds", type=positive, default=20, help="timed rounds (%(default)s)")
-    add("--threads", type=positive, help="default: as many as torch takes by itself")
-    add("--chrome", type=Path, metavar="FILE", help="write one call as Chrome trace events")
-    add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
+    add("--threads", type=threads, help="default: as many as torch takes by itself")
+    add("--chrome", type=file, metavar="FILE", help="write one call as Chrome trace events")
+    add("--json", type=file, metavar="FILE", help="write all numbers as JSON")
 
 
 def main(args):

@@ -100,7 +100,7 @@ def plot_losses(profile, path):
     axes.axvline(0, color="0.4", linewidth=1)
     axes.margins(x=0.3)  # for the numbers beside the bars
     axes.invert_yaxis()
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.3)
@@ -123,4 +123,5 @@ def group_parts(parts):
 
 def _label(part):
     name = title(part)
-    return name if len(name) <= 28 else f"{name[:13]} .. {name[-11:]}"
+    name = name if len(name) <= 28 else f"{name[:13]} .. {name[-11:]}"
+    return name.replace("$", r"\$")  # else matplotlib reads formulas

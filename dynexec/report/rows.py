@@ -123,6 +123,9 @@ def check_row(row):
     for key, kind in SCHEMA.items():
         if not isinstance(row[key], kind):
             raise TypeError(f"row[{key!r}] must be {kind}, got {type(row[key]).__name__}: {row[key]!r}")
+    for candidate, times in row["milliseconds"].items():
+        if not isinstance(times, dict) or not times.keys() >= {"median", "p10", "p90"}:
+            raise TypeError(f"row['milliseconds'][{candidate!r}] must have median, p10 and p90, got {times!r}")
     return row
 
 
