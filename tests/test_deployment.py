@@ -242,6 +242,40 @@ def test_an_interrupted_save_leaves_the_old_folder_or_none(tmp_path, monkeypatch
             assert old is None or before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_another_process_saves_at_the_same_time(tmp_path, monkeypatch, old):
+    """Its folder gets in between, once before ours and once where the old one was."""
+    net, x, folder = blockdrop(), torch.randn(2, 3, 16, 16), tmp_path / "net"
+    if old:
+        dynexec.save(net, folder, x)
+    rename, others = Path.rename, []
+
+    def meanwhile(path, target):
+        if target == folder and len(others) < 2:
+            others.append(path)
+            folder.mkdir()
+            (folder / MANIFEST).write_text("of the other process")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    dynexec.save(net, folder, x)
+    assert len(others) == 2 and [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert same(dynexec.load(folder), net, x, torch.ones(4, dtype=torch.bool))
+
+
+def test_folders_with_the_names_of_files_are_left_alone(tmp_path):
+    for name in (MANIFEST, WEIGHTS, EXAMPLE):
+        (tmp_path / "net" / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds other things"):
+        dynexec.save(blockdrop(), tmp_path / "net", torch.randn(2, 3, 16, 16))
+
+
+def test_an_example_of_another_dtype(tmp_path):
+    net, x = blockdrop(), torch.randn(2, 3, 16, 16)
+    dynexec.save(net, tmp_path / "net", x.double())
+    assert same(dynexec.load(tmp_path / "net"), net, x, torch.ones(4, dtype=torch.bool))
+
+
 def test_an_old_folder_is_replaced_and_another_one_left_alone(tmp_path):
     net, x, folder = blockdrop(), torch.randn(2, 3, 16, 16), tmp_path / "net"
     dynexec.save(net, folder, x)

@@ -24,7 +24,6 @@ def export(net, *arguments, **options):
 @pytest.mark.parametrize("name", ["blockdrop_resnet32_cifar10", "spottune_resnet26"])
 def test_an_exported_policy_decides(name, tmp_path):
     net = toys.finish(create_model(name, blocks=(1, 1), widths=(8, 8), num_classes=3))
-    net = DynamicNetwork(net.backbone, net.policy).eval()
     options = {"mode": "capacity", "return_decisions": True}
     torch.export.save(export(net, torch.randn(4, 3, 8, 8), **options), tmp_path / "net.pt2")
     program = torch.export.load(tmp_path / "net.pt2").module()

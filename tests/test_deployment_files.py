@@ -193,10 +193,18 @@ def test_a_conversion_that_does_not_fit(tmp_path):
             dynexec.load(tmp_path / "net", twin)
 
 
+def test_an_example_that_is_not_finite_names_the_file(tmp_path):
+    model, twin, _ = toys.converted()
+    dynexec.save(model, tmp_path / "net", toys.images(2))
+    tensors = safetensors.load((tmp_path / "net" / EXAMPLE).read_bytes())
+    forge(tmp_path / "net", tensors | {"inputs.": torch.full_like(tensors["inputs."], torch.nan)})
+    with pytest.raises(ValueError, match=rf"{EXAMPLE} is not of the network of {WEIGHTS}: its inputs hold NaN"):
+        dynexec.load(tmp_path / "net", twin)
+
+
 def test_what_cannot_be_frozen_names_the_folder(tmp_path):
     model, twin, _ = toys.converted()
     dynexec.save(model, tmp_path / "net", toys.images(2), executor="compact")
-    tensors = safetensors.load((tmp_path / "net" / EXAMPLE).read_bytes())
-    forge(tmp_path / "net", tensors | {"inputs.": torch.full_like(tensors["inputs."], torch.nan)})
+    twin.register_forward_hook(lambda module, inputs, output: output + 1)
     with pytest.raises(RuntimeError, match=rf"{tmp_path / 'net'}: the network cannot be frozen here"):
         dynexec.load(tmp_path / "net", twin)

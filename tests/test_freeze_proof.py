@@ -243,6 +243,30 @@ def test_names_that_mean_something_here(kind):
     assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["class", 'quo"te', "two\nlines", "a b"])
+def test_names_that_are_none_in_python(name):
+    model = toys.finish(nn.Sequential())
+    model.add_module("stem", nn.Conv2d(3, 4, 3))
+    model.add_module(name, Plain())
+    dynexec.convert(model)
+    x, decisions = toys.images(3), torch.tensor([[True], [False], [True]])
+    try:
+        frozen = dynexec.freeze(model, x)
+    except ValueError as error:
+        assert f"torch.fx needs names as Python has them, got {name!r}" in str(error)
+    else:
+        assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_example_is_finite(value):
+    model, x = toys.torchvision_style(), toys.images(2)
+    dynexec.convert(model)
+    x[1, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="example_input must be finite"):
+        dynexec.freeze(model, x)
+
+
 @needs_engine
 def test_another_default_dtype():
     model = toys.torchvision_style()

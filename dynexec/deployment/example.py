@@ -11,7 +11,7 @@ from dynexec import dispatch
 from dynexec.deployment.network import num_columns
 from dynexec.executors.candidate import halves
 from dynexec.executors.proof import is_rounding, relative_error
-from dynexec.executors.routed import convert_inputs
+from dynexec.executors.routed import convert_inputs, tensors_of
 from dynexec.nn import RoutedNetwork
 
 _SAMPLES = 8  # of the example input that are kept
@@ -46,7 +46,8 @@ class Example:
     def record(cls, net, inputs, error):
         """Run a network on the first of its inputs; ``error``: what it may differ by where it is loaded, relative."""
         net = copy.deepcopy(net).cpu().eval()
-        inputs = tree_map(lambda tensor: tensor[:_SAMPLES].detach().cpu(), inputs)
+        dtype = next((p.dtype for p in net.parameters()), torch.float32)
+        inputs = tree_map(lambda tensor: tensor[:_SAMPLES].detach().cpu().to(dtype), inputs)
         routed, blocks = isinstance(net, RoutedNetwork), num_columns(net)
         if routed:
             decisions = net.example_decisions(inputs)
@@ -63,6 +64,8 @@ class Example:
     @torch.no_grad()
     def misfit(self, net):
         """Why it cannot have been recorded of a network, which is on the CPU, or None."""
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(self.inputs)):
+            return "its inputs hold NaN or infinity"
         try:
             for decisions in self.decisions:
                 net(self.inputs, decisions)

@@ -98,9 +98,9 @@ def read_tensors(path, digest):
 
 def read_bytes(path):
     """What is in a file; ValueError, which names it, where it cannot be read."""
-    if path.exists() and not path.is_file():  # a pipe might never end
-        raise ValueError(f"{path} is not a file: dynexec.save writes such files")
     try:
+        if path.exists() and not path.is_file():  # a pipe might never end
+            raise ValueError(f"{path} is not a file: dynexec.save writes such files")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): dynexec.save writes such files") from error

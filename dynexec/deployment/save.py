@@ -1,5 +1,6 @@
 """``save``: a network as a folder."""
 
+import errno
 import os
 import shutil
 from hashlib import sha256
@@ -94,7 +95,10 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
 
 def _is_ours(folder):
     """Whether there is nothing in a folder but what :func:`save` writes: it may be replaced."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} in (set(), {MANIFEST, WEIGHTS, EXAMPLE})
+    if not folder.is_dir():
+        return False
+    found = list(folder.iterdir())
+    return {path.name for path in found} in (set(), {MANIFEST, WEIGHTS, EXAMPLE}) and all(map(Path.is_file, found))
 
 
 def _plain(tensors):
@@ -114,19 +118,26 @@ def _put_in_place(made, folder):
     """Rename a folder whose files are on the disk to ``folder``, whose old one, if any, is removed then."""
     for path in (*made.iterdir(), made):
         _sync(path)
-    old = None
-    if folder.exists():
+    placed = False
+    while not placed:
         old = made.with_name(f"{made.name}.old")
-        folder.rename(old)
-    try:
-        made.rename(folder)
-    except BaseException:
+        try:
+            folder.rename(old)
+        except FileNotFoundError:  # there is none, or another process has just put its own in place
+            old = None
+        try:
+            made.rename(folder)
+            placed = True
+        except BaseException as error:
+            if not (isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
+                if old is not None:
+                    old.rename(folder)
+                raise
+            # Another process has put its own in place since: that one is to be replaced.
         if old is not None:
-            old.rename(folder)
-        raise
+            _sync(folder.parent)
+            shutil.rmtree(old)
     _sync(folder.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _sync(path):

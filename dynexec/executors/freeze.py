@@ -204,6 +204,9 @@ def check_arguments(model, example_input, dtype=None, policy=None):
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model and example_input must be on one device, the CPU or a GPU, got {found}")
+    for tensor in tensors_of(example_input):
+        if not bool(tensor.isfinite().all()):
+            raise ValueError("example_input must be finite, as outputs for it are compared; it holds NaN or infinity")
     _check_batch_norm(model)
     return next(iter(devices))
 

@@ -1,5 +1,7 @@
 """Cuts a traced network into stages of dynamic blocks and the rest around them."""
 
+from keyword import iskeyword
+
 from torch import fx, nn
 
 from dynexec.executors.block import FrozenBlock, trace
@@ -32,7 +34,11 @@ def pack_stages(backbone, images, executor, samples):
         graph = trace(backbone)
     except Exception as error:
         raise ValueError(f"model cannot be frozen: its forward cannot be traced ({error})") from error
-    module = pack(backbone, graph, images)
+    try:
+        module = pack(backbone, graph, images)
+    except SyntaxError as error:  # in what torch.fx writes of its graph
+        names = ", ".join(repr(name) for name, _ in backbone.named_modules() if not _is_attribute(name))
+        raise ValueError(f"model cannot be frozen: torch.fx needs names as Python has them, got {names}") from error
     modules = dict(module.named_modules())
     runs = _runs(graph, modules)
     inputs = _Recorder(module, {run[0] for run in runs}).record(images[:samples])
@@ -58,6 +64,13 @@ def pack_stages(backbone, images, executor, samples):
             graph.erase_node(node)
     module.recompile()
     return module, stages
+
+
+def _is_attribute(name):
+    """Whether a module's name can stand in code; numbers are the places of lists."""
+    return all(
+        not iskeyword(part) and (part.isidentifier() or part.isdigit()) for part in filter(None, name.split("."))
+    )
 
 
 def _runs(graph, modules):

@@ -183,7 +183,7 @@ class BlockDrop(DynamicNetwork):
         super().__init__(backbone, policy)
         self.num_blocks = num_blocks
 
-    def forward(self, images, decisions=None, **options):
+    def forward(self, images, decisions=None, *, return_decisions=False, soft_decisions=None, mode="exact"):
         """Run the blocks that the decisions keep.
 
         Parameters
@@ -192,8 +192,8 @@ class BlockDrop(DynamicNetwork):
             Where shortcuts pool (CIFAR), of height and width that every segment but the first can halve.
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
             None, and no soft decisions: the policy decides.
-        **options
-            ``return_decisions``, ``soft_decisions`` and ``mode``, as of :class:`dynexec.nn.DynamicNetwork`.
+        return_decisions, soft_decisions, mode
+            As of :class:`dynexec.nn.DynamicNetwork`.
 
         Returns
         -------
@@ -207,6 +207,7 @@ class BlockDrop(DynamicNetwork):
         pools = any(isinstance(layer, nn.AvgPool2d) for layer in self.backbone.ds.modules())
         step = 2 ** (len(self.backbone.blocks) - 1) if pools else 1
         check_images(images, self.backbone.conv1.in_channels, step)
+        options = {"return_decisions": return_decisions, "soft_decisions": soft_decisions, "mode": mode}
         return super().forward(images, decisions, **options)
 
     def read_official(self, checkpoint, given):

@@ -162,7 +162,7 @@ class SpotTune(DynamicNetwork):
         super().__init__(backbone, policy)
         self.num_blocks = num_blocks
 
-    def forward(self, images, decisions=None, **options):
+    def forward(self, images, decisions=None, *, return_decisions=False, soft_decisions=None, mode="exact"):
         """Run one of both sets of weights in every block.
 
         Parameters
@@ -171,8 +171,8 @@ class SpotTune(DynamicNetwork):
             Of height and width that every segment can halve.
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
             True: the fine-tuned weights. None, and no soft decisions: the policy decides.
-        **options
-            ``return_decisions``, ``soft_decisions`` and ``mode``, as of :class:`dynexec.nn.DynamicNetwork`.
+        return_decisions, soft_decisions, mode
+            As of :class:`dynexec.nn.DynamicNetwork`.
 
         Returns
         -------
@@ -184,6 +184,7 @@ class SpotTune(DynamicNetwork):
             If ``images`` are of another kind or size.
         """
         check_images(images, self.backbone.conv1.in_channels, 2 ** len(self.backbone.blocks))
+        options = {"return_decisions": return_decisions, "soft_decisions": soft_decisions, "mode": mode}
         return super().forward(images, decisions, **options)
 
     def freeze_pretrained(self, batch_norm=False):
