@@ -29,6 +29,7 @@ MEMBERS = {
     "Route": ["from_decisions", "num_samples", "num_blocks", "exact", "counts", "count", "group"],
     "RoutedNetwork": ["part_names", "example_decisions", "run_dense", "check_inputs", "count_flops"],
     "SharingTree": ["shared", "num_layers", "num_tasks", "column_of", "replace", "trunks", "format", "draw"],
+    "BlockDrop": ["forward"],
     "SpotTune": ["forward", "freeze_pretrained"],
     "SubsetDropPath": ["forward"],
     **{name: ["forward", "count_flops"] for name in ("ARNet", "AdaMML", "AdaShare", "FeatureSharing")},

@@ -259,6 +259,14 @@ def test_sizes_of_images(large, size, fits):
                 net(images, decisions)
 
 
+def test_a_wrapped_backbone():
+    net = models.blockdrop_resnet((1, 1), (4, 6)).eval()
+    images, decisions = torch.randn(2, 3, 8, 8), torch.ones(2, 2, dtype=torch.bool)
+    expected = net(images, decisions)
+    net.backbone = nn.DataParallel(net.backbone)
+    assert torch.equal(net(images, decisions), expected)
+
+
 def test_kinds_of_images():
     net = models.blockdrop_resnet((1,), (4,))
     with pytest.raises(TypeError, match=r"images must be a floating-point tensor \[N, 3, H, W\], got torch.uint8"):

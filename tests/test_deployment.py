@@ -254,13 +254,30 @@ def test_another_process_saves_at_the_same_time(tmp_path, monkeypatch, old):
         if target == folder and len(others) < 2:
             others.append(path)
             folder.mkdir()
-            (folder / MANIFEST).write_text("of the other process")
+            for name in (MANIFEST, WEIGHTS, EXAMPLE):
+                (folder / name).write_text("of the other process")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", meanwhile)
     dynexec.save(net, folder, x)
     assert len(others) == 2 and [path.name for path in tmp_path.iterdir()] == ["net"]
     assert same(dynexec.load(folder), net, x, torch.ones(4, dtype=torch.bool))
+
+
+def test_what_appears_meanwhile_and_is_not_ours_is_left_alone(tmp_path, monkeypatch):
+    rename, folder, others = Path.rename, tmp_path / "net", []
+
+    def meanwhile(path, target):
+        if target == folder and not others:
+            others.append(path)
+            folder.mkdir()
+            (folder / "thesis.txt").write_text("mine")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    with pytest.raises(FileExistsError, match="holds other things"):
+        dynexec.save(blockdrop(), folder, torch.randn(2, 3, 16, 16))
+    assert (folder / "thesis.txt").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_folders_with_the_names_of_files_are_left_alone(tmp_path):

@@ -39,8 +39,9 @@ def right(frozen, model, num_blocks, n=3, size=13):
 def interrupt_at(call, function):
     """Run ``function``, and a KeyboardInterrupt when it has made that many calls; return how many it made.
 
-    Two kinds are not counted. What a generator does while it is thrown away Python only reports. And torch's own way
-    out of ``no_grad``, which leaves gradients disabled in the thread if it is interrupted before it has done anything.
+    Two kinds are not counted: calls into generators, since of one that is being thrown away Python only reports the
+    interrupt; and torch's own way out of ``no_grad``, which leaves gradients disabled in the thread if it is
+    interrupted before it has done anything.
     """
     calls = 0
 

@@ -258,8 +258,13 @@ class Times(nn.Module):
 def test_which_heads_are_joined():
     """Those alike that learn nothing, and draw nothing, before their last layer."""
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    pool = nn.MaxPool2d(2)
+    twice = nn.Sequential(pool, nn.ReLU(), pool)
+    noted = nn.Tanh()
+    noted.note = torch.ones(2)
     for first, second, joined in [
         (nn.Sequential(*pooled, nn.Linear(4, 2)), nn.Sequential(*pooled, nn.Linear(4, 3)), True),
+        (nn.Sequential(*pooled, noted, nn.Linear(4, 2)), nn.Sequential(*pooled, noted, nn.Linear(4, 3)), True),
         (nn.Sequential(*pooled, nn.Linear(4, 2, False)), nn.Sequential(*pooled, nn.Linear(4, 3, False)), True),
         (nn.Sequential(*pooled, nn.Linear(4, 2)), nn.Sequential(*pooled, nn.Linear(4, 3, False)), False),
         (nn.Sequential(*pooled, nn.Linear(4, 2)), nn.Sequential(*pooled, nn.ReLU(), nn.Linear(4, 3)), False),
@@ -273,6 +278,7 @@ def test_which_heads_are_joined():
                 (nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True)),
                 (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
                 (Times(1.0), Times(3.0)),
+                (twice, nn.Sequential(twice[0], nn.ReLU())),
             ]
         ),
         (nn.Sequential(*pooled, nn.Linear(4, 2), nn.ReLU()), nn.Sequential(*pooled, nn.Linear(4, 3)), False),

@@ -20,6 +20,7 @@ from dynexec.executors.candidate import halves
 from dynexec.executors.engine import engine_missing
 from dynexec.executors.stage import EXECUTORS
 from dynexec.models import adashare_resnet, create_model
+from dynexec.nn.context import active_execution
 
 TOLERANCE = 1e-5
 ALL_EXECUTORS = [*EXECUTORS, *(() if engine_missing() else ("fused", "resident"))]
@@ -222,6 +223,17 @@ def test_policy_decides_and_decisions_replay():
     assert torch.equal(frozen(x, decisions[0]), frozen(x, decisions[:1].expand(3, -1)))
 
 
+@needs_engine
+def test_hooks_of_the_backward_pass_cost_nothing():
+    model, num_blocks = converted("torchvision")
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.register_full_backward_hook(lambda *_: None)
+    frozen = dynexec.freeze(model, toys.images(2), executor="resident")
+    x, decisions = toys.images(3), torch.rand(3, num_blocks) < 0.5
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-5
+
+
 def test_hooked_layers_still_run():
     model, num_blocks = converted("torchvision")
     model.layers[0][0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -336,6 +348,15 @@ def test_blocks_that_do_not_run_once_in_order(order):
         dynexec.freeze(model, toys.images(2))
 
 
+def test_decisions_around_freeze_have_no_effect():
+    model, num_blocks = converted("torchvision")
+    with dynexec.decide(torch.zeros(3, num_blocks, dtype=torch.bool)) as around:
+        frozen = dynexec.freeze(model, toys.images(2))
+        assert active_execution() is around
+    x, decisions = toys.images(3), torch.rand(3, num_blocks) < 0.5
+    assert relative_error(frozen(x, decisions), toys.run(model, x, decisions)) < 1e-5
+
+
 def test_statistics_of_the_batch_are_refused():
     model, _ = converted("torchvision")
     norm = model.get_submodule("layers.1.0.bn2")
@@ -352,11 +373,6 @@ def test_bad_arguments():
         dynexec.freeze(model, torch.ones(3))
     with pytest.raises(ValueError, match="on one device, the CPU or a GPU, got cpu, meta"):
         dynexec.freeze(model, toys.images(2).to("meta"))
-    with (
-        pytest.raises(RuntimeError, match="outside of dynexec.decide"),
-        dynexec.decide(torch.ones(5, dtype=torch.bool)),
-    ):
-        dynexec.freeze(model, toys.images(2))
     with pytest.raises(ValueError, match="fastest"):
         dynexec.freeze(model, toys.images(2), executor="fastest")
     with pytest.raises(TypeError, match="save the original model"):

@@ -140,6 +140,12 @@ def test_thin_errors():
             thin(FeatureSharing(stages, [nn.Linear(6, 2)]), (2,))
 
 
+def test_thin_leaves_what_has_one_number_for_all_channels():
+    net = finish(FeatureSharing([nn.Sequential(nn.Conv2d(3, 6, 3), nn.PReLU())], [nn.Linear(6, 2)]))
+    small = thin(net, (2,))
+    assert small.columns(0)[0][0].out_channels == 2 and torch.equal(small.columns(0)[0][1].weight, torch.tensor([0.25]))
+
+
 def test_thin_batch_norm_behind_flatten():
     """It has as many numbers of each channel as there are pixels."""
     stages = [nn.Conv2d(3, 6, 3, bias=False), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(54), nn.Linear(54, 5))]

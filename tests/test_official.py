@@ -235,6 +235,7 @@ def test_one_parameter_under_two_names(net, backbone, policy, other):
 def test_a_base_network_with_a_policy(net, backbone, policy):
     report = load_official(net, {"state_dict": base_names(backbone), "agent": policy, "epoch": 3})
     assert (report.loaded, report.info) == (("backbone", "policy"), {"epoch": 3})
+    assert load_official(net, {"state_dict": backbone, "agent": "ppo"}).info == {"agent": "ppo"}
     assert holds(net.backbone, backbone) and holds(net.policy, policy)
 
 

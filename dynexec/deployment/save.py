@@ -65,10 +65,8 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     if not (isinstance(winograd, bool) and isinstance(batch_invariant, bool)):
         raise TypeError(f"winograd and batch_invariant must be True or False, got {winograd!r} and {batch_invariant!r}")
     folder = Path(folder).resolve()
-    if folder.exists() and not _is_ours(folder):
-        raise FileExistsError(
-            f"folder {str(folder)!r} exists, and holds other things than save writes: give another one"
-        )
+    if not any(_is_ours(folder) for _ in range(3)):  # of one that another process is just removing some are left
+        raise _foreign(folder)
     net, safetensors = join(model, policy), import_safetensors()
     error = TOLERANCE.get(dtype or next(net.parameters()).dtype, 0.0)
     tensors = {WEIGHTS: net.state_dict(), EXAMPLE: Example.record(net, example_input, error).tensors()}
@@ -94,11 +92,19 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
 
 
 def _is_ours(folder):
-    """Whether there is nothing in a folder but what :func:`save` writes: it may be replaced."""
-    if not folder.is_dir():
+    """Whether there is nothing in a folder but what :func:`save` writes, or no folder: it may be replaced."""
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry.is_file() for entry in entries}
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
         return False
-    found = list(folder.iterdir())
-    return {path.name for path in found} in (set(), {MANIFEST, WEIGHTS, EXAMPLE}) and all(map(Path.is_file, found))
+    return found.keys() in (set(), {MANIFEST, WEIGHTS, EXAMPLE}) and all(found.values())
+
+
+def _foreign(folder):
+    return FileExistsError(f"folder {str(folder)!r} exists, and holds other things than save writes: give another one")
 
 
 def _plain(tensors):
@@ -118,26 +124,34 @@ def _put_in_place(made, folder):
     """Rename a folder whose files are on the disk to ``folder``, whose old one, if any, is removed then."""
     for path in (*made.iterdir(), made):
         _sync(path)
-    placed = False
-    while not placed:
-        old = made.with_name(f"{made.name}.old")
-        try:
-            folder.rename(old)
-        except FileNotFoundError:  # there is none, or another process has just put its own in place
-            old = None
+    while True:
+        old = _take_away(folder, made.with_name(f"{made.name}.old"))
         try:
             made.rename(folder)
-            placed = True
         except BaseException as error:
             if not (isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
                 if old is not None:
                     old.rename(folder)
                 raise
-            # Another process has put its own in place since: that one is to be replaced.
-        if old is not None:
+            # Another process has put its own in place since: that is the one to replace.
+        else:
             _sync(folder.parent)
-            shutil.rmtree(old)
-    _sync(folder.parent)
+            return
+        finally:
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_away(folder, old):
+    """Rename ``folder`` to ``old``, if it is there and what :func:`save` wrote; what it is called then, or None."""
+    try:
+        folder.rename(old)
+    except FileNotFoundError:
+        return None
+    if not _is_ours(old):
+        old.rename(folder)
+        raise _foreign(folder)
+    return old
 
 
 def _sync(path):

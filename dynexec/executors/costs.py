@@ -88,9 +88,9 @@ class CostCache:
         """
         if not self._changed or self.path is None:
             return
-        if self.path.exists() and not self.path.is_file():
-            return
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("it is no file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"version": _VERSION, "entries": self._read()[0] | self.entries})
             with replacing(self.path) as file:

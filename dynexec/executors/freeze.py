@@ -17,7 +17,7 @@ from dynexec.executors.proof import PROOF_SAMPLES, TOLERANCE, Proof, relative_er
 from dynexec.executors.routed import FrozenRouted, freeze_routed, tensors_of
 from dynexec.executors.stage import EXECUTORS
 from dynexec.nn.batch_norm import batch_norms
-from dynexec.nn.context import active_execution, decide
+from dynexec.nn.context import decide, undecided
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, apply_layers, dynamic_blocks
 from dynexec.nn.routed import RoutedNetwork
@@ -25,6 +25,7 @@ from dynexec.route import Route
 
 
 @torch.no_grad()
+@undecided()
 def freeze(
     model,
     example_input,
@@ -101,7 +102,7 @@ def freeze(
     TypeError, ValueError
         If an argument is not what it should be, the model has no dynamic blocks, or its forward cannot be traced.
     RuntimeError
-        If the frozen blocks' output is not the original's, or inside of :class:`dynexec.decide`.
+        If the frozen blocks' output is not the original's.
     """
     device = check_arguments(model, example_input, dtype, policy)
     backend = choose_backend(device, winograd, batch_invariant)
@@ -176,8 +177,6 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
 
 def check_arguments(model, example_input, dtype=None, policy=None):
     """The device of a model and its example input; TypeError or ValueError where :func:`freeze` cannot take them."""
-    if active_execution() is not None:
-        raise RuntimeError("freeze must be called outside of dynexec.decide, whose decisions its examples would follow")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, (FrozenNetwork, FrozenRouted)):

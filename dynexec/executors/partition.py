@@ -37,7 +37,8 @@ def pack_stages(backbone, images, executor, samples):
     try:
         module = pack(backbone, graph, images)
     except SyntaxError as error:  # in what torch.fx writes of its graph
-        names = ", ".join(repr(name) for name, _ in backbone.named_modules() if not _is_attribute(name))
+        owned = (*backbone.named_modules(), *backbone.named_parameters(), *backbone.named_buffers())
+        names = ", ".join(repr(name) for name, _ in owned if not _is_attribute(name))
         raise ValueError(f"model cannot be frozen: torch.fx needs names as Python has them, got {names}") from error
     modules = dict(module.named_modules())
     runs = _runs(graph, modules)

@@ -149,15 +149,17 @@ class Profile:
 
     def chrome_trace(self, path):
         """Write one call to ``path`` as Chrome trace events, for chrome://tracing or Perfetto: whole or not at all."""
-        parts, time = {(part.name, part.kind): part for part in self.parts}, Counter()
+        parts, time, count = {(part.name, part.kind): part for part in self.parts}, Counter(), Counter()
         for span in self.spans:
             time[span.name, span.kind] += span.end - span.begin
+            count[span.name, span.kind] += 1
         events = []
         for span in self.spans:
-            part = parts[span.name, span.kind]
+            key = span.name, span.kind
+            part, share = parts[key], (span.end - span.begin) / time[key] if time[key] else 1 / count[key]
             # Instructions and threads share the work of a part: each has what its time is of the part's.
-            flops = part.flops * (span.end - span.begin) / (time[span.name, span.kind] or 1)
-            arguments = {"kind": span.kind, "kept": span.samples, "samples": part.total, "flops": round(flops)}
+            flops = round(share * part.flops)
+            arguments = {"kind": span.kind, "kept": span.samples, "samples": part.total, "flops": flops}
             arguments |= {} if part.column is None else {"column": part.column}
             events.append({
                 "name": title(span),

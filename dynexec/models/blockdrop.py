@@ -1,6 +1,7 @@
 """BlockDrop: residual networks with a policy network that drops blocks per image (Wu et al., CVPR 2018)."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -204,9 +205,9 @@ class BlockDrop(DynamicNetwork):
         TypeError, ValueError
             If ``images`` are of another kind or size; and as :class:`dynexec.nn.DynamicNetwork`.
         """
-        pools = any(isinstance(layer, nn.AvgPool2d) for layer in self.backbone.ds.modules())
-        step = 2 ** (len(self.backbone.blocks) - 1) if pools else 1
-        check_images(images, self.backbone.conv1.in_channels, step)
+        backbone = getattr(self.backbone, "module", self.backbone)  # in a wrapper that trains it on several devices
+        pools = any(isinstance(layer, nn.AvgPool2d) and not layer.ceil_mode for layer in backbone.ds.modules())
+        check_images(images, backbone.conv1.in_channels, 2 ** (len(backbone.blocks) - 1) if pools else 1)
         options = {"return_decisions": return_decisions, "soft_decisions": soft_decisions, "mode": mode}
         return super().forward(images, decisions, **options)
 
@@ -233,7 +234,9 @@ def _split(checkpoint, given):
     parts = {}
     if "state_dict" in checkpoint or "resnet" in checkpoint:
         parts["backbone"] = "state_dict" if "state_dict" in checkpoint else "resnet"
-    if "agent" in checkpoint or ("net" in checkpoint and "state_dict" not in checkpoint):
+    if "state_dict" in checkpoint:  # an "agent" beside it may be anything
+        parts |= {"policy": "agent"} if isinstance(checkpoint.get("agent"), Mapping) else {}
+    elif "agent" in checkpoint or "net" in checkpoint:
         parts["policy"] = "agent" if "agent" in checkpoint else "net"
     if not parts:
         if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):

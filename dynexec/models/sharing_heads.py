@@ -8,7 +8,9 @@ from dynexec.nn.structure import hooked
 
 # Layers that are what their arguments say: nothing learned, drawn or kept from call to call.
 _STATELESS = {
-    *(nn.Sequential, nn.Identity, nn.Flatten, nn.ReLU, nn.ReLU6),
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AvgPool1d, nn.MaxPool1d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d),
 }
 
@@ -23,7 +25,7 @@ class Heads(nn.ModuleList):
     def forward(self, x):
         if len(self) == 1:
             return self[0](x)
-        if any(hooked(module) for module in self.modules()):
+        if any(hooked(module, backward=True) for module in self.modules()):
             return torch.cat([head(x) for head in self], 1)
         for layer in list(self[0])[:-1]:
             x = layer(x)
@@ -36,7 +38,7 @@ def can_join(heads):
     """Whether heads may run as one :class:`Heads` of several."""
     if not all(type(head) is nn.Sequential and type(head[-1]) is nn.Linear for head in heads):
         return False
-    before = [[_settings(layer) for layer in head[:-1].modules()] for head in heads]
+    before = [[_settings(m) for _, m in head[:-1].named_modules(remove_duplicate=False)] for head in heads]
     if any(kind not in _STATELESS for layers in before for kind, _ in layers):
         return False
     return all(layers == before[0] for layers in before) and len({head[-1].bias is None for head in heads}) == 1
@@ -44,8 +46,11 @@ def can_join(heads):
 
 def _settings(layer):
     """The type of a layer, and what its arguments were."""
-    ours = {name: value for name, value in vars(layer).items() if not name.startswith("_") and name != "training"}
-    return type(layer), ours
+    names = {
+        *getattr(layer, "__constants__", ()),
+        *(("dim", "unflattened_size") if type(layer) is nn.Unflatten else ()),
+    }
+    return type(layer), {name: getattr(layer, name) for name in names}
 
 
 def count_classes(head, task):

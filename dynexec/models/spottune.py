@@ -183,7 +183,8 @@ class SpotTune(DynamicNetwork):
         TypeError, ValueError
             If ``images`` are of another kind or size.
         """
-        check_images(images, self.backbone.conv1.in_channels, 2 ** len(self.backbone.blocks))
+        backbone = getattr(self.backbone, "module", self.backbone)  # in a wrapper that trains it on several devices
+        check_images(images, backbone.conv1.in_channels, 2 ** len(backbone.blocks))
         options = {"return_decisions": return_decisions, "soft_decisions": soft_decisions, "mode": mode}
         return super().forward(images, decisions, **options)
 

@@ -123,8 +123,8 @@ def _thin_layers(module, kept, width, name):
 
 def _has_size(module):
     """Whether a layer has numbers of its own for channels or a number of groups."""
-    own = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None))
-    return own is not None or isinstance(module, (_BatchNorm, nn.GroupNorm))
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(values.numel() > 1 for values in own) or isinstance(module, (_BatchNorm, nn.GroupNorm))
 
 
 def _keep_inputs(layer, before, kept):

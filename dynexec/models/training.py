@@ -75,7 +75,7 @@ def evaluate(net, images, labels, decisions=None, *, batch_size=512):
             raise TypeError(f"decisions must be a bool tensor [N, L] or [L], got {type(decisions).__name__}")
         if decisions.dim() == 1:
             decisions = decisions.expand(len(images), -1)
-        if len(decisions) != len(images):
+        if decisions.dim() == 0 or len(decisions) != len(images):
             raise ValueError(f"decisions must be one row per image, {len(images)}, got {tuple(decisions.shape)}")
     right, taken = 0, []
     with evaluation_mode(net), torch.no_grad():

@@ -1,6 +1,7 @@
 """``decide``: which samples the dynamic blocks inside a ``with`` statement run on."""
 
 import threading
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +23,16 @@ _active = _Active()
 def active_execution():
     """The innermost ``decide`` of this thread, or None outside any."""
     return None if _active.top is None else _active.top[0]
+
+
+@contextmanager
+def undecided():
+    """Outside any ``decide``, whatever is around it."""
+    top, _active.top = _active.top, None
+    try:
+        yield
+    finally:
+        _active.top = top
 
 
 def active_route(num_samples=None):

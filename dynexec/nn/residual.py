@@ -361,7 +361,7 @@ def _is_plain_relu(layer):
     """Whether the scatter may apply it instead: a ReLU that nobody hooked or patched."""
     if layer is torch.relu:
         return True
-    return type(layer) is nn.ReLU and not hooked(layer)
+    return type(layer) is nn.ReLU and not hooked(layer, backward=True)
 
 
 def is_traced(x):

@@ -36,10 +36,11 @@ _VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "to", "permut
 _ASKS = {"getattr", "getitem", "size", "dim", "numel", "len", "eq", "ne", "lt", "le", "gt", "ge", "_assert"}
 
 
-def hooked(module):
-    """Whether a call does something else than the type's own forward and backward."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+def hooked(module, *, backward=False):
+    """Whether a call does something else than the type's own forward, or its backward pass, if that is asked."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return True
+    return backward and bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class Adapter:

@@ -120,11 +120,13 @@ def check_probabilities(probabilities):
 
 
 def check_logits(logits):
-    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting.
-
-    Infinite ones have no softmax either, but for choices of -inf, which are never taken, beside others.
-    """
+    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
     check_numbers(logits, "logits", "[..., choices]")
+
+
+def check_softmax(logits):
+    """The same, and that ``logits`` have a softmax: none is inf, nor all -inf, which is a choice never taken."""
+    check_logits(logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have choices, [..., choices], got shape {tuple(logits.shape)}")
     if _readable(logits) and not bool(logits.amax(-1).isfinite().all()):

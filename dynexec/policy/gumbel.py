@@ -2,7 +2,7 @@
 
 import torch
 
-from dynexec.policy.bernoulli import check_logits
+from dynexec.policy.bernoulli import check_softmax
 
 
 def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
@@ -31,7 +31,7 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
         If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN, inf, or -inf for all choices; or
         ``temperature`` is not above 0 and finite in their dtype.
     """
-    check_logits(logits)
+    check_softmax(logits)
     if not torch.finfo(logits.dtype).tiny <= temperature < float("inf"):
         raise ValueError(f"temperature must be above 0 and finite in {logits.dtype}, got {temperature}")
     scores = logits - torch.empty_like(logits).exponential_(generator=generator).log()
