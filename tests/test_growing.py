@@ -146,6 +146,14 @@ def test_thin_leaves_what_has_one_number_for_all_channels():
     assert small.columns(0)[0][0].out_channels == 2 and torch.equal(small.columns(0)[0][1].weight, torch.tensor([0.25]))
 
 
+def test_thin_a_layer_of_one_number():
+    stages = [nn.Conv2d(3, 6, 3), nn.Conv2d(6, 1, 1, bias=False), nn.Conv2d(1, 1, 1, bias=False)]
+    net = finish(FeatureSharing(stages, [nn.Linear(1, 2)]))
+    assert [thin(net, (2, 1, 1)).columns(depth)[0].out_channels for depth in range(3)] == [2, 1, 1]
+    with pytest.raises(ValueError, match=r"widths\[2\] must be from 1 to the 1 outputs"):
+        thin(net, (2, 1, 2))
+
+
 def test_thin_batch_norm_behind_flatten():
     """It has as many numbers of each channel as there are pixels."""
     stages = [nn.Conv2d(3, 6, 3, bias=False), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(54), nn.Linear(54, 5))]

@@ -46,11 +46,7 @@ def can_join(heads):
 
 def _settings(layer):
     """The type of a layer, and what its arguments were."""
-    names = {
-        *getattr(layer, "__constants__", ()),
-        *(("dim", "unflattened_size") if type(layer) is nn.Unflatten else ()),
-    }
-    return type(layer), {name: getattr(layer, name) for name in names}
+    return type(layer), {name: getattr(layer, name) for name in getattr(layer, "__constants__", ())}
 
 
 def count_classes(head, task):

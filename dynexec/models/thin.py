@@ -124,7 +124,8 @@ def _thin_layers(module, kept, width, name):
 def _has_size(module):
     """Whether a layer has numbers of its own for channels or a number of groups."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return any(values.numel() > 1 for values in own) or isinstance(module, (_BatchNorm, nn.GroupNorm))
+    kinds = (*CONVOLUTIONS, nn.Linear, _BatchNorm, nn.GroupNorm)
+    return isinstance(module, kinds) or any(values.numel() > 1 for values in own)
 
 
 def _keep_inputs(layer, before, kept):
