@@ -21,19 +21,21 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
     if backend.missing is not None:
         return None, backend.missing
     try:
-        module, segments = make_segments(network, partial(backend.programs, layers.num_blocks))
+        module, segments, unknown = make_segments(network, partial(backend.programs, layers.num_blocks))
     except ValueError as error:
         return None, str(error)
     if not segments:
-        return None, "it knows none of the layers"
+        return None, f"it does not know {_listed(unknown)}" if unknown else "there is no convolution"
     taken = {stage for segment in segments for stage in segment.stages}
     left = [stage for stage in layers.stages if stage not in taken]
     like = layers.num_blocks, layers.dtype, layers.device
     if executor is not None and left:
-        return None, f"it does not know {left[0].blocks[0].name}"
+        return None, f"it does not know {_listed(unknown)}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
         fast.graphs = Graphs(fast.compute, layers.device, (fast.compute_plainly, fast.compute_without_nodes))
+    if unknown:
+        fast.notes.append(f"by PyTorch, being unknown to the {backend.name}: {_listed(unknown)}")
     refused, accepted = {}, []
     fast.expected = _expect(fast, images)
     names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
@@ -74,6 +76,11 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
     fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
     fast.note_failed_graphs()
     return fast, None
+
+
+def _listed(texts):
+    """The first four of them."""
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def _can_switch(fast, accepted, refused):

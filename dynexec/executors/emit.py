@@ -33,13 +33,15 @@ class Flat:
 def emit_nodes(builder, nodes, modules, values, out=None):
     """Emit instructions for ``nodes`` until one cannot be, keep the values they make; whether all could.
 
-    ``out`` is the value that the last node must write to.
+    ``out`` is the value that the last node must write to. What cannot be stands in ``builder.unknown``.
     """
     for node in nodes:
         mark = builder.mark()
         builder.begin_unit()
         value = _emit(builder, node, modules, values, out if node is nodes[-1] else None)
         if value is None:
+            if not isinstance(node.target, Stage):  # of a stage what is inside of it
+                builder.unknown = _describe(node, modules)
             builder.back(mark)
             return False
         values[node] = value
@@ -51,6 +53,15 @@ def emit_nodes(builder, nodes, modules, values, out=None):
 def layer_name(node):
     """What a layer outside of blocks is called in a profile."""
     return node.name.removeprefix("packed_")
+
+
+def _describe(node, modules):
+    """A node as its model's author knows it."""
+    if node.op == "call_module":
+        return f"{node.target.removeprefix('block.')} ({type(modules[node.target]).__name__})"
+    if isinstance(node.target, PackedConv):
+        return f"{layer_name(node).removeprefix('block_')} ({node.target.dtype}, {node.target.geometry[3]} groups)"
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _emit(builder, node, modules, values, out):
@@ -169,8 +180,10 @@ def _emit_stage(builder, node, x):
         x = builder.add(x)
         builder.label(-1, "copy", "layer")
     for block in node.target.blocks:
+        builder.unknown = "a part"
         x = _emit_block(builder, block, x)
         if x is None:
+            builder.unknown += f" of block {block.name}"
             return None
     return x
 

@@ -83,6 +83,7 @@ class Builder:
     def __init__(self, columns):
         self.columns = columns
         self.instructions, self.units = [], []  # units: first instruction of what belongs together
+        self.unknown = None  # what could not be emitted last, as text
 
     def load(self, channels, height, width):
         """The samples from outside."""

@@ -114,7 +114,8 @@ def only_segment(function):
 
 
 def make_segments(module, make_programs):
-    """A copy of a packed graph module in which programs run what they can, and the list of its segments.
+    """A copy of a packed graph module in which programs run what they can, the list of its segments, and as texts what
+    they cannot.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def make_segments(module, make_programs):
     modules = {
         name: PackedLinear(layer) if _is_plain_linear(layer) else layer for name, layer in module.named_modules()
     }
-    found = _find(list(module.graph.nodes), modules, make_programs)
+    found, unknown = _find(list(module.graph.nodes), modules, make_programs)
     graph = fx.Graph()
     copies = {}
     graph.output(graph.graph_copy(module.graph, copies))
@@ -143,23 +144,24 @@ def make_segments(module, make_programs):
         segments.append(segment)
     copy = fx.GraphModule(module, graph)
     copy.delete_all_unused_submodules()
-    return copy, segments
+    return copy, segments, unknown
 
 
 def _find(nodes, modules, make_programs):
-    """Longest runs of nodes that programs can run, each with its one input and the one output that others use."""
-    found, start = [], 0
+    """Longest runs of nodes that programs can run, each with its one input and the one output that others use; and what
+    no program can begin with."""
+    found, unknown, start = [], [], 0
     while start < len(nodes):
-        run = _run_from(nodes, start, modules, make_programs)
+        run = _run_from(nodes, start, modules, make_programs, unknown)
         if run is None:
             start += 1
         else:
             found.append(run)
             start = nodes.index(run[0][-1]) + 1
-    return found
+    return found, unknown
 
 
-def _run_from(nodes, start, modules, make_programs):
+def _run_from(nodes, start, modules, make_programs, unknown):
     inputs = _tensor_inputs(nodes[start])
     if len(inputs) != 1 or "tensor_meta" not in inputs[0].meta:
         return None
@@ -173,7 +175,11 @@ def _run_from(nodes, start, modules, make_programs):
     for node in nodes[start:]:
         if all(value in values for value in _tensor_inputs(node)) and emit_nodes(builder, [node], modules, values):
             run.append(node)
-        elif not run or any(value in run for value in node.all_input_nodes):
+        elif not run:
+            if node.op != "output":
+                unknown.append(builder.unknown)
+            break
+        elif any(value in run for value in node.all_input_nodes):
             break
     while run:
         used = [node for node in run if any(user not in run for user in node.users)]
