@@ -21,7 +21,7 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
     if backend.missing is not None:
         return None, backend.missing
     try:
-        module, segments, unknown = make_segments(network, partial(backend.programs, layers.num_blocks))
+        module, segments = make_segments(network, partial(backend.programs, layers.num_blocks), unknown := [])
     except ValueError as error:
         return None, str(error)
     if not segments:

@@ -41,7 +41,7 @@ def freeze_function(module, example, executor, backend, cache, *, in_graph):
     packed = getattr(layers, "__self__", None)
     if not isinstance(packed, fx.GraphModule) or executor in EXECUTORS or backend.missing is not None:
         return layers
-    fast, segments, _ = make_segments(packed, partial(backend.programs, 0))
+    fast, segments = make_segments(packed, partial(backend.programs, 0))
     if not segments or not gives_the_same(fast.forward):
         return layers
     if executor is None and not in_graph:

@@ -113,9 +113,8 @@ def only_segment(function):
     return calls[0].target if whole else None
 
 
-def make_segments(module, make_programs):
-    """A copy of a packed graph module in which programs run what they can, the list of its segments, and as texts what
-    they cannot.
+def make_segments(module, make_programs, unknown=None):
+    """A copy of a packed graph module in which programs run what they can, and the list of its segments.
 
     Parameters
     ----------
@@ -123,11 +122,14 @@ def make_segments(module, make_programs):
         As :func:`pack` or ``pack_stages`` made it: takes ``(x)`` or ``(x, route)``.
     make_programs : callable
         Makes the :class:`Programs` or :class:`LaunchPrograms` of a segment.
+    unknown : list, optional
+        Gets what no program can run, as texts.
     """
+    unknown = [] if unknown is None else unknown
     modules = {
         name: PackedLinear(layer) if _is_plain_linear(layer) else layer for name, layer in module.named_modules()
     }
-    found, unknown = _find(list(module.graph.nodes), modules, make_programs)
+    found = _find(list(module.graph.nodes), modules, make_programs, unknown)
     graph = fx.Graph()
     copies = {}
     graph.output(graph.graph_copy(module.graph, copies))
@@ -144,13 +146,12 @@ def make_segments(module, make_programs):
         segments.append(segment)
     copy = fx.GraphModule(module, graph)
     copy.delete_all_unused_submodules()
-    return copy, segments, unknown
+    return copy, segments
 
 
-def _find(nodes, modules, make_programs):
-    """Longest runs of nodes that programs can run, each with its one input and the one output that others use; and what
-    no program can begin with."""
-    found, unknown, start = [], [], 0
+def _find(nodes, modules, make_programs, unknown):
+    """Longest runs of nodes that programs can run, each with its one input and the one output that others use."""
+    found, start = [], 0
     while start < len(nodes):
         run = _run_from(nodes, start, modules, make_programs, unknown)
         if run is None:
@@ -158,7 +159,7 @@ def _find(nodes, modules, make_programs):
         else:
             found.append(run)
             start = nodes.index(run[0][-1]) + 1
-    return found, unknown
+    return found
 
 
 def _run_from(nodes, start, modules, make_programs, unknown):

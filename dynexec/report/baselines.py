@@ -235,7 +235,7 @@ class DenseLibrary(Baseline):
 
     def prepare(self, model, images, threads):
         packed = pack_module(static_network(model).to(memory_format=torch.channels_last), images)
-        module, segments, _ = make_segments(packed.__self__, partial(LibraryPrograms, 0))
+        module, segments = make_segments(packed.__self__, partial(LibraryPrograms, 0))
         assert segments, "a network without convolutions"
         self.graphs = Graphs(lambda images, _: (module.forward(images),), images.device)
 
