@@ -8,7 +8,7 @@ import torch
 import toys
 from test_training import Own, assert_same, gradients, inside, published_forward
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 from toys import converted, decision_patterns
 
 import dynexec
@@ -140,12 +140,32 @@ def test_activation_checkpointing(make):
     expected = gradients(model, x, inside(model, decisions))
     assert_same(gradients(model, x, checkpointed), expected)
 
-    def forgotten(x):
+    def inside_of_it(x):
         with dynexec.decide(decisions):
-            return checkpoint(model, x, use_reentrant=False)
+            return model(x)
 
-    with pytest.raises(CheckpointError):
-        gradients(model, x, forgotten)
+    for reentrant in (False, True):
+        within = gradients(model, x, lambda x: checkpoint(inside_of_it, x, use_reentrant=reentrant))  # noqa: B023
+        assert_same(within, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("fine_tune", [None, "convolutions"])
+def test_checkpointing_that_forgets_the_decisions(fine_tune, reentrant):
+    """Everything kept, or one block dropped by all: all shapes are what they were, and PyTorch notices nothing."""
+    model = toys.finish(toys.Network(4, [[toys.BasicBlock(4, 4) for _ in range(3)]], 4)).double()
+    dynexec.convert(model, fine_tune=fine_tune)
+    x = images(2).double().requires_grad_()
+    for decisions in (torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool)):
+        with dynexec.decide(decisions):
+            output = checkpoint(model, x, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match="computed again in a backward pass, without the decisions"):
+            output.sum().backward()
+        # Of a dense forward nothing is missing, whatever came before.
+        expected = torch.autograd.grad(model(x).sum(), x)[0]
+        x.grad = None
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+        torch.testing.assert_close(x.grad, expected)
 
 
 def test_compiled_step():
