@@ -45,12 +45,16 @@ def answers(*given):
     return library, calls
 
 
-@pytest.mark.parametrize("given, kept", [((1, 1), True), ((1, 0), False), ((0,), False)])
-def test_it_says_whether_both_thresholds_were_taken(monkeypatch, given, kept):
+@pytest.mark.parametrize(
+    "given, kept",
+    [((1, 1), True), ((1, 0), False), ((0, 1, 1), True), ((0, 1, 0), False), ((0, 0), False)],
+)
+def test_the_trim_threshold_is_raised_only_where_the_other_one_was(monkeypatch, given, kept):
     library, calls = answers(*given)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert memory.keep_freed_memory.__wrapped__() is kept
-    assert calls == [(-1, 2**31 - 1), (-3, 2**31 - 1)][: len(given)]  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mapped, old, trim = (-3, 2**31 - 1), (-3, 32 << 20), (-1, 2**31 - 1)  # -3: M_MMAP_THRESHOLD, -1: M_TRIM_THRESHOLD
+    assert calls == ([mapped] if given[0] else [mapped, old]) + [trim] * any(given[:-1])
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
