@@ -233,3 +233,42 @@ def test_no_op_reads_the_device():
     for function in (reference.gather_rows, lambda x, index: reference.scatter_rows(x, index, x[:3], add=True)):
         function(x.detach(), index)
     reference.plan(torch.zeros(6, 4, dtype=torch.bool, device="meta"), 2)
+
+
+def rows(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+INDEX = torch.tensor([0, 2])
+WRONG = {
+    "no choices": ("plan", torch.zeros(3, 2, dtype=torch.bool), -1),
+    "choices beyond int32": ("plan", torch.zeros(3, 2, dtype=torch.bool), 2**40),
+    "decisions of three dimensions": ("plan", torch.zeros(3, 2, 2, dtype=torch.bool), 2),
+    "a float index": ("gather_rows", rows(3, 4), torch.tensor([0.0])),
+    "a narrow index": ("gather_rows", rows(3, 4), torch.zeros(2, dtype=torch.int16)),
+    "an index of two dimensions": ("gather_rows", rows(3, 4), INDEX[None]),
+    "no rows": ("gather_rows", rows(), INDEX),
+    "a short out": ("gather_rows_out", rows(3, 4), INDEX, rows(1, 4)),
+    "a narrow out": ("gather_rows_out", rows(3, 4), INDEX, rows(2, 3)),
+    "an out of another dtype": ("gather_rows_out", rows(3, 4), INDEX, rows(2, 4, dtype=torch.float16)),
+    "too few rows": ("scatter_rows_", rows(3, 4), INDEX, rows(1, 4), True, False),
+    "wide rows": ("scatter_rows_", rows(3, 4), INDEX, rows(2, 5), False, False),
+    "flat rows": ("scatter_rows_", rows(3, 4), INDEX, rows(8), False, False),
+    "rows of another dtype": ("scatter_rows_", rows(3, 4), INDEX, rows(2, 4, dtype=torch.float64), True, True),
+    "too few rows to merge": ("merge_rows", rows(3, 4), INDEX, rows(1, 4), True, True),
+    "rows to merge of another dtype": ("merge_rows", rows(3, 4), INDEX, rows(2, 4, dtype=torch.float64), False, False),
+    "too few that passed": ("gather_passed", rows(3, 4), INDEX, rows(1, 4, dtype=torch.bool)),
+    "what passed as numbers": ("gather_passed", rows(3, 4), INDEX, rows(2, 4)),
+}
+
+
+@pytest.mark.skipif(dispatch.native_missing is not None, reason=f"no native ops: {dispatch.native_missing}")
+@pytest.mark.parametrize("what", WRONG)
+def test_called_past_their_checks(what):
+    """The native code itself refuses what would be read or written out of bounds."""
+    name, *arguments = WRONG[what]
+    before = [value.clone() for value in arguments if isinstance(value, torch.Tensor)]
+    with pytest.raises(ValueError, match="must"):
+        getattr(torch.ops.dynexec, name)(*arguments)
+    for value, expected in zip((value for value in arguments if isinstance(value, torch.Tensor)), before, strict=True):
+        assert torch.equal(value, expected)

@@ -80,4 +80,16 @@ inline Tensor empty_rows(const Tensor& x, int64_t count, ScalarType dtype) {
 
 inline Tensor empty_rows(const Tensor& x, int64_t count) { return empty_rows(x, count, x.scalar_type()); }
 
+// dynexec/ops.py says what is wrong, by name; here it is only seen to that nothing is read or written out of bounds.
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// Throws unless `rows` are `count` rows like those of x, of the same numbers.
+inline void require_rows(const Tensor& x, const Tensor& rows, int64_t count, ScalarType dtype) {
+  bool alike = rows.dim() == x.dim() && rows.size(0) == count && rows.scalar_type() == dtype;
+  for (int64_t d = 1; alike && d < x.dim(); ++d) alike = rows.size(d) == x.size(d);
+  require(alike, "rows must be as many as there are row numbers, of the other tensor's shape and dtype");
+}
+
 }  // namespace dynexec

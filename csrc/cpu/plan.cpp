@@ -73,6 +73,8 @@ void plan_all(const Tensor& decisions, int64_t choices, const Tensor& index, con
 }
 
 std::tuple<Tensor, Tensor> plan(const Tensor& decisions, int64_t choices) {
+  require(decisions.dim() == 2, "decisions must have two dimensions");
+  require(choices >= 1 && choices < std::numeric_limits<int32_t>::max(), "choices must be from 1 to 2^31 - 2");
   const int64_t samples = decisions.size(0), blocks = decisions.size(1);
   if (samples > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("decisions must have fewer than 2^31 rows, got " + std::to_string(samples));

@@ -1,8 +1,8 @@
 // Moving rows: gather_rows, gather_rows_out, scatter_rows_, merge_rows, gather_passed. Meaning: dynexec/reference.py.
 //
 // Rows that are gap-free in memory move as flat stretches of elements, so channels_last costs nothing; anything else
-// goes through a copy that is. Shapes and dtypes were checked in dynexec/ops.py; row numbers are checked here, because
-// the values are read here.
+// goes through a copy that is. dynexec/ops.py names what is wrong with shapes and dtypes; here they are checked once more,
+// for callers of torch.ops, and row numbers, because the values are read here.
 
 #include "common.h"
 
@@ -118,6 +118,8 @@ struct Index {
 };
 
 Index read_index(const Tensor& index) {
+  require(index.dim() == 1 && (index.scalar_type() == ScalarType::Long || index.scalar_type() == ScalarType::Int),
+          "index must be int32 or int64 [M]");
   return {index.const_data_ptr(), index.scalar_type() == ScalarType::Long, index.size(0)};
 }
 
@@ -178,6 +180,7 @@ void gather_dense(const Tensor& x, const Index& index, const Tensor& out) {
 }
 
 Tensor gather_rows(const Tensor& x, const Tensor& index) {
+  require(x.dim() > 0, "x must have at least one dimension");
   const Tensor rows = torch::stable::contiguous(index);
   const Index numbers = read_index(rows);
   numbers.check(x.size(0));
@@ -187,6 +190,8 @@ Tensor gather_rows(const Tensor& x, const Tensor& index) {
 }
 
 void gather_rows_out(const Tensor& x, const Tensor& index, Tensor out) {
+  require(x.dim() > 0 && index.dim() == 1, "x must have at least one dimension, and index one");
+  require_rows(x, out, index.size(0), x.scalar_type());
   if (!has_dense_rows(x) || !same_row_layout(x, out)) {
     torch::stable::copy_(out, gather_rows(x, index));
     return;
@@ -244,8 +249,10 @@ Tensor laid_out_as(const Tensor& x, const Tensor& rows, bool packed) {
 }
 
 void scatter_rows_(Tensor destination, const Tensor& index, const Tensor& rows, bool add, bool relu) {
+  require(destination.dim() > 0, "destination must have at least one dimension");
   const Tensor contiguous_index = torch::stable::contiguous(index);
   const Index numbers = read_index(contiguous_index);
+  require_rows(destination, rows, numbers.count, destination.scalar_type());
   numbers.check(destination.size(0));
   if (rows.numel() == 0) return;  // a destination of no elements is contiguous, whatever its strides
   if (!has_dense_rows(destination)) {
@@ -290,8 +297,10 @@ void merge_dense(const Tensor& out, const Tensor& rest, const Index& index, cons
 
 std::tuple<Tensor, Tensor> merge_rows(const Tensor& rest, const Tensor& index, const Tensor& rows, bool add,
                                       bool relu) {
+  require(rest.dim() > 0, "rest must have at least one dimension");
   const Tensor contiguous_index = torch::stable::contiguous(index);
   const Index numbers = read_index(contiguous_index);
+  require_rows(rest, rows, numbers.count, rest.scalar_type());
   numbers.check(rest.size(0));
   if (rest.numel() != 0 && !has_dense_rows(rest)) {  // what has no elements is contiguous without being gap-free
     Tensor output = torch::stable::clone(rest);
@@ -309,8 +318,10 @@ std::tuple<Tensor, Tensor> merge_rows(const Tensor& rest, const Tensor& index, c
 }
 
 Tensor gather_passed(const Tensor& x, const Tensor& index, const Tensor& passed) {
+  require(x.dim() > 0, "x must have at least one dimension");
   const Tensor contiguous_index = torch::stable::contiguous(index);
   const Index numbers = read_index(contiguous_index);
+  require_rows(x, passed, numbers.count, ScalarType::Bool);
   numbers.check(x.size(0));
   const Tensor dense = has_dense_rows(x) ? x : torch::stable::contiguous(x);
   const Tensor out = empty_rows(x, numbers.count);
