@@ -171,3 +171,18 @@ def test_names_that_other_models_use_mean_nothing():
 
     flops = measure.count_flops(Segmenter(), torch.zeros(2, 3, 5, 5))
     assert flops.fixed == flops.dense == 2 * 25 * (3 * 4 + 4 * 2) and flops.block == ()
+
+
+class Calm(toys.BasicBlock):
+    """Looks at values."""
+
+    def forward(self, x):
+        return super().forward(x) if x.abs().mean() > 0 else x
+
+
+def test_a_network_that_looks_at_values_is_named():
+    model = nn.Sequential(Calm(4, 4))
+    with pytest.raises(
+        ValueError, match="FLOPs of this Sequential cannot be counted: what it computes depends on values"
+    ):
+        measure.count_flops(model, torch.randn(2, 4, 5, 5))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from threading import get_ident
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -79,7 +79,7 @@ def count_flops(model, example_input):
     Raises
     ------
     TypeError, ValueError
-        If ``example_input`` is no tensor or holds no image.
+        If ``example_input`` is no tensor or holds no image, or the model looks at values.
     """
     if getattr(model, "counts_own_flops", False):  # by an attribute, as its class lives in a layer above this one
         return model.count_flops(example_input)
@@ -169,6 +169,11 @@ def _count(model, image):
     try:
         with counter:
             model(image)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"the FLOPs of this {type(model).__name__} cannot be counted: what it computes depends on values, and here "
+            f"tensors have shapes only ({error})"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
