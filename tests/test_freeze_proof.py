@@ -335,3 +335,57 @@ def test_a_policy_that_the_engine_gets_wrong_runs_by_layer(monkeypatch, samples)
         frozen = dynexec.freeze(model, x, policy=policy, executor=executor)
         with torch.no_grad():
             assert torch.allclose(frozen.policy(x[:samples]), policy(x[:samples]), atol=1e-5)
+
+
+class Optional(toys.Network):
+    """Its other parameters have defaults, one of which is compared with None."""
+
+    def __init__(self):
+        super().__init__(4, [[toys.BasicBlock(4, 4), toys.BasicBlock(4, 4)]], 4)
+
+    def forward(self, x, features=False, *, scale=None):
+        x = self.layers(self.stem(x))
+        x = x if scale is None else x * scale
+        return x if features else self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("executor", [None, "masked", "compact", "fused", "resident"])
+@needs_engine
+def test_other_parameters_keep_their_defaults(executor):
+    model, x = toys.finish(Optional()), toys.images(3, size=9)
+    blocks = dynexec.convert(model).num_blocks
+    decisions = torch.rand(3, blocks) < 0.5
+    frozen = dynexec.freeze(model, x, executor=executor)
+    torch.testing.assert_close(frozen(x, decisions), toys.run(model, x, decisions), rtol=1e-4, atol=1e-5)
+
+
+class Second(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(toys.BasicBlock(4, 4))
+
+    def forward(self, x, other):
+        return self.layers(x) + other
+
+
+class Perceptron(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.linear = nn.Linear(features, features)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [(Second, "its forward takes x, other, and may take images only"),
+     (lambda: nn.Sequential(nn.Flatten(2), Perceptron(81)), r"block 1 takes \(2, 3, 81\), not images \[N, C, H, W\]")],
+)  # fmt: skip
+def test_what_is_no_network_of_images_is_named(model, words):
+    model = model().eval()
+    match = dynexec.Adapter(Perceptron) if isinstance(model, nn.Sequential) else None
+    assert dynexec.convert(model, match=match).num_blocks == 1
+    channels = 3 if isinstance(model, nn.Sequential) else 4
+    with pytest.raises(ValueError, match=words):
+        dynexec.freeze(model, torch.randn(2, channels, 9, 9))

@@ -1,5 +1,7 @@
 """One block, frozen: its branches packed, and how it runs on some rows of a batch."""
 
+import inspect
+
 import torch
 from torch import fx, nn
 
@@ -9,6 +11,7 @@ from dynexec.executors.rewrite import pack
 from dynexec.measure.ranges import part_range
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import DynamicBlock, apply_layers
+from dynexec.nn.structure import OneInput
 from dynexec.nn.tracing import Tracer
 from dynexec.reference import empty_rows
 
@@ -183,11 +186,20 @@ class _Tracer(Tracer):
 
 
 def trace(module):
-    """The graph of ``module``, as deep as it can be traced; raises what tracing raises if it cannot be."""
+    """The graph of ``module``, as deep as it can be traced; raises what tracing raises if it cannot be.
+
+    Parameters of its forward that have defaults keep them.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    whole = OneInput(module) if any(parameter.default is not parameter.empty for parameter in parameters) else module
     try:
-        return _Tracer(coarse=False).trace(module)
+        graph = _Tracer(coarse=False).trace(whole)
     except Exception:  # tracing runs the module's own Python on stand-ins: anything may be raised
-        return _Tracer(coarse=True).trace(module)
+        graph = _Tracer(coarse=True).trace(whole)
+    for node in graph.nodes if whole is not module else ():
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("block.")
+    return graph
 
 
 def pack_module(module, *example, may_overwrite=()):

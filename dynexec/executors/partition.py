@@ -1,5 +1,6 @@
 """Cuts a traced network into stages of dynamic blocks and the rest around them."""
 
+from inspect import signature
 from keyword import iskeyword
 
 from torch import fx, nn
@@ -30,6 +31,14 @@ def pack_stages(backbone, images, executor, samples):
         Takes ``(images, route)``.
     stages : list of (Stage, its original blocks as functions, its recorded input)
     """
+    required = [
+        parameter.name
+        for parameter in signature(backbone.forward).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise ValueError(f"model cannot be frozen: its forward takes {', '.join(required)}, and may take images only")
     try:
         graph = trace(backbone)
     except Exception as error:
@@ -51,6 +60,10 @@ def pack_stages(backbone, images, executor, samples):
         blocks = []
         for node in run:
             meta = node.args[0].meta["tensor_meta"]
+            if len(meta.shape) != 4:
+                raise ValueError(
+                    f"model cannot be frozen: block {node.target} takes {tuple(meta.shape)}, not images [N, C, H, W]"
+                )
             block = modules[node.target]
             like = meta.shape[1:], meta.dtype, images.device
             blocks.append(FrozenBlock(node.target, block, *like, node.args[1:], node.kwargs))
