@@ -56,9 +56,14 @@ def cuda():
     return _cuda
 
 
+@cache
+def _library():
+    return ctypes.CDLL(str(next(PACKAGE.glob("libdynexec_cpu.*"))))
+
+
 def free_program(handle):
     """Give up a program of the CPU engine."""
-    ctypes.CDLL(str(next(PACKAGE.glob("libdynexec_cpu.*")))).dynexec_free_program(ctypes.c_int64(handle))
+    _library().dynexec_free_program(ctypes.c_int64(handle))
 
 
 def build_facts():

@@ -63,7 +63,7 @@ def functions(*names):
 )
 def test_the_first_function_that_can_be_is_captured(names, runs, replaced, failed, captured):
     function, *instead = functions(*names)
-    found = graphs.Graphs(function, torch.device("cpu"), instead)
+    found = graphs.Graphs(function, instead)
     x = torch.zeros(2, 3)
     for _ in range(3):
         assert found(x, None, "way") == runs
@@ -75,7 +75,7 @@ def test_the_first_function_that_can_be_is_captured(names, runs, replaced, faile
 
 def test_the_graph_not_used_for_longest_gives_way(captured):
     (function,) = functions("a")
-    found = graphs.Graphs(function, torch.device("cpu"))
+    found = graphs.Graphs(function)
     for samples in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 1, 2):
         found(torch.zeros(samples), None, "way")
     assert [shape for _, (shape,), _ in found.graphs] == [4, 5, 6, 7, 8, 9, 1, 2]

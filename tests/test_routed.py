@@ -153,7 +153,7 @@ def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
     shapes = []
 
     class AsItIs:  # no graph, which only a GPU has
-        def __init__(self, function, device):
+        def __init__(self, function):
             self.function = function
 
         def __call__(self, x, decisions, variant):
@@ -162,7 +162,7 @@ def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
 
     monkeypatch.setattr(routed, "Graphs", AsItIs)
     net = toys.finish(part(8))
-    run = routed.InGraphs(net, 20, torch.device("cpu"))
+    run = routed.InGraphs(net, 20)
     x = toys.images(50).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for rows in range(51):

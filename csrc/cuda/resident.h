@@ -69,7 +69,6 @@ template <int STAGE, int BLOCKS>
 struct Tile {
   using Plane = resident::Plane<STAGE>;
   static constexpr int kRows = Plane::kWidth / BLOCKS;  // of this block
-  static constexpr int kColumnTiles = STAGE == 0 ? 2 : 1;
   static constexpr int kChannelTiles = STAGE == 0 ? 2 : 1;  // of 8 channels
   // A product's second 8 pixels: to the right of the first ones, or, where rows are 8 wide, so many rows below.
   static constexpr int kPair = STAGE == 2 ? kRows / 2 : 0;

@@ -33,7 +33,7 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
         return None, f"it does not know {_listed(unknown)}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
-        fast.graphs = Graphs(fast.compute, layers.device, (fast.compute_plainly, fast.compute_without_nodes))
+        fast.graphs = Graphs(fast.compute, (fast.compute_plainly, fast.compute_without_nodes))
     if unknown:
         fast.notes.append(f"by PyTorch, being unknown to the {backend.name}: {_listed(unknown)}")
     refused, accepted = {}, []

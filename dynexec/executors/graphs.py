@@ -25,7 +25,7 @@ class Graphs:
     put in order on the device, since a graph has its memory once.
     """
 
-    def __init__(self, function, device, instead=()):
+    def __init__(self, function, instead=()):
         self.function, self.instead = function, instead
         self.done = torch.cuda.Event()
         self.lock = RLock()

@@ -123,9 +123,9 @@ class InGraphs:
     on, and rows of zeros fill the last one up.
     """
 
-    def __init__(self, function, most, device):
+    def __init__(self, function, most):
         self.function, self.step = function, -(-most // _BUCKETS)
-        self.graphs = Graphs(lambda x, _: function(x), device)
+        self.graphs = Graphs(lambda x, _: function(x))
 
     def __call__(self, x):
         rows = len(x)
@@ -159,7 +159,7 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
             part, example = network.get_submodule(name), examples.pop(name)
             graphs = device.type == "cuda" and not uses_batch_statistics(part)  # there rows of zeros are added
             function = freeze_function(part, example, executor, backend, cache, in_graph=graphs)
-            run = InGraphs(function, len(example), device) if graphs else None
+            run = InGraphs(function, len(example)) if graphs else None
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, FrozenPart(function, run))
         for decisions, expected in cases:

@@ -93,8 +93,8 @@ class Segment:
         builder.label(0, "input", "layer")
         if not emit_nodes(builder, self.nodes, self.modules, values):
             raise ValueError(
-                f"x {[None, *shape]} does not fit this network: of other channels, too small, too large for its "
-                "pooling, or not what its classifier needs"
+                f"x [N, {', '.join(map(str, shape))}] does not fit this network: of other channels, too small, too "
+                "large for its pooling, or not what its classifier needs"
             )
         result = values[self.result]
         self.flat = isinstance(result, Flat)
