@@ -52,9 +52,8 @@ def freeze(
       only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
       graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
       ``switched`` is ``dense`` or ``fused``, chosen on the device by how many samples keep the blocks, and a static
-      network where all do;
-      ``conditional`` is ``fused`` with a node around every block, for very few samples. ``resident`` is one kernel that
-      takes a sample through a whole network for images of up to 32 pixels, in 16 bits.
+      network where all do; ``conditional`` is ``fused`` with a node around every block, tried for very few samples.
+      ``resident`` is one kernel that takes a sample through a whole network for images of up to 32 pixels, in 16 bits.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).

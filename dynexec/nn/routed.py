@@ -21,21 +21,21 @@ class RoutedNetwork(nn.Module):
 
     def part_names(self):
         """Names of the submodules that are parts, as ``get_submodule`` takes them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no part_names")
 
     def example_decisions(self, inputs):
         """Decisions for ``inputs``, a list of tensors, such that every part runs under at least one of them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no example_decisions")
 
     def run_dense(self, inputs):
         """Compute every part on every row, without a policy: what ``count_flops(inputs).dense`` counts."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no run_dense")
 
     def check_inputs(self, inputs):
         """Raise TypeError or ValueError unless ``inputs`` are what the network takes, with at least one sample."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no check_inputs")
 
     def count_flops(self, inputs):
         """FLOPs for ``inputs`` as an object with ``dense`` (per sample, everything computed) and ``of(decisions)``, see
         :func:`dynexec.measure.count_flops`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no count_flops")

@@ -71,7 +71,8 @@ class Adapter:
         return []
 
     def activation_layer(self, block):
-        """What ``block`` does after the addition of a shortcut that is not the identity, or None."""
+        """What ``block`` does after the addition of its shortcut, or None for nothing; only asked if it has
+        ``residual_layers``."""
         return None
 
 
