@@ -268,3 +268,29 @@ def test_wrong_kinds(net, tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list, expected a dict"):
         load_official(net, path)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [("meta", "on the meta device: call to_empty first: conv1.weight"),
+     ("inference", "made in inference mode, which nothing can be written to: conv1.weight"),
+     ("expanded", "expanded, so that several values are in one place: fc.bias")],
+)  # fmt: skip
+def test_a_network_that_takes_no_values_is_not_half_loaded(net, backbone, policy, how, words):
+    if how == "meta":
+        net = net.to("meta")
+    elif how == "inference":
+        with torch.inference_mode():
+            net = models.create_model(f"blockdrop_{NAME}")
+    else:
+        net.backbone.fc.bias = nn.Parameter(torch.zeros(1).expand(10))
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=f"backbone, {words}"):
+        load_official(net, {"agent": policy, "resnet": backbone})
+    assert how == "meta" or holds(net, before)
+
+
+def test_parameters_that_are_not_initialized(net, backbone, policy):
+    backbone["conv1.weight"] = nn.UninitializedParameter()
+    with pytest.raises(ValueError, match="backbone, of another shape: conv1.weight is not initialized"):
+        load_official(net, {"agent": policy, "resnet": backbone})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dynexec.models.inert import load_inert
 
@@ -103,6 +104,8 @@ def mismatches(part, expected, state):
     for key in expected.keys() & state.keys():
         if not isinstance(state[key], torch.Tensor):
             misshapen.append(f"{key} is a {type(state[key]).__name__}")
+        elif is_lazy(state[key]):
+            misshapen.append(f"{key} is not initialized")
         elif state[key].is_nested or state[key].shape != expected[key].shape:
             shape = "nested" if state[key].is_nested else tuple(state[key].shape)
             misshapen.append(f"{key} {shape} instead of {tuple(expected[key].shape)}")

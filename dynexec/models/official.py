@@ -82,9 +82,25 @@ def load_official(net, source, *, weights_only=True):
     problems = []
     for name, (module, state) in found.parts.items():
         problems += mismatches(name, module.state_dict(), state)
+        problems += _unwritable(name, module)
     if problems:
         problems = "\n".join(problems)
         raise ValueError(f"{given} does not fit this network, which is left as it was:\n{problems}")
     for module, state in found.parts.values():
         module.load_state_dict(state, strict=False)  # checked above; may lack num_batches_tracked
     return LoadReport(tuple(found.parts), found.absent, tuple(found.dropped), found.info)
+
+
+def _unwritable(name, module):
+    """Sentences about parameters and buffers that take no values, of which the first would end a load half-way."""
+    groups = {}
+    for key, value in module.state_dict().items():
+        if hasattr(value, "device_mesh"):  # a DTensor
+            groups.setdefault("sharded: load before that", []).append(key)
+        elif value.is_meta:
+            groups.setdefault("on the meta device: call to_empty first", []).append(key)
+        elif value.is_inference():
+            groups.setdefault("made in inference mode, which nothing can be written to", []).append(key)
+        elif any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
+            groups.setdefault("expanded, so that several values are in one place", []).append(key)
+    return [f"  {name}, {what}: {', '.join(keys)}" for what, keys in groups.items()]
