@@ -312,3 +312,17 @@ def test_no_skips_and_one_frame():
     output, taken = net(frames, return_decisions=True)
     assert net.policy(frames).shape == (2, 1, 2) and bool((taken < 2).all())
     assert relative(fast(frames, taken), output) < 1e-5
+
+
+@pytest.mark.parametrize("actions", [[SKIP4], [0], [LITE], [1, LITE], [0, 1, 2, LITE, SKIP1]])
+def test_backbones_that_nobody_chooses_get_gradients_of_zeros(actions):
+    """As in the masked network; otherwise a step in which all is skipped would fail."""
+    net = small_net()
+    frames = clips(2)
+    decisions = torch.tensor(actions).repeat(2, FRAMES)[:, :FRAMES]
+    parameters = [parameter for name, parameter in net.named_parameters() if "policy.linear" not in name]
+    weights = one_hot(net(frames, decisions, return_decisions=True)[1])
+    expected = torch.autograd.grad(net(frames, soft_decisions=weights).square().sum(), parameters)
+    actual = torch.autograd.grad(net(frames, decisions).square().sum(), parameters)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

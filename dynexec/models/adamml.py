@@ -13,6 +13,7 @@ from dynexec.models.adamml_policy import CHANNELS, AdaMMLPolicy, check_clips, po
 from dynexec.models.mobilenet import MobileNetV2
 from dynexec.models.resnet import ResNet
 from dynexec.nn import RoutedNetwork
+from dynexec.nn.residual import with_zero_gradients
 from dynexec.route import Route
 
 FRAMES = (1, 2, 4, 8)  # the policy halves them once by leaving some out, and pools twice
@@ -230,15 +231,18 @@ class AdaMML(RoutedNetwork):
         route = Route.from_decisions(decisions.flatten(0, 1))
         like = inputs[self.modalities[0]]
         weights = self.main_net.weights(like)
-        total = like.new_zeros(samples * segments, self.num_classes)
+        total, idle = like.new_zeros(samples * segments, self.num_classes), nn.ModuleList()
         for column, (name, net) in enumerate(zip(self.modalities, self.main_net.nets)):
             rows, clips = route.group(column), inputs[name].flatten(0, 1)
             if len(rows) == 0:
+                idle.append(net)
                 continue
             if len(rows) < len(clips):
                 clips = ops.gather_rows(clips, rows)
             logits = weights[column] * net(clips)
             total = total.index_add(0, rows, logits.to(total.dtype))  # autocast computes them in another one
+        if idle:
+            total = with_zero_gradients(total, idle if len(idle) < len(self.modalities) else self.main_net)
         return total.unflatten(0, (samples, segments)).mean(1)
 
     def _weigh(self, inputs, soft_decisions):

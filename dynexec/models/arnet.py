@@ -13,6 +13,7 @@ from dynexec.models.efficientnet import EfficientNet
 from dynexec.models.mobilenet import NUM_FEATURES, MobileNetV2
 from dynexec.models.resnet import ResNet
 from dynexec.nn import RoutedNetwork
+from dynexec.nn.residual import with_zero_gradients
 
 
 class ARNet(RoutedNetwork):
@@ -92,25 +93,30 @@ class ARNet(RoutedNetwork):
         """Compute what ``decisions``, on the CPU, choose; ``hidden`` as the policy found it, or None."""
         actions, skipped = rule(decisions, self.policy.spans)
         lite = actions == len(self.base_model_list)
-        images, rows, outputs = frames.flatten(0, 1), [], []
+        images, rows, outputs, idle = frames.flatten(0, 1), [], [], nn.ModuleList()
         for number in range(len(self.base_model_list)):
             chosen = (actions == number).flatten().nonzero().flatten()
             if len(chosen):
                 rows.append(chosen)
                 outputs.append(self._predict(number, images[chosen.to(images.device)]))
-        if lite.any():
+            else:
+                idle.extend([self.base_model_list[number], self.new_fc_list[number]])
+        if not lite.any():
+            idle.extend(part for name, part in self.policy.named_children() if name != "linear")  # which only decides
+        else:
             if hidden is None:
                 needed = lite.flip(1).cumsum(1).flip(1) > 0  # up to the video's last lite frame
                 hidden = self.policy.hidden_states(frames, needed & ~skipped if self.policy.cheap else needed, skipped)
             rows.append(lite.flatten().nonzero().flatten())
             outputs.append(self.policy.lite_fc(hidden.flatten(0, 1)[rows[-1].to(hidden.device)]))
         if not outputs:
-            return frames.new_zeros(len(frames), self.num_classes), actions
+            return with_zero_gradients(frames.new_zeros(len(frames), self.num_classes), idle), actions
         outputs, rows = torch.cat(outputs), torch.cat(rows).to(frames.device)
         used = (actions < self.policy.num_predictions).sum(1, keepdim=True).clamp(min=1).to(frames.device)
         # Each frame to its own row first: sums do not depend on the order of rows, unlike those of index_add.
         logits = outputs.new_zeros(actions.numel(), self.num_classes).index_copy(0, rows, outputs)
-        return logits.unflatten(0, actions.shape).sum(1) / used, actions
+        logits = logits.unflatten(0, actions.shape).sum(1) / used
+        return with_zero_gradients(logits, idle) if idle else logits, actions
 
     def _weigh(self, frames, weights):
         """The masked network: see ``soft_decisions``."""
