@@ -349,10 +349,40 @@ class Optional(toys.Network):
         return x if features else self.head(x.mean((2, 3)))
 
 
+class Constant(toys.Network):
+    """Makes a tensor in its forward, and has a module by the name of what it is wrapped in to be traced."""
+
+    def __init__(self):
+        super().__init__(4, [[toys.BasicBlock(4, 4)]], 4)
+        self.block, self._tensor_constant0 = nn.Conv2d(4, 4, 1), 3.0
+
+    def forward(self, x, factor=2.0):
+        x = self.block(self.stem(x)) + torch.full((1,), 0.5) * factor
+        return self.head(self.layers(x).mean((2, 3)) + torch.ones(1) * self._tensor_constant0)
+
+
+class Several(toys.Network):
+    def __init__(self):
+        super().__init__(4, [[toys.BasicBlock(4, 4)]], 4)
+
+    def forward(self, *xs):
+        return super().forward(xs[0])
+
+
+class Patched(toys.Network):
+    """Its forward is a function of the instance, which calls the method: of a copy, the one of the original."""
+
+    def __init__(self):
+        super().__init__(4, [[toys.BasicBlock(4, 4)]], 4)
+        forward = super().forward
+        self.forward = lambda x, features=False: forward(x)
+
+
 @pytest.mark.parametrize("executor", [None, "masked", "compact", "fused", "resident"])
+@pytest.mark.parametrize("kind", [Optional, Constant, Several, Patched])
 @needs_engine
-def test_other_parameters_keep_their_defaults(executor):
-    model, x = toys.finish(Optional()), toys.images(3, size=9)
+def test_other_parameters_keep_their_defaults(kind, executor):
+    model, x = toys.finish(kind()), toys.images(3, size=9)
     blocks = dynexec.convert(model).num_blocks
     decisions = torch.rand(3, blocks) < 0.5
     frozen = dynexec.freeze(model, x, executor=executor)

@@ -159,13 +159,38 @@ def test_checkpointing_that_forgets_the_decisions(fine_tune, reentrant):
     for decisions in (torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool)):
         with dynexec.decide(decisions):
             output = checkpoint(model, x, use_reentrant=reentrant)
-        with pytest.raises(RuntimeError, match="computed again in a backward pass, without the decisions"):
+        if not reentrant:  # whatever runs in between
+            model(x), copy.deepcopy(model)(x)
+        with pytest.raises(RuntimeError, match="without the decisions" if reentrant else "different (number|metadata)"):
             output.sum().backward()
         # Of a dense forward nothing is missing, whatever came before.
         expected = torch.autograd.grad(model(x).sum(), x)[0]
         x.grad = None
         checkpoint(model, x, use_reentrant=reentrant).sum().backward()
         torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("fine_tune", [None, "convolutions"])
+def test_dense_checkpoints_beside_routed_ones(fine_tune):
+    """A dense teacher and a routed student of one network, an evaluation between, and a block without a column."""
+    model = toys.finish(toys.Network(4, [[toys.BasicBlock(4, 4) for _ in range(3)]], 4)).double()
+    dynexec.convert(model, fine_tune=fine_tune)
+    x, decisions = images(2).double().requires_grad_(), torch.tensor([True, False, True])
+    other = toys.finish(nn.Sequential(nn.Conv2d(3, 4, 1), Own())).double()
+
+    def both(run):
+        teacher = run(model, nullcontext)
+        with dynexec.decide(decisions):
+            student = run(model, lambda: dynexec.decide(decisions))
+            alone = run(other, nullcontext)
+        with torch.no_grad(), dynexec.decide(decisions):
+            model(x)
+        return torch.autograd.grad((teacher * student).sum() + alone.sum(), x, retain_graph=True)[0]
+
+    def checkpointed(module, again):
+        return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    torch.testing.assert_close(both(checkpointed), both(lambda module, _: module(x)))
 
 
 def test_compiled_step():

@@ -1,6 +1,8 @@
 """One block, frozen: its branches packed, and how it runs on some rows of a batch."""
 
 import inspect
+from contextlib import suppress
+from itertools import count
 
 import torch
 from torch import fx, nn
@@ -140,9 +142,10 @@ class _Body(_Shortcut):
         self.args, self.kwargs = args, kwargs
 
     def forward(self, x, s):
-        layers, activation = self.block.residual_layers(), self.block.activation_layer()
+        layers = self.block.residual_layers()
         if layers is None or self.args or self.kwargs:
             return self.block.forward_dense(x, *self.args, **self.kwargs)
+        activation = self.block.activation_layer()
         y = apply_layers(layers, x) + (s if self.block.shortcut_layers() else x)
         return y if activation is None else activation(y)
 
@@ -191,14 +194,34 @@ def trace(module):
     Parameters of its forward that have defaults keep them.
     """
     parameters = inspect.signature(module.forward).parameters.values()
-    whole = OneInput(module) if any(parameter.default is not parameter.empty for parameter in parameters) else module
+    if any(
+        parameter.default is not parameter.empty or parameter.kind is parameter.VAR_POSITIONAL
+        for parameter in parameters
+    ):
+        for coarse in (False, True):
+            with suppress(Exception):  # tracing runs the module's own Python on stand-ins: anything may be raised
+                return _unwrapped(_Tracer(coarse).trace(wrapper := OneInput(module)), wrapper)
     try:
-        graph = _Tracer(coarse=False).trace(whole)
-    except Exception:  # tracing runs the module's own Python on stand-ins: anything may be raised
-        graph = _Tracer(coarse=True).trace(whole)
-    for node in graph.nodes if whole is not module else ():
-        if node.op in ("call_module", "get_attr"):
+        return _Tracer(coarse=False).trace(module)
+    except Exception:
+        return _Tracer(coarse=True).trace(module)
+
+
+def _unwrapped(graph, wrapper):
+    """The graph of a :class:`OneInput` as one of its module."""
+    module, moved = wrapper.block, {}
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        if node.target.startswith("block."):
             node.target = node.target.removeprefix("block.")
+            node._rename(node.name.removeprefix("block_"))
+        else:  # a constant of the forward, which the tracer keeps on the wrapper
+            if node.target not in moved:
+                name = next(name for number in count() if not hasattr(module, name := f"_tensor_constant{number}"))
+                setattr(module, name, getattr(wrapper, node.target))
+                moved[node.target] = name
+            node.target = moved[node.target]
     return graph
 
 

@@ -1,6 +1,7 @@
 """Instructions of the engine for the nodes of a packed graph."""
 
 import operator
+import re
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,10 @@ def layer_name(node):
 def _describe(node, modules):
     """A node as its model's author knows it."""
     if node.op == "call_module":
-        return f"{node.target.removeprefix('block.')} ({type(modules[node.target]).__name__})"
+        module = modules[node.target]
+        return f"{node.target} ({'Linear' if isinstance(module, PackedLinear) else type(module).__name__})"
     if isinstance(node.target, PackedConv):
-        return f"{layer_name(node).removeprefix('block_')} ({node.target.dtype}, {node.target.geometry[3]} groups)"
+        return f"{layer_name(node)} ({node.target.dtype}, {node.target.geometry[3]} groups)"
     return getattr(node.target, "__name__", str(node.target))
 
 
@@ -183,7 +185,8 @@ def _emit_stage(builder, node, x):
         builder.unknown = "a part"
         x = _emit_block(builder, block, x)
         if x is None:
-            builder.unknown += f" of block {block.name}"
+            # Of a block's parts these are the names of what they are wrapped in.
+            builder.unknown = re.sub(r"^(block|module)[._]", "", builder.unknown) + f" of block {block.name}"
             return None
     return x
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from inspect import signature
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from dynexec.nn.batch_norm import (
     uses_batch_statistics,
 )
 from dynexec.nn.context import active_execution
+from dynexec.nn.recomputation import check_recomputation, marked
 from dynexec.nn.rows import merge_rows, split_rows
 from dynexec.nn.structure import TracedAdapter, hooked
 
@@ -81,8 +81,8 @@ class DynamicBlock(HoldsBatchNorm):
 
     def forward(self, *args, **kwargs):
         execution = active_execution()
-        if not torch.compiler.is_compiling():
-            _check_recomputation(self, execution)
+        if self.placement is not None and not torch.compiler.is_compiling():
+            check_recomputation(self, execution)
         if self.training and self.placement is not None and self.placement.batch_norm == "frozen":
             # What is registered in the block, ``train`` holds; a shortcut may be registered elsewhere.
             hold_batch_norm(*self.shortcut_layers())
@@ -92,34 +92,15 @@ class DynamicBlock(HoldsBatchNorm):
             bound = signature(super().forward).bind(**kwargs)
             args, kwargs = bound.args, bound.kwargs
         if not profiling() or execution.mode != "exact" or is_traced(args[0]):
-            return self.forward_decided(execution, args[0], args[1:], kwargs)
+            return marked(self, self.forward_decided(execution, args[0], args[1:], kwargs))
         execution.check(args[0], self.placement.num_columns)
         samples, name = len(args[0]), self.placement.name or f"block {self.placement.column}"
         with part_range(name, "block", execution.route(samples).count(self.placement.column), samples):
-            return self.forward_decided(execution, args[0], args[1:], kwargs)
+            return marked(self, self.forward_decided(execution, args[0], args[1:], kwargs))
 
     def forward_decided(self, execution, x, args, kwargs):
         """The block on ``x`` as ``execution``, the active :class:`decide`, says."""
         return _run(self, execution, x, args, kwargs)
-
-
-# Blocks that obeyed decisions in their last forward.
-_decided = WeakSet()
-
-
-def _check_recomputation(block, execution):
-    """Raise RuntimeError where a backward pass runs a forward again without the decisions that it obeyed.
-
-    The gradients would be those of another network, and where all shapes are the same PyTorch does not notice.
-    """
-    if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-        (_decided.discard if execution is None else _decided.add)(block)
-    elif execution is None and block in _decided:
-        raise RuntimeError(
-            f"the {type(block).__name__} is computed again in a backward pass, without the decisions of its forward: "
-            "give checkpoint use_reentrant=False and context_fn=lambda: (nullcontext(), dynexec.decide(decisions)), or "
-            "enter decide within the function that is checkpointed"
-        )
 
 
 def _run(block, execution, x, args, kwargs):
