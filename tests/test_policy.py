@@ -257,3 +257,18 @@ def test_gumbel_softmax_stays_finite_at_extreme_temperatures(temperature):
     for wrong in (0.0, -1.0, 1e-50, math.nan, math.inf):
         with pytest.raises(ValueError, match="temperature must be above 0 and finite in torch.float32"):
             policy.gumbel_softmax(logits, wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gumbel_softmax_draws_in_float32(dtype):
+    """In 16 bits noise may be infinite, and ties favour the first choice."""
+    logits = torch.randn(1000, 3).to(dtype)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    actual = policy.gumbel_softmax(logits, 0.5, generator=generators[0])
+    expected = policy.gumbel_softmax(logits.float(), 0.5, generator=generators[1])
+    assert actual.dtype == dtype and torch.equal(actual, expected.to(dtype))
+
+
+def test_no_temperature_at_no_step():
+    with pytest.raises(ValueError, match="step must be at least 0"):
+        policy.exponential_temperature(math.nan)

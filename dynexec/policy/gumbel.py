@@ -34,9 +34,11 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
     check_softmax(logits)
     if not torch.finfo(logits.dtype).tiny <= temperature < float("inf"):
         raise ValueError(f"temperature must be above 0 and finite in {logits.dtype}, got {temperature}")
-    scores = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+    # In 16 bits noise may be infinite, and ties would favour the first choice.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits - torch.empty_like(logits, dtype=wide).exponential_(generator=generator).log()
     # Softmax does not mind the difference, and cold ones would be infinite.
-    soft = ((scores - scores.detach().amax(-1, keepdim=True)) / temperature).softmax(-1)
+    soft = ((scores - scores.detach().amax(-1, keepdim=True)) / temperature).softmax(-1).to(logits.dtype)
     if not hard:
         return soft
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
@@ -59,7 +61,7 @@ def exponential_temperature(step, *, initial=5.0, decay=0.965):
     AR-Net's ``5 * exp(-0.045 * epoch)`` is ``decay=math.exp(-0.045)``; SpotTune stays at 5, ``decay=1``. ValueError
     unless ``step`` is at least 0, ``initial`` above 0 and ``decay`` above 0 and at most 1.
     """
-    if step < 0 or not initial > 0 or not 0 < decay <= 1:
+    if not step >= 0 or not initial > 0 or not 0 < decay <= 1:
         raise ValueError(
             f"step must be at least 0, initial above 0 and decay in (0, 1], got {step}, {initial} and {decay}"
         )
