@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dynexec.models.resnet import initialize_convolutions
+from dynexec.nn.residual import with_zero_gradients
 
 #: Per segment, before widths: an image's features keep an eighth of its size.
 STRIDES = (1, 2, 1, 1)
@@ -135,6 +136,8 @@ class DilatedResNet(nn.Module):
             # Every row goes on, so its shortcut is needed whatever it does, and once where it does both.
             s = x if shortcut is None else shortcut(x)
             parts = []
+            if run is None and torch.is_grad_enabled():
+                s = with_zero_gradients(s, block)
             if run is not None:
                 y = block(plan.take(x, run))
                 parts.append(y if shortcut is None else torch.relu_(y + plan.take(s, run)))
