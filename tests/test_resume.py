@@ -227,6 +227,35 @@ def test_settings_may_be_numpy_s(tmp_path):
     assert_equal(*nets)
 
 
+SETTINGS = [
+    ("train_dense", "keep", 1.5, ValueError, "keep must be between 0 and 1, got 1.5"),
+    ("train_dense", "keep", "half", TypeError, "keep must be a number, got 'half'"),
+    ("train_policy", "blocks_per_epoch", math.inf, ValueError, "blocks_per_epoch must be finite"),
+    ("train_policy", "entropy", None, TypeError, "entropy must be a number, got None"),
+    ("train_policy", "exploration", 1.2, ValueError, "exploration must be between 0 and 1, got 1.2"),
+    ("fine_tune", "penalty", 5.0, ValueError, "must be at most 0, got 5.0"),
+    ("fine_tune", "learning_rate", -1.0, ValueError, "learning rate: -1.0"),
+]
+
+
+@pytest.mark.parametrize("name, setting, value, error, message", SETTINGS)
+def test_bad_settings_write_no_file(name, setting, value, error, message, tmp_path):
+    net, images, labels = make()
+    with pytest.raises(error, match=message):
+        train(name, net, images, labels, checkpoint=tmp_path / "file.pt", **{setting: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integers(name, dtype):
+    nets = [make()[0] for _ in range(2)]
+    _, images, labels = make()
+    histories = [train(name, net, images, given) for net, given in zip(nets, (labels, labels.to(dtype)))]
+    assert histories[0] == histories[1]
+    assert_equal(*nets)
+
+
 BAD = [(math.nan, "hold NaN"), (-0.25, "hold -0.25"), (1.5, "hold 1.5"), (math.inf, "hold inf")]
 
 

@@ -9,6 +9,7 @@ mean over processes.
 """
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from dynexec.nn.residual import count_blocks
 from dynexec.policy import (
     curriculum_loss,
     curriculum_mask,
+    explore,
     finetuning_loss,
     force_untrained,
     sample,
@@ -55,7 +57,7 @@ def evaluate(net, images, labels, decisions=None, *, batch_size=512):
     ----------
     net : DynamicNetwork
     images : float tensor ``[N, C, H, W]``
-    labels : int64 tensor ``[N]``
+    labels : tensor of integers ``[N]``
     decisions : bool tensor ``[N, L]`` or ``[L]``, optional
         None: the policy decides.
     batch_size : int
@@ -150,7 +152,7 @@ def train_policy(
     net : DynamicNetwork
         With a trained backbone.
     images : float tensor ``[N, C, H, W]``
-    labels : int64 tensor ``[N]``
+    labels : tensor of integers ``[N]``
     epochs : int
     blocks_per_epoch : float
         Epoch e decides for the last ``1 + e * blocks_per_epoch`` blocks; the earlier ones are on.
@@ -175,8 +177,8 @@ def train_policy(
     ------
     TypeError, ValueError
         If ``net`` is no DynamicNetwork, or has no policy; if there is no image, or not one label per image; if
-        ``epochs`` or ``batch_size`` is out of range; if ``checkpoint`` is damaged or of another training: the file
-        and the network are left as they are then.
+        a setting is out of range; if ``checkpoint`` is damaged or of another training. File and network are left as
+        they are then.
     """
     _check_policy(net)
     settings = dict(
@@ -257,6 +259,19 @@ def _check_data(images, labels, batch_size):
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
+def _check_settings(settings):
+    """Raise what the first step would, before a file is written."""
+    for name, value in settings.items():
+        if name != "stage" and not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= settings.get("keep", 1.0) <= 1.0:
+        raise ValueError(f"keep must be between 0 and 1, got {settings['keep']}")
+    even = torch.full((1, 1), 0.5)
+    explore(even, settings.get("exploration", 1.0))
+    curriculum_mask(1, 0, blocks_per_epoch=settings.get("blocks_per_epoch", 1))
+    usage_reward(even >= 0.5, even[0] >= 0.5, penalty=settings.get("penalty", 0.0))
+
+
 def _rewards(drawn_logits, greedy_logits, drawn, greedy, labels, penalty):
     reward = usage_reward(drawn, drawn_logits.argmax(1) == labels, penalty=penalty)
     correct = greedy_logits.argmax(1) == labels
@@ -281,6 +296,8 @@ def _train(
         raise TypeError(f"epochs must be an int, got {epochs!r}")
     if epochs < 0:
         raise ValueError(f"epochs must be at least 0, got {epochs}")
+    _check_settings(settings)
+    labels = labels.long()  # the only integers of which torch has a cross-entropy
     steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     if checkpoint is not None:
