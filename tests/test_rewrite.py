@@ -8,7 +8,6 @@ from torch import nn
 
 import dynexec
 from dynexec.executors.block import pack_module
-from dynexec.executors.engine import engine_missing
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.stage import EXECUTORS
 
@@ -85,28 +84,3 @@ def test_a_block_output_that_is_read_twice(executor, tmp_path):
     with torch.no_grad(), dynexec.decide(decisions):
         expected = model(x)
     assert torch.allclose(frozen(x, decisions), expected, rtol=1e-4, atol=1e-5)
-
-
-class Unknown(nn.Module):
-    """Layers that the engine does not know, outside of blocks and within one."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.act = nn.Conv2d(3, 8, 3), nn.Softplus()
-        self.blocks = nn.Sequential(toys.BasicBlock(8, 8), toys.BasicBlock(8, 8), toys.BasicBlock(8, 8))
-        self.blocks[1].relu = nn.Softplus()
-        self.wide = nn.Conv2d(8, 8, 3, groups=2)
-
-    def forward(self, x):
-        return torch.tanh(self.wide(self.blocks(self.act(self.stem(x)))))
-
-
-@pytest.mark.skipif(engine_missing() is not None, reason=str(engine_missing()))
-def test_layers_that_the_engine_does_not_know_are_named():
-    model, x = toys.finish(Unknown()), torch.randn(2, 3, 16, 16)
-    dynexec.convert(model)
-    names = "act (Softplus), relu (Softplus) of block blocks.1, wide (torch.float32, 2 groups), tanh"
-    with pytest.raises(RuntimeError) as error:
-        dynexec.freeze(model, x, executor="resident")
-    assert str(error.value).endswith(f"it does not know {names}")
-    assert f"by PyTorch, being unknown to the engine: {names}" in dynexec.freeze(model, x).explain().splitlines()

@@ -168,4 +168,4 @@ def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
         for rows in range(51):
             torch.testing.assert_close(run(x[:rows]), net(x[:rows]), rtol=1e-5, atol=1e-5)
     assert {shape[0] for shape in shapes if shape[0] <= 24} == {3, 6, 9, 12, 15, 18, 21, 24} and len(shapes) == 50
-    assert routed.FrozenPart(net, run).explain() == "as it is, in CUDA graphs"
+    assert routed.FrozenPart(net, "it is odd", run).explain() == "as it is, in CUDA graphs (it is odd)"

@@ -8,7 +8,7 @@ from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.costs import are_times, device_name, digest, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.graphs import Graphs, choosing_algorithms
-from dynexec.executors.segment import make_segments
+from dynexec.executors.segment import listed, make_segments
 
 # Shares of blocks that are kept, at which ``dense`` and ``fused`` are compared for ``switched``.
 _SHARES = tuple(number / 8 for number in range(1, 9))
@@ -25,17 +25,17 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
     except ValueError as error:
         return None, str(error)
     if not segments:
-        return None, f"it does not know {_listed(unknown)}" if unknown else "there is no convolution"
+        return None, f"it does not know {listed(unknown)}" if unknown else "there is no convolution"
     taken = {stage for segment in segments for stage in segment.stages}
     left = [stage for stage in layers.stages if stage not in taken]
     like = layers.num_blocks, layers.dtype, layers.device
     if executor is not None and left:
-        return None, f"it does not know {_listed(unknown)}"
+        return None, f"it does not know {listed(unknown)}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
         fast.graphs = Graphs(fast.compute, (fast.compute_plainly, fast.compute_without_nodes))
     if unknown:
-        fast.notes.append(f"by PyTorch, being unknown to the {backend.name}: {_listed(unknown)}")
+        fast.notes.append(f"by PyTorch, being unknown to the {backend.name}: {listed(unknown)}")
     refused, accepted = {}, []
     fast.expected = _expect(fast, images)
     names = [name for name in backend.executors if len(images) <= backend.up_to.get(name, len(images))]
@@ -76,11 +76,6 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
     fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
     fast.note_failed_graphs()
     return fast, None
-
-
-def _listed(texts):
-    """The first four of them."""
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def _can_switch(fast, accepted, refused):

@@ -125,10 +125,12 @@ def freeze(
         if policy is not None:
             policy = copy.deepcopy(policy).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
             in_graph = backend.plans  # there kernels run in a graph
-            policy = freeze_function(policy, images, executor, backend, cache, in_graph=in_graph)
+            policy, note = freeze_function(policy, images, executor, backend, cache, in_graph=in_graph)
         frozen = _freeze_backbone(backbone, images, executor, backend, cache)
     frozen.policy = policy
     if policy is not None:
+        if note is not None:
+            frozen.notes.append(f"policy: {note}")
         with dispatch.for_frozen(device):
             frozen.prove_one_launch(images)
             if frozen.graphs is not None:

@@ -2,12 +2,11 @@
 
 from functools import partial
 
-from torch import fx
-
-from dynexec.executors.block import pack_module
+from dynexec.executors.block import trace
 from dynexec.executors.costs import are_times, device_name, digest, seconds
 from dynexec.executors.proof import relative_error, tolerance
-from dynexec.executors.segment import make_segments
+from dynexec.executors.rewrite import pack
+from dynexec.executors.segment import listed, make_segments
 from dynexec.executors.stage import EXECUTORS
 
 
@@ -25,34 +24,52 @@ def freeze_function(module, example, executor, backend, cache, *, in_graph):
     cache : CostCache
     in_graph : bool
         Whether it will run in a CUDA graph, where the host's time does not count.
+
+    Returns
+    -------
+    function : callable
+    note : str or None
+        What of it the backend does not run, and why.
     """
     cases = [(x, module(x.clone())) for x in (example, example[:1])]
 
-    def gives_the_same(function):
+    def difference(function):
+        """Why it cannot stand for the module, or None."""
         most = tolerance(example.dtype, example.device)
         try:
-            return all(relative_error(function(x), expected) <= most for x, expected in cases)
-        except Exception:  # of a kernel: the module runs as it is
-            return False
+            error = max(relative_error(function(x), expected) for x, expected in cases)
+        except Exception as error:  # of a kernel
+            return f"{type(error).__name__}: {error}"
+        return None if error <= most else f"its output differs by {error:.1e} of the largest value"
 
-    layers = pack_module(module, example)
-    if not gives_the_same(layers):
-        return module
-    packed = getattr(layers, "__self__", None)
-    if not isinstance(packed, fx.GraphModule) or executor in EXECUTORS or backend.missing is not None:
-        return layers
-    fast, segments = make_segments(packed, partial(backend.programs, 0))
-    if not segments or not gives_the_same(fast.forward):
-        return layers
+    try:
+        graph = trace(module)
+    except Exception as error:  # tracing runs the module's own Python on stand-ins
+        what = str(error).partition("\n")[0]
+        return module, f"it cannot be traced ({type(error).__name__}: {what})"
+    packed = pack(module, graph, example)
+    if (reason := difference(packed.forward)) is not None:
+        return module, f"with packed layers {reason}"
+    if executor in EXECUTORS:
+        return packed.forward, f"executor is {executor!r}"
+    if backend.missing is not None:
+        return packed.forward, backend.missing
+    fast, segments = make_segments(packed, partial(backend.programs, 0), unknown := [])
+    beside = f"unknown to the {backend.name}: {listed(unknown)}" if unknown else None
+    if not segments:
+        return packed.forward, beside or "no convolution"
+    if (reason := difference(fast.forward)) is not None:
+        return packed.forward, f"by the {backend.name} {reason}"
     if executor is None and not in_graph:
         signature = digest([module, *(segment.signature for segment in segments)])
         key = cache.key("function", signature, tuple(example.shape), *device_name(example.device))
-        runs = {"engine": lambda: fast.forward(example), "layers": lambda: layers(example)}
+        runs = {"engine": lambda: fast.forward(example), "layers": lambda: packed.forward(example)}
         times = cache.get(
             key, are_times(runs), lambda: {name: seconds(run, example.device) for name, run in runs.items()}
         )
         if times["engine"] > times["layers"]:
-            return layers
+            took = [f"{1e3 * times[name]:.2f} ms" for name in ("engine", "layers")]
+            return packed.forward, f"by the {backend.name} {took[0]}, by layer {took[1]} (measured)"
     for segment in segments:
         segment.release()
-    return fast.forward
+    return fast.forward, beside

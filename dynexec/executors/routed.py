@@ -88,11 +88,11 @@ _BUCKETS = 8
 
 
 class FrozenPart(nn.Module):
-    """A part as the function that :func:`freeze_function` made of it; ``run`` calls it, perhaps in graphs."""
+    """A part as what :func:`freeze_function` gave for it; ``run`` calls it, perhaps in graphs."""
 
-    def __init__(self, function, run=None):
+    def __init__(self, function, note, run=None):
         super().__init__()
-        self.function, self.run = function, run or function
+        self.function, self.note, self.run = function, note, run or function
 
     def forward(self, x):
         return self.run(x)
@@ -100,7 +100,8 @@ class FrozenPart(nn.Module):
     def explain(self):
         """What runs it, as text."""
         in_graphs = ", in CUDA graphs" if isinstance(self.run, InGraphs) else ""
-        return self._explain_function() + in_graphs
+        note = f" ({self.note})" if self.note is not None else ""
+        return self._explain_function() + in_graphs + note
 
     def _explain_function(self):
         module = getattr(self.function, "__self__", None)
@@ -158,10 +159,10 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
                 raise RuntimeError(f"model cannot be frozen: no example decisions reach its part {name}")
             part, example = network.get_submodule(name), examples.pop(name)
             graphs = device.type == "cuda" and not uses_batch_statistics(part)  # there rows of zeros are added
-            function = freeze_function(part, example, executor, backend, cache, in_graph=graphs)
+            function, note = freeze_function(part, example, executor, backend, cache, in_graph=graphs)
             run = InGraphs(function, len(example)) if graphs else None
             parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, FrozenPart(function, run))
+            setattr(network.get_submodule(parent), child, FrozenPart(function, note, run))
         for decisions, expected in cases:
             actual = network(inputs, decisions)
             error = relative_error(actual, expected)

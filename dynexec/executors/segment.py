@@ -113,6 +113,11 @@ def only_segment(function):
     return calls[0].target if whole else None
 
 
+def listed(texts):
+    """The first four of what :func:`make_segments` did not know."""
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+
+
 def make_segments(module, make_programs, unknown=None):
     """A copy of a packed graph module in which programs run what they can, and the list of its segments.
 
@@ -164,21 +169,21 @@ def _find(nodes, modules, make_programs, unknown):
 
 def _run_from(nodes, start, modules, make_programs, unknown):
     inputs = _tensor_inputs(nodes[start])
-    if len(inputs) != 1 or "tensor_meta" not in inputs[0].meta:
-        return None
-    source = inputs[0]
-    meta = source.meta["tensor_meta"]
-    if not hasattr(meta, "shape") or len(meta.shape) != 4 or not meta.dtype.is_floating_point:
+    if not inputs or nodes[start].op == "output" or not all(map(_is_images, inputs)):
         return None
     builder = make_programs().builder()
-    values = {source: builder.load(*meta.shape[1:])}
+    values = {value: builder.load(*value.meta["tensor_meta"].shape[1:]) for value in inputs}
+    if len(inputs) > 1:  # no segment begins here, but is it that what made these, or this, is unknown?
+        if not emit_nodes(builder, [nodes[start]], modules, values):
+            unknown.append(builder.unknown)
+        return None
+    (source,) = inputs
     run = []
     for node in nodes[start:]:
         if all(value in values for value in _tensor_inputs(node)) and emit_nodes(builder, [node], modules, values):
             run.append(node)
         elif not run:
-            if node.op != "output":
-                unknown.append(builder.unknown)
+            unknown.append(builder.unknown)
             break
         elif any(value in run for value in node.all_input_nodes):
             break
@@ -189,6 +194,12 @@ def _run_from(nodes, start, modules, make_programs, unknown):
             return run, source, used[0]
         run.pop()
     return None
+
+
+def _is_images(value):
+    """Whether a node makes a floating-point tensor ``[N, C, H, W]``."""
+    meta = value.meta.get("tensor_meta")
+    return hasattr(meta, "shape") and len(meta.shape) == 4 and meta.dtype.is_floating_point
 
 
 def _is_plain_linear(layer):
