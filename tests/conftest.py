@@ -9,8 +9,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread: threads of tiny tensors gain nothing, and on a busy machine they spin against each other.
+# One thread, also in the processes that tests start: threads of tiny tensors gain nothing, and on a busy machine they
+# spin against each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,6 @@
 """Two processes on one machine, by gloo: equal to one process, and what happens when one of them is lost."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,11 +23,10 @@ else:
 
 def start(folder, *arguments):
     """The worker in both processes, which find each other by a file."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, WORKER, folder, str(rank), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(WORLD)
     ]  # fmt: skip

@@ -256,7 +256,7 @@ print(test_faults.right(frozen, model, num_blocks, 1, 200))
 @pytest.mark.parametrize("samples", [1, 32], ids=["workspace", "output"])
 def test_no_memory_for(tmp_path, samples):
     command = [sys.executable, "-c", _LITTLE_MEMORY, str(ROOT / "tests"), str(samples)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
     first, *others = result.stdout.splitlines()
@@ -314,8 +314,5 @@ def test_a_checkpoint_with_another_number_than_was_written(tmp_path):
 @pytest.mark.parametrize("command", ["fuzz.py --seconds 8 --seed 1", "soak.py --calls 300"])
 def test_fuzz_and_soak_for_a_short_time(command):
     program, *options = command.split()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, ROOT / "bench" / program, *options], capture_output=True, text=True, env=environment
-    )
+    result = subprocess.run([sys.executable, ROOT / "bench" / program, *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

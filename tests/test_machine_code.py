@@ -43,8 +43,8 @@ def test_machine_code_is_as_recorded():
     assert "float16 | 90 |" in result.stdout
 
 
-def run_tests(folder, only):
-    command = [sys.executable, "-c", RUN, folder, "-k", only, Path(__file__).parent / "test_kernels.py"]
+def run_tests(folder, only, *options):
+    command = [sys.executable, "-c", RUN, folder, "-k", only, Path(__file__).parent / "test_kernels.py", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent)
 
 
@@ -61,5 +61,6 @@ def test_kernels_without_something_fail(what, tmp_path):
 
 
 def test_a_copy_of_the_kernels_passes(tmp_path):
-    result = run_tests(shutil.copytree(KERNELS, tmp_path / "kernels"), "test_plan or test_conv_adds")
-    assert result.returncode == 0, result.stdout + result.stderr
+    options = ("--shard", "0/4")  # that a copy can pass, a few of them show
+    result = run_tests(shutil.copytree(KERNELS, tmp_path / "kernels"), "test_plan or test_conv_adds", *options)
+    assert result.returncode == 0 and "passed" in result.stdout, result.stdout + result.stderr
