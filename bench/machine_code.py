@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def cases(architecture):
             add_pair(found, architecture, dtype, middle, size)
         for channels, size in ((64, 36), (128, 18), (256, 9)):
             add_grouped(found, architecture, dtype, channels, size)
+            if architecture >= 90 and (dtype, channels) == (HALF, 256):
+                add_grouped(found, architecture, dtype, channels, size, tma=True)
     rows, passed = (tensor(64, 4096), tensor(32, 4096), numbers(32)), tensor(32, 4096, dtype=torch.bool)
     found["gather rows"] = partial(move_rows, *rows, scatter=False), None
     found["gather rows that passed"] = partial(move_rows, *rows, passed, scatter=False), None
@@ -144,11 +147,13 @@ def add_pair(found, architecture, dtype, middle, size):
     found[f"3x3 and 1x1, {middle} to {4 * middle} channels, {label(tile)}, {short(dtype)}"] = call, tile
 
 
-def add_grouped(found, architecture, dtype, channels, size):
+def add_grouped(found, architecture, dtype, channels, size, tma=False):
     x, groups = tensor(64 * size * size, channels, dtype=dtype), numbers(2, 7)
     tile = choose_tile(len(x), channels, 9, channels, dtype, architecture, grouped=True)
+    tile = replace(tile, tma=tma or tile.tma)
+    weight = tensor(2 * channels, channels, 3, 3, dtype=dtype).unflatten(0, (2, channels))
     call = partial(
-        grouped_conv, x, tensor(2, channels, channels, 3, 3, dtype=dtype), floats(2, channels), x, groups,
+        grouped_conv, x, weight, floats(2, channels), x, groups,
         numbers(64), numbers(3), padding=(1, 1), activation="relu", tile=tile,
     )  # fmt: skip
     found[f"3x3 of groups, {channels} channels, {label(tile)}, {short(dtype)}"] = call, tile

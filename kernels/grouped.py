@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from dynexec.kernels.configs import choose_tile
+from dynexec.kernels.conv import describe_weights
 from dynexec.kernels.device import architecture, begin, fill, find_pixels, inside_bits, launch_options
 from dynexec.kernels.tiles import finish_tile, sum_taps
 
@@ -14,6 +15,7 @@ FIELDS = 7  # of a group
 def _grouped_conv(
     x_ptr,  # [pixels, C]: the images of all groups
     weight_ptr,  # [weight sets, K, KH, KW, C], of the dtype of x
+    weight_descriptor,  # of the same memory, [weight sets * K, KH * KW * C] in blocks [BN, BK], or nothing
     bias_ptr,  # float32 [weight sets, K]
     residual_ptr,  # as out, or nothing; may be out itself
     out_ptr,  # [pixels, K]
@@ -38,6 +40,7 @@ def _grouped_conv(
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -49,7 +52,8 @@ def _grouped_conv(
         tiles += _tiles_of(group, offset_ptr, group_ptr, FIELDS, BM)
     for tile in tl.range(tl.program_id(0), tiles * tiles_n, tl.num_programs(0)):
         tile_m = tile // tiles_n
-        columns = (tile - tile_m * tiles_n) * BN + tl.arange(0, BN)
+        first_column = (tile - tile_m * tiles_n) * BN
+        columns = first_column + tl.arange(0, BN)
         # The group that the tile is in: the last one that begins at it or before it, and has any.
         found = 0
         first = 0
@@ -68,6 +72,12 @@ def _grouped_conv(
         start = tl.load(offset_ptr + found)
         pixels = (tl.load(offset_ptr + found + 1) - start) * (OH * OW)
         weights = tl.load(description + 6).to(tl.int64)
+        if TMA:
+            of_weights = weight_descriptor
+            first_row = weights.to(tl.int32) * K + first_column
+        else:
+            of_weights = weight_ptr + (weights * K + columns) * (KH * KW * C)
+            first_row = 0
         sample, pixel, valid = find_pixels((tile_m - first) * BM, pixels, start, index_ptr, OH * OW, BM, True)
         row = pixel // OW
         top = row * SH - PH
@@ -76,12 +86,12 @@ def _grouped_conv(
             tl.zeros((BM, BN), tl.float32),
             x_ptr + (tl.load(description + 4) + sample * (H * W) + top * W + left) * C,
             tl.where(valid, inside_bits(top, left, H, W, KH, KW, DH, DW), 0),
-            weight_ptr + (weights * K + columns) * (KH * KW * C),
-            0,
+            of_weights,
+            first_row,
             columns < K,
             0,
             steps,
-            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION, False,
+            W, C, KH, KW, DH, DW, BK, all_columns, PRECISION, TMA,
         )  # fmt: skip
         place = (tl.load(description + 5) + sample * (OH * OW) + pixel) * K
         finish_tile(
@@ -149,10 +159,12 @@ def grouped_conv(
         return out
     tile = tile or choose_tile(len(out), k, kh * kw, c, x.dtype, architecture(x.device), grouped=True)
     grid = fill(x.device, (triton.cdiv(len(out), tile.bm) + len(groups)) * triton.cdiv(k, tile.bn), tile.programs)
+    descriptor = describe_weights(weight.flatten(0, 1), tile) if k % tile.bn == 0 else None
     _grouped_conv[grid](
-        x, weight, bias, residual, out, index, offset, groups, len(groups),
+        x, weight, descriptor, bias, residual, out, index, offset, groups, len(groups),
         c, k, kh, kw, *stride, *padding, *dilation,
         tile.bm, tile.bn, tile.bk, FIELDS, residual is not None, activation, precision,
+        descriptor is not None,
         num_warps=tile.warps, num_stages=tile.stages, **launch_options(x.device),
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from rows import CASES, MODES, check_merge, expected_scatter, make, numbers
 
 from dynexec import dispatch, reference
 from dynexec.kernels import conv as conv_module
+from dynexec.kernels import grouped as grouped_module
 from dynexec.kernels.bottleneck import conv_pair
 from dynexec.kernels.configs import Tile
 from dynexec.kernels.conv import Workspace, conv, describe_weights
@@ -137,7 +138,12 @@ def test_conv_adds_in_place(dtype, keep, activation, shared_sums):
     check(out, before, rows, expected)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
+needs_hopper = pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper"
+)
+
+
+@needs_hopper
 @pytest.mark.parametrize("keep", [None, "none", "some"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_conv_with_weights_copied_in_blocks(geometry, keep, shared_sums, monkeypatch):
@@ -312,6 +318,31 @@ def test_grouped_conv(counts, dtype, stride):
         rows.dropped = torch.tensor([i for i in range(n) if i not in kept[where]], dtype=torch.int64, device=DEVICE)
         actual = part.view(n, *before[where].shape[2:], k).permute(0, 3, 1, 2)
         check(actual, before[where], rows, expected[where])
+
+
+@needs_hopper
+@pytest.mark.parametrize("counts", [(3, 2), (0, 5), (5, 0), (1, 0)])
+@pytest.mark.parametrize("channels, blocks", [((32, 48), True), ((24, 32), False), ((32, 40), False)])
+def test_grouped_conv_with_weights_copied_in_blocks(counts, channels, blocks, monkeypatch):
+    """As for one convolution; blocks of the second weight set begin where the first ends."""
+    (c, k), n, descriptors = channels, 5, []
+    flat = images(n, c, 7, 6, dtype=torch.float16).permute(0, 2, 3, 1).flatten(0, 2)
+    weight = torch.stack([images(k, c, 3, 3, dtype=torch.float16) / (9 * c) ** 0.5 for _ in range(2)])
+    bias, samples = torch.randn(2, k, device=DEVICE), torch.randperm(n)[: sum(counts)].int().to(DEVICE)
+    offset = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32, device=DEVICE)
+    groups = torch.tensor([[7, 6, 7, 6, 0, 0, 0], [7, 6, 7, 6, 0, 0, 1]], dtype=torch.int32, device=DEVICE)
+
+    def take_down(*given):
+        descriptors.append(describe_weights(*given))
+        return descriptors[-1]
+
+    monkeypatch.setattr(grouped_module, "describe_weights", take_down)
+    outs = [torch.full((len(flat), k), 3.0, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    for tile, out in zip((TILE, replace(TILE, tma=True)), outs):
+        grouped_conv(flat, weight, bias, out, groups, samples, offset, padding=(1, 1), residual=out, tile=tile)
+    assert torch.equal(*outs)
+    assert int((outs[0] != 3.0).any(1).sum()) == 42 * sum(counts)
+    assert any(descriptor is not None for descriptor in descriptors) == blocks
 
 
 @pytest.mark.parametrize("row,layout", CASES, ids=str)

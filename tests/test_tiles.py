@@ -36,12 +36,12 @@ def test_the_table_is_what_was_measured(tiles, tmp_path):
 
 @in_the_source_tree
 def test_the_fastest_tile_is_written(tiles, tmp_path):
-    """The least geometric mean over the keep rates, of those that were measured at all of them and were right.
+    """The least sum over the keep rates, of those that were measured at all of them and were right.
 
     One with weights copied in blocks must win more than 3 %.
     """
     fast, even, partly = [64, 64, 64, 4, 3, 4], [128, 64, 64, 4, 4, 2], [64, 32, 64, 4, 4, 4]
-    times = {(1.0, 0): 1.0, (0.5, 0): 9.0, (0.25, 0): 9.0, (1.0, 1): 4.0, (0.5, 1): 4.0, (0.25, 1): 4.0, (1.0, 2): 0.1}
+    times = {(1.0, 0): 8.0, (0.5, 0): 1.0, (0.25, 0): 1.0, (1.0, 1): 3.0, (0.5, 1): 3.0, (0.25, 1): 3.0, (1.0, 2): 0.1}
     rows = [
         f'{{"device": "a GPU", "layer": [8, 16, 3, 1, 10], "batch": 2, "keep": {keep}, "tile": {tile}, "us": {us}}}\n'
         for (keep, number), us in times.items()
