@@ -37,15 +37,15 @@ _AMPERE_PAIRS = {64: Tile(64, 64, 32, 4, 3, 2), 128: Tile(64, 64, 32, 4, 3, 1), 
 def choose_tile(pixels, channels, taps, depth, dtype, architecture, grouped=False):
     """The tile for a convolution from ``depth`` to ``channels`` channels with ``taps`` weights for each pair of them.
 
-    ``pixels``: of the output, if all samples keep the block. ``architecture``: 80 and 86 for Ampere, 90 for Hopper,
-    where the tile is that of the most similar convolution that was measured. ``grouped``: for `grouped_conv`, in which
-    all samples have work.
+    ``pixels``: of the output, if all samples keep the block. ``architecture``: 90 for Hopper, where the tile is that of
+    the most similar convolution that was measured, as on the large Blackwell GPUs; others have Ampere's, 80 and 86.
+    ``grouped``: for `grouped_conv`, in which all samples have work.
     """
-    if architecture < 90:
+    if not _is_large(architecture):
         tile = _find(_find(_AMPERE, channels), pixels)
     else:
         tile = _nearest(taps > 1, grouped, pixels, channels, taps * depth)
-    if dtype == torch.float32 and architecture >= 90:
+    if dtype == torch.float32 and _is_large(architecture):
         wide = tile.bm * tile.bn >= 128 * 128  # which is more than the registers hold
         tile = replace(tile, bn=tile.bn // 2 if wide else tile.bn, programs=min(tile.programs, 2), tma=False)
     return _narrow(tile, depth, dtype)
@@ -53,12 +53,17 @@ def choose_tile(pixels, channels, taps, depth, dtype, architecture, grouped=Fals
 
 def choose_pair_tile(pixels, middle, depth, dtype, architecture):
     """The tile for two convolutions in one kernel with up to 256 channels between them."""
-    if architecture < 90:
+    if not _is_large(architecture):
         tile = _find(_AMPERE_PAIRS, middle)
     else:
         tile = _nearest_pair(pixels, middle)
     tile = _narrow(tile, depth, dtype)
     return replace(tile, bn=tile.bn // 2, stages=2, programs=1) if dtype == torch.float32 else tile
+
+
+def _is_large(architecture):
+    """Whether multiprocessors have the shared memory that Hopper's tiles need: workstations' (sm_120) do not."""
+    return architecture // 10 in (9, 10)
 
 
 @cache
