@@ -10,6 +10,7 @@ import toys
 from torch.utils._pytree import tree_flatten
 
 from dynexec.executors import graphs
+from dynexec.executors.launches import LaunchPrograms
 
 
 @pytest.fixture
@@ -115,3 +116,41 @@ def test_what_a_graph_gives_is_in_memory_of_its_own():
     graph.results, graph.structure = tree_flatten((graph.inputs[0], None))
     y, nothing = graph.replay(x, None)
     assert torch.equal(y, before.relu()) and nothing is None
+
+
+def test_graphs_take_images_as_networks_read_them():
+    x = toys.images(2).contiguous()
+    kept = graphs._copy(x)
+    assert kept.is_contiguous(memory_format=torch.channels_last) and torch.equal(kept, x) and kept is not x
+    assert graphs._copy(x.flatten(1)).stride() == x.flatten(1).stride()
+
+
+def test_whose_memory_for_shared_sums(monkeypatch):
+    """A network's own graphs run one after the other; others, maybe captured on the same stream, when they like."""
+    pytest.importorskip("triton")
+    capturing, handle = False, 7
+    monkeypatch.setattr("dynexec.kernels.conv.Workspace", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=handle))
+    programs = LaunchPrograms(1)
+
+    def take():
+        return programs.take_workspace(torch.device("cuda"))
+
+    eager = take()
+    assert take() is eager and not graphs.makes_graph()
+    with graphs._making():
+        own = take()
+        assert own is not eager and graphs.makes_graph()
+    capturing = True
+    assert take() not in (own, eager, take())
+    with graphs._making():
+        handle = 8
+        assert take() is own
+    capturing = False
+    assert take() not in (own, eager)
+    programs.renew(None, "fused")
+    with graphs._making():
+        assert take() is own
+    handle = 7
+    assert take() is not eager

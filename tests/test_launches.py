@@ -4,7 +4,7 @@ import re
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -331,6 +331,31 @@ def test_a_switch_needs_graphs_and_bodies_that_run(monkeypatch):
     assert not candidate._can_switch(SimpleNamespace(graphs=None), ["fused", "dense"], {})
     monkeypatch.setattr(candidate, "conditional_missing", lambda: "built without CUDA")
     assert not candidate._can_switch(fast, ["fused", "dense"], {})
+
+
+def test_a_graph_is_of_the_executor_that_it_runs(monkeypatch):
+    """Another thread may use another executor until the lock is free; an empty batch takes it, too."""
+    _, num_blocks, x, frozen = frozen_pair("two", executor="fused")
+    seen = []
+
+    class Stub:
+        @property
+        @contextmanager
+        def lock(self):
+            frozen.use("dense")  # by who had it before
+            seen.append("locked")
+            yield
+
+        def __call__(self, x, decisions, variant):
+            seen.append(variant)
+            return x, decisions
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    frozen.graphs = Stub()
+    decisions = torch.ones(len(x), num_blocks, dtype=torch.bool, device=x.device)
+    frozen(x, decisions)
+    assert seen == ["locked", "dense"]
+    assert frozen(x[:0], decisions[:0]).shape[0] == 0 and seen == ["locked", "dense", "locked"]
 
 
 def test_what_has_no_graph_or_another_one_is_told():

@@ -257,6 +257,22 @@ def test_other_networks_are_refused_with_a_reason(message, size, dtype, depths, 
         program(model, torch.randn(1, channels, size, size, dtype=dtype)).resident()
 
 
+def test_image_sizes_have_one_network_together():
+    """Graphs of a size need its weights also when there have been programs of eight other sizes since."""
+    model, _ = network((1, 1, 1))
+    x = torch.randn(1, 3, 28, 28, dtype=torch.float16)
+    with torch.no_grad():
+        graph, _ = pack_stages(model, x, None, 1)
+        _, (segment,) = make_segments(graph, partial(LaunchPrograms, 3))
+        for size in (32, 24):
+            segment.find_program(torch.randn(1, 3, size, size, dtype=torch.float16))
+        wide = segment.find_program(torch.randn(1, 3, 8, 12, dtype=torch.float16))
+    first, *others = [program.resident() for program in segment.programs.values() if program is not wide]
+    assert len(others) == 2 and all(other is first for other in others)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        wide.resident()
+
+
 def test_freeze_puts_the_policy_into_the_launch(monkeypatch):
     """With the launch replaced by what it should compute, by layers."""
     model, _ = network((2, 2, 2))

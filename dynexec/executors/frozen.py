@@ -106,11 +106,12 @@ class FrozenNetwork(nn.Module):
 
     def call(self, x, decisions):
         """Output and decisions, in the fastest way that there is; arguments as for :meth:`compute`."""
-        if self.graphs is None or len(x) == 0:
+        if self.graphs is None:
             return self.compute(x, decisions)
-        if torch.cuda.is_current_stream_capturing():
+        if len(x) == 0 or torch.cuda.is_current_stream_capturing():
             return self.compute_without_nodes(x, decisions)
-        return self.graphs(x, decisions, self.executor)
+        with self.graphs.lock:  # another thread may be using another executor meanwhile
+            return self.graphs(x, decisions, self.executor)
 
     def compute_without_nodes(self, x, decisions):
         """The same where there is no graph of this network's own, which alone has conditional nodes."""

@@ -1,7 +1,7 @@
 """CUDA graphs of a whole forward: one launch of the host for all of a network's kernels."""
 
 from contextlib import contextmanager, suppress
-from threading import RLock
+from threading import RLock, local
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,6 +12,7 @@ _MOST = 8  # graphs of a network; the one not used for longest gives way to a ne
 _capturing = RLock()
 _STREAMS = 32  # that torch has, and gives in turn
 _taken = WeakValueDictionary()  # those of them that something was captured on, by handle
+_this_thread = local()
 
 
 class Graphs:
@@ -77,14 +78,15 @@ class _Graph:
         self.stream = stream = take_stream(x.device)
         # Tensors of inference mode could not be written to by a later call outside of it.
         with torch.inference_mode(False), torch.no_grad(), choosing_algorithms():
-            self.inputs = [value if value is None else value.clone() for value in (x, decisions)]
+            self.inputs = [_copy(x), decisions if decisions is None else decisions.clone()]
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles kernels, chooses algorithms, allocates what is kept between calls
-                    function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            self._capture(function, stream)
+            with _making():
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # compiles kernels, chooses algorithms, allocates what is kept between calls
+                        function(*self.inputs)
+                torch.cuda.current_stream().wait_stream(stream)
+                self._capture(function, stream)
 
     def _capture(self, function, stream):
         pool = torch.cuda.graph_pool_handle()
@@ -115,6 +117,28 @@ class _Graph:
             return value.clone() if isinstance(value, torch.Tensor) else value
 
         return tree_unflatten([take(value) for value in self.results], self.structure)
+
+
+def _copy(x):
+    """Of a graph's input: images as networks read them, so that copying the next ones there converts them, too."""
+    return x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
+
+
+@contextmanager
+def _making():
+    _this_thread.makes = True
+    try:
+        yield
+    finally:
+        _this_thread.makes = False
+
+
+def makes_graph():
+    """Whether this thread calls a function for a graph of :class:`Graphs`, before or while it is captured.
+
+    All of a network's are put in order, so what they write to may be one memory.
+    """
+    return getattr(_this_thread, "makes", False)
 
 
 def take_stream(device):

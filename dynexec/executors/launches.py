@@ -13,15 +13,17 @@ import torch.nn.functional as F
 
 from dynexec.executors.conditional import Conditional, conditional_missing
 from dynexec.executors.frames import Frame
+from dynexec.executors.graphs import makes_graph
 from dynexec.executors.instructions import Builder, count_readers
 from dynexec.executors.proof import matrix_precision
-from dynexec.executors.resident import Resident
+from dynexec.executors.resident import Resident, read_network
 from dynexec.executors.twins import Twins, find_twins
 from dynexec.measure.ranges import part_range
 from dynexec.reference import ACTIVATIONS
 
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
 _LARGEST_MIDDLE = 128
+_OF_GRAPHS = "graphs"  # the workspace of all that are a network's own
 # Executors that need conditional nodes on a GPU.
 _WITH_NODES = "conditional", "switched"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,6 +64,7 @@ class LaunchPrograms:
         self.weights, self._workspaces, self._conditional = _Weights(), {}, None
         self.twins = Twins(self.weights)
         self.first = None  # of the programs
+        self.resident = None  # their network for the kernel that runs it whole
 
     def builder(self):
         """A builder for one program."""
@@ -77,7 +80,19 @@ class LaunchPrograms:
         """The program itself; what other executors keep between calls is given up."""
         if executor not in _WITH_NODES:
             self._conditional = None
+        self._workspaces = {key: value for key, value in self._workspaces.items() if key == _OF_GRAPHS}
         return program
+
+    def take_resident(self, instructions):
+        """The network of a program for the kernel that runs it whole; ValueError where it is not such a network.
+
+        One for all image sizes, whose weights are the same: graphs need them for longer than a program is kept.
+        """
+        if self.resident is None:
+            self.resident = Resident(instructions, self.columns, self.weights)
+        else:
+            read_network(instructions, self.columns)
+        return self.resident
 
     def take_conditional(self, x, executor):
         """What inserts conditional nodes, or None where there are none for this batch and executor."""
@@ -96,13 +111,17 @@ class LaunchPrograms:
         if self.batch_invariant:
             return None
         # Kernels of one stream run one after the other; those of another one must not use the same memory.
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        if stream not in self._workspaces:
-            workspace = Workspace(device)
-            if stream is not None and torch.cuda.is_current_stream_capturing():
-                return workspace  # what makes it ready is in this graph alone
-            self._workspaces[stream] = workspace
-        return self._workspaces[stream]
+        key = None
+        if device.type == "cuda":
+            if makes_graph():
+                key = _OF_GRAPHS
+            elif torch.cuda.is_current_stream_capturing():
+                return Workspace(device)  # of somebody else's graph, which may run beside anything
+            else:
+                key = torch.cuda.current_stream(device).cuda_stream
+        if key not in self._workspaces:
+            self._workspaces[key] = Workspace(device)
+        return self._workspaces[key]
 
 
 class _Weights:
@@ -187,7 +206,7 @@ class LaunchProgram:
         from dynexec.kernels.device import plain_launches
 
         captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if executor == "resident" and captured and self._resident is None:
+        if executor == "resident" and captured and self.programs.resident is None:
             executor = "fused"  # what would be packed now would be part of that graph
         if executor == "resident":
             try:
@@ -246,7 +265,7 @@ class LaunchProgram:
     def resident(self):
         """The network for the kernel that runs it whole; ValueError where it is not such a network."""
         if self._resident is None:
-            self._resident = Resident(self.instructions, self.programs.columns, self.programs.weights)
+            self._resident = self.programs.take_resident(self.instructions)
         return self._resident
 
     def _run_gated(self, numbers, frame, index, offset, conditional):
@@ -319,6 +338,8 @@ class LaunchProgram:
         weights = self.programs.weights(step.conv)
         try:
             return _run_by_library(step, x, other, weights, fused)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # cuDNN has no fused one for some numbers of channels
             if not fused:
                 raise
