@@ -17,7 +17,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from predict import program
 from dynexec import freeze
 from dynexec.executors.forecast import program_seconds
 from dynexec.kernels.offline import compile_launches
+from dynexec.kernels.plan import find_body, plan
 from dynexec.measure.roofline import H100
 from dynexec.models import adashare_resnet
 from dynexec.report.baselines import BASELINES, DenseEager, DenseFrozen
@@ -103,20 +104,26 @@ def warm_up(folder, dry, seconds):
 
 def compile_share(first, step):
     """Compile some of the kernels of all networks for the GPU that is here; a list of what failed."""
+    torch.set_num_threads(1)
     architecture, meta, failed = choose_architecture(), torch.device("meta"), []
+    once = cache(program)  # several entries are of one network
     for net, batch in HEADLINE:
         if NETS[net].missing() is not None:
             continue
-        columns, found = program(net, meta)
+        columns, found = once(net, meta)
         x = torch.empty(batch, 3, NETS[net].size, NETS[net].size, dtype=torch.float16, device=meta)
         index, offset = (torch.empty(columns, n, dtype=torch.int32, device=meta) for n in (batch, 3))
         route = SimpleNamespace(index=index, offset=offset)
-        for executor in ("fused", "dense", "static"):
+        calls = {name: partial(found, x, route, executor=name) for name in ("fused", "dense", "static")}
+        calls["planning"] = partial(plan, torch.empty(batch, columns, dtype=torch.bool, device=meta), 2)
+        # Numbers that 16 divides make another kernel of it.
+        calls |= {f"choice of a body, {most}": partial(find_body, offset, most) for most in (16, 17)}
+        for name, call in calls.items():
             try:
                 with torch.inference_mode():
-                    compile_launches(partial(found, x, route, executor=executor), architecture, (first, step))
+                    compile_launches(call, architecture, (first, step))
             except Exception as error:  # the others are worth having
-                failed.append(f"{net}, batch {batch}, {executor}: {type(error).__name__}: {error}")
+                failed.append(f"{net}, batch {batch}, {name}: {type(error).__name__}: {error}")
     return failed
 
 

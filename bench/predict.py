@@ -26,7 +26,8 @@ KEEPS = (0.25, 0.5, 0.75, 1.0)
 
 def program(name, device="cpu"):
     """Number of blocks of a network, and the program that runs it on a GPU."""
-    model = build(NETS[name]).to(device).half()
+    device = torch.device(device)
+    model = build(NETS[name], statistics=device.type != "meta").to(device).half()  # there are no values there
     backbone = getattr(model, "backbone", model)
     network, stages = pack_stages(backbone, make_images(1, NETS[name].size).to(device).half(), None, 1)
     columns = sum(len(stage.blocks) for stage, _, _ in stages)

@@ -7,17 +7,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernel_cases  # noqa: F401 - skips where there is no Triton
 import pytest
+import torch
 
+from dynexec.kernels import offline
+from dynexec.report import nets
 from dynexec.report.rows import read_rows
 
 STEPS = ("tests", "warm_up", "headline", "timeline", "systems", "training", "rates", "compiled")
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return __import__("gpu")
+
+
 def test_dry_run(tmp_path):
     def run(*steps):
         command = ["bash", SCRIPT, tmp_path, "--dry", *steps]
@@ -45,9 +55,31 @@ def test_dry_run(tmp_path):
     assert [path.read_text() for path in measured] == before  # what is measured is not measured again
 
 
-def test_tests_that_run_too_long_say_what_failed_and_are_ended(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    wait = __import__("gpu").wait
+def test_warm_up_builds_a_network_once_and_without_values(gpu, monkeypatch):
+    built, calls, program = [], [], gpu.program
+    monkeypatch.setattr(gpu, "HEADLINE", [("resnet32", 2), ("resnet32", 4)])
+    monkeypatch.setattr(gpu, "program", lambda *what: built.append(what) or program(*what))
+    monkeypatch.setattr(gpu, "compile_launches", lambda call, *how: calls.append((call.func, how)))
+    monkeypatch.setattr(nets, "randomize_batch_norm", lambda *_: pytest.fail("statistics that nobody needs"))
+    assert gpu.compile_share(1, 3) == []
+    assert built == [("resnet32", torch.device("meta"))]
+    assert {how for _, how in calls} == {(gpu.choose_architecture(), (1, 3))}
+    kernels = [getattr(function, "__name__", "program") for function, _ in calls]
+    assert kernels == 2 * [*3 * ["program"], "plan", *2 * ["find_body"]]
+
+
+def test_equal_launches_are_compiled_by_one_process():
+    def share(*arguments):
+        kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))
+        return offline.share_of(kernel, arguments, {"num_warps": 4}, 1000)
+
+    x = torch.empty(64, device="meta")
+    assert share(x, 1, None) == share(torch.empty(8, 8, device="meta"), 1, None)
+    assert len({share(x, 1), share(x, 2), share(x.half(), 1), share(x[1:], 1), share(None, 1)}) == 5
+
+
+def test_tests_that_run_too_long_say_what_failed_and_are_ended(gpu):
+    wait = gpu.wait
     begin = "import signal, sys, time; print(1, flush=True); "
     commands = [
         begin + "sys.exit(3)",

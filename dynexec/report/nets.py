@@ -103,17 +103,17 @@ NETS = {
 DEFAULT_NETS = ("resnet110", "resnet101", "efficientnet_lite0", "resnet32")
 
 
-def build(net, *, seed=0):
+def build(net, *, seed=0, statistics=True):
     """Build a network of the bench in evaluation mode, the same every time.
 
     Untrained ones get affine parameters of BatchNorm drawn at random and running statistics taken from a batch of
     images: fresh ones (mean 0, variance 1, scale 1) would hide folding errors, and let the activations of a deep
-    network overflow.
+    network overflow. ``statistics=False`` leaves those, for who needs no outputs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = net.build().eval()
-        if not net.trained:
+        if statistics and not net.trained:
             randomize_batch_norm(model, make_images(16, net.size, seed=seed))
     return model.requires_grad_(False)
 
