@@ -2,9 +2,10 @@
 
     python bench/gpu.py FOLDER [--minutes 10] [--steps tests headline] [--dry]
 
-Every step is a process of its own with a time limit, so that none takes another one's results with it. The rows of a
-network and batch size are written when they are measured: ``rates.jsonl``, ``gpu.jsonl`` (as of ``dynexec bench``);
-what is there already is not measured again. ``--dry`` does the same on a CPU, with a tiny network and kernels in
+Every step is a process of its own with a time limit, so that none takes another one's results with it; one that is
+interrupted ends with all that it started. The rows of a network and batch size are written when they are measured:
+``rates.jsonl``, ``gpu.jsonl`` (as of ``dynexec bench``), and after each step ``summary.md``; what is there already is
+not measured again. ``--dry`` does the same on a CPU, with a tiny network and kernels in
 Triton's interpreter.
 """
 
@@ -302,21 +303,40 @@ STEPS = [
 ]
 
 
+def run_apart(step, folder, dry, seconds):
+    """Exit status of a step in a process of its own, None after its time; what it started does not outlive it."""
+    # Forked, importing torch takes seconds. No step uses the GPU itself, which a forked process could not: others do.
+    process = get_context("fork").Process(target=lead, args=(step, folder, dry, seconds))
+    process.start()
+    try:
+        process.join(max(seconds, 1))
+        return process.exitcode
+    finally:
+        if process.is_alive():  # after its time, or this one is interrupted
+            with suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+
+
+def lead(step, folder, dry, seconds):
+    """Run a step as the first process of a group."""
+    os.setsid()
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    sys.exit(step(folder, dry, seconds))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--steps", nargs="+", choices=[step.__name__ for step, _ in STEPS])
-    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--network", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--system", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    steps = {step.__name__: step for step, _ in STEPS}
-    if args.step:
-        name, seconds = args.step
-        return steps[name](args.folder, args.dry, float(seconds))
     if args.network:
         net, batch, *names = args.network
         return measure_network(args.folder, args.dry, net, int(batch), names)
@@ -324,27 +344,20 @@ def main():
         return measure_system(args.folder, args.dry, args.system[0], int(args.system[1]))
     if not args.dry and not torch.cuda.is_available():
         sys.exit("torch sees no GPU; --dry runs without one")
-    environment = dict(os.environ)
-    if args.dry:
-        environment["TRITON_INTERPRET"] = "1"
-    plan = [(step.__name__, share) for step, share in STEPS if args.steps is None or step.__name__ in args.steps]
-    codes, start, left = {}, time.monotonic(), sum(share for _, share in plan)
-    for name, share in plan:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the step, as SIGINT does
+    steps = [(step, share) for step, share in STEPS if args.steps is None or step.__name__ in args.steps]
+    codes, start, left = {}, time.monotonic(), sum(share for _, share in steps)
+    for step, share in steps:
         # What an earlier step left of its time goes to all later ones.
         seconds = (60 * args.minutes - (time.monotonic() - start)) * share / left
         left -= share
-        print(f"{name}, {seconds:.0f} s at most", flush=True)
-        command = [sys.executable, __file__, args.folder, *["--dry"] * args.dry, "--step", name, f"{seconds:.0f}"]
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        try:
-            codes[name] = process.wait(max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-            process.wait()
+        print(f"{step.__name__}, {seconds:.0f} s at most", flush=True)
+        code = run_apart(step, args.folder, args.dry, seconds)
+        if code is None:
             time.sleep(2.0)  # while the device is given back
-            codes[name] = "stopped after its time"
-    rows = read_rows(args.folder / "gpu.jsonl") if (args.folder / "gpu.jsonl").exists() else []
-    (args.folder / "summary.md").write_text(markdown(rows) if rows else "no rows\n")
+        codes[step.__name__] = "stopped after its time" if code is None else code
+        rows = read_rows(args.folder / "gpu.jsonl") if (args.folder / "gpu.jsonl").exists() else []
+        (args.folder / "summary.md").write_text(markdown(rows) if rows else "no rows\n")
     print(json.dumps({"steps": codes, "rows": len(rows), "seconds": round(time.monotonic() - start)}))
     return int(not rows or any(code not in (0, "stopped after its time") for code in codes.values()))
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +78,40 @@ def test_equal_launches_are_compiled_by_one_process():
     x = torch.empty(64, device="meta")
     assert share(x, 1, None) == share(torch.empty(8, 8, device="meta"), 1, None)
     assert len({share(x, 1), share(x, 2), share(x.half(), 1), share(x[1:], 1), share(None, 1)}) == 5
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_what_an_interrupted_run_started_is_ended(number, error, gpu, tmp_path, monkeypatch):
+    ours, theirs = os.pipe()  # at its end when no process has the other end
+
+    def first(folder, dry, seconds):
+        return 0
+
+    def second(folder, dry, seconds):
+        return subprocess.call(["bash", "-c", f"echo begun >&{theirs}; sleep 60"], pass_fds=[theirs])
+
+    def interrupt():
+        if os.read(ours, 6):
+            os.kill(os.getpid(), number)
+
+    def unexpected(*_):
+        raise RuntimeError("nobody handles the signal")
+
+    monkeypatch.setattr(gpu, "STEPS", [(first, 0.5), (second, 0.5)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry"])
+    before = signal.signal(signal.SIGTERM, unexpected)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(error):
+            gpu.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.close(theirs)
+        thread.join()
+    assert select.select([ours], [], [], 5.0)[0] and os.read(ours, 6) == b""
+    os.close(ours)
+    assert (tmp_path / "summary.md").read_text() == "no rows\n"  # of the step before
 
 
 def test_tests_that_run_too_long_say_what_failed_and_are_ended(gpu):
