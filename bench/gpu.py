@@ -63,7 +63,7 @@ def tests(folder, dry, seconds):
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", ON_A_GPU]
     deadline = time.monotonic() + seconds - 10.0
     # The interpreter is slow: a few of them show that they run.
-    shards = [f"{number}/{40 if dry else SHARDS}" for number in range(1 if dry else SHARDS)]
+    shards = [f"{number}/{120 if dry else SHARDS}" for number in range(1 if dry else SHARDS)]
     files = TESTS[-1:] if dry else TESTS
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of whatever is installed there
     with (folder / "tests.txt").open("w") as file:  # what was found is there if the step takes too long
@@ -171,7 +171,7 @@ def training(folder, dry, seconds):
     """A step of routed training, and what takes its time."""
     what = ["--device", "cuda", "--only", "bottleneck", "--batch", "64", "--size", "224", "--seconds", "3"]
     if dry:
-        what = ["--only", "a third", "--batch", "2", "--size", "8", "--seconds", "0"]
+        what = ["--only", "9 pre", "--batch", "2", "--size", "8", "--seconds", "0"]
     how = ["--kinds", "frozen", "--profile"]
     with (folder / "training.txt").open("w") as file:
         command = [sys.executable, Path(__file__).parent / "training.py", *what, *how]
@@ -252,7 +252,7 @@ def measure_network(folder, dry, net, batch, names):
             flush=True,
         )
     print(frozen[0].explain().replace("\n", "\n  "), flush=True)
-    print(frozen[0].profile(images.to(dtype), settings[0].draws[0].to(device), rounds=3), flush=True)
+    print(frozen[0].profile(images.to(dtype), settings[0].draws[0].to(device), rounds=1 if dry else 3), flush=True)
     return int(failed)
 
 
@@ -273,7 +273,7 @@ def tiny():
     from dynexec.models import blockdrop_resnet
     from dynexec.report.nets import randomize_batch_norm
 
-    model = blockdrop_resnet((1, 1), (8, 16), num_classes=4).eval()
+    model = blockdrop_resnet((1,), (8,), num_classes=4).eval()
     randomize_batch_norm(model, make_images(4, TINY))
     return model.requires_grad_(False)
 

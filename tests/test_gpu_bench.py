@@ -27,16 +27,15 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tr
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    return __import__("gpu")
+    before = signal.getsignal(signal.SIGTERM)
+    yield __import__("gpu")
+    signal.signal(signal.SIGTERM, before)  # which its main changes
 
 
-def test_dry_run(tmp_path):
-    def run(*steps):
-        command = ["bash", SCRIPT, tmp_path, "--dry", *steps]
-        environment = os.environ | {"PYTHON": sys.executable}
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-
-    result = run()
+def test_dry_run(gpu, tmp_path, monkeypatch):
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", SCRIPT, tmp_path, "--dry"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     end = json.loads(result.stdout.splitlines()[-1])
     assert end["steps"] == dict.fromkeys(STEPS, 0)
@@ -53,7 +52,8 @@ def test_dry_run(tmp_path):
     assert "tiny" in (tmp_path / "summary.md").read_text()
     measured = [tmp_path / name for name in ("gpu.jsonl", "rates.jsonl")]
     before = [path.read_text() for path in measured]
-    assert run("--steps", "headline", "systems", "rates").returncode == 0
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry", "--steps", "headline", "systems", "rates"])
+    assert gpu.main() == 0
     assert [path.read_text() for path in measured] == before  # what is measured is not measured again
 
 
@@ -99,14 +99,13 @@ def test_what_an_interrupted_run_started_is_ended(number, error, gpu, tmp_path, 
 
     monkeypatch.setattr(gpu, "STEPS", [(first, 0.5), (second, 0.5)])
     monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry"])
-    before = signal.signal(signal.SIGTERM, unexpected)
+    signal.signal(signal.SIGTERM, unexpected)
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
         with pytest.raises(error):
             gpu.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
         os.close(theirs)
         thread.join()
     assert select.select([ours], [], [], 5.0)[0] and os.read(ours, 6) == b""
