@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -33,10 +34,11 @@ def gpu(monkeypatch):
 
 
 def test_dry_run(gpu, tmp_path, monkeypatch):
-    environment = os.environ | {"PYTHON": sys.executable}
+    environment = os.environ | {"PYTHON": sys.executable, "MINUTES": "30"}
     command = ["bash", SCRIPT, tmp_path, "--dry"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert 200 < int(re.match(r"tests, (\d+) s at most", result.stdout)[1]) < 270  # less what it took to begin
     end = json.loads(result.stdout.splitlines()[-1])
     assert end["steps"] == dict.fromkeys(STEPS, 0)
     assert "| frozen | 0.5 |" in (tmp_path / "training.txt").read_text()
@@ -55,6 +57,34 @@ def test_dry_run(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry", "--steps", "headline", "systems", "rates"])
     assert gpu.main() == 0
     assert [path.read_text() for path in measured] == before  # what is measured is not measured again
+
+
+FAKE_PYTHON = """#!/bin/bash
+echo "$*" >>calls
+case "$*" in
+  "-c import dynexec._C") exit 1 ;;
+  "-m pip "*) echo "pip says why"; [ -n "$WORKS" -a -n "$PIP_BREAK_SYSTEM_PACKAGES" ] && touch installed ;;
+  "-c import dynexec, dynexec.kernels.offline") [ -n "$IMPORTS" -a -e dynexec/kernels/conv.py ] ;;
+  "-m dynexec info") [ -e installed -o -n "$PYTHONPATH" ] ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("works", "imports", "code"), [("1", "", 0), ("", "1", 0), ("", "", 1)])
+def test_an_installation_that_pip_refuses(works, imports, code, tmp_path):
+    for name in ("bench", "kernels", "dynexec"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kernels" / "conv.py").touch()
+    script, python = tmp_path / "bench" / "gpu.sh", tmp_path / "python"
+    script.write_text(SCRIPT.read_text())
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": python, "PYTHONPATH": "", "WORKS": works, "IMPORTS": imports}
+    result = subprocess.run(["bash", script, tmp_path / "out"], capture_output=True, text=True, env=environment)
+    assert result.returncode == code
+    assert ("pip says why" in result.stderr and "setuptools 77" in result.stderr) == (not works)
+    calls = (tmp_path / "calls").read_text()
+    assert ("bench/gpu.py" in calls) == (code == 0) and calls.count("-m pip ") == 1
 
 
 def test_warm_up_builds_a_network_once_and_without_values(gpu, monkeypatch):
