@@ -187,7 +187,7 @@ def timeline(folder, dry, seconds):
 
 
 def compiled(folder, dry, seconds):
-    """Two networks against all baselines."""
+    """Networks against all baselines."""
     return networks(folder, dry, [] if dry else COMPILED, compiled=True)
 
 
@@ -195,14 +195,17 @@ def networks(folder, dry, plan, compiled):
     """Each in a process of its own, so that one that fails does not end the others; the number of failures."""
     path, done, failed = folder / "gpu.jsonl", {}, 0
     for row in read_rows(path) if path.exists() else []:
-        tried = done.setdefault((row["net"], row["batch"]), set())
-        tried.update(row["milliseconds"], row["failed"], row["unavailable"])
+        done[row["net"], row["batch"], row["keep"]] = {*row["milliseconds"], *row["failed"], *row["unavailable"]}
     for net, batch in plan:
         names = [baseline.name for baseline in choose_baselines(batch, dry, compiled)]
-        if not set(names) <= done.get((net, batch), set()):
+        if not all(set(names) <= done.get((net, batch, keep), set()) for keep in choose_keeps(dry)):
             command = [sys.executable, __file__, folder, *["--dry"] * dry, "--network", net, str(batch), *names]
             failed += subprocess.call(command) != 0
     return failed
+
+
+def choose_keeps(dry):
+    return KEEPS[:1] if dry else KEEPS
 
 
 def choose_baselines(batch, dry, compiled):
@@ -224,7 +227,7 @@ def measure_network(folder, dry, net, batch, names):
         return 0
     model = (tiny() if dry else build(NETS[net])).to(device)
     images = make_images(batch, TINY if dry else NETS[net].size).to(device)
-    settings = [draw_decisions(keep, num_blocks(model), batch) for keep in (KEEPS[:1] if dry else KEEPS)]
+    settings = [draw_decisions(keep, num_blocks(model), batch) for keep in choose_keeps(dry)]
     frozen = []
 
     class Kept(Dynexec):

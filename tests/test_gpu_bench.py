@@ -87,6 +87,19 @@ def test_an_installation_that_pip_refuses(works, imports, code, tmp_path):
     assert ("bench/gpu.py" in calls) == (code == 0) and calls.count("-m pip ") == 1
 
 
+def test_a_network_is_done_when_all_its_keep_rates_are(gpu, tmp_path, monkeypatch):
+    (tmp_path / "gpu.jsonl").touch()
+    names = ["dynexec", *(baseline.name for baseline in gpu.choose_baselines(8, False, False))]
+    half = {"milliseconds": dict.fromkeys(names[::2]), "failed": names[1::4], "unavailable": names[3::4]}
+    rows = [{"net": net, "batch": 8, "keep": keep, **half} for net in "ab" for keep in gpu.KEEPS][:-1]
+    rows += [{**row, "net": "c", "failed": []} for row in rows[:1]] + [{**row, "net": "c"} for row in rows[1:5]]
+    started = []
+    monkeypatch.setattr(gpu, "read_rows", lambda path: rows)
+    monkeypatch.setattr(gpu.subprocess, "call", lambda command: started.append(command[4:6]) or 0)
+    assert gpu.networks(tmp_path, False, [(net, 8) for net in "abcd"], False) == 0
+    assert started == [["b", "8"], ["c", "8"], ["d", "8"]]  # one lacks a keep rate, one a baseline, one everything
+
+
 def test_warm_up_builds_a_network_once_and_without_values(gpu, monkeypatch):
     built, calls, program = [], [], gpu.program
     monkeypatch.setattr(gpu, "HEADLINE", [("resnet32", 2), ("resnet32", 4)])
