@@ -100,6 +100,35 @@ def test_a_network_is_done_when_all_its_keep_rates_are(gpu, tmp_path, monkeypatc
     assert started == [["b", "8"], ["c", "8"], ["d", "8"]]  # one lacks a keep rate, one a baseline, one everything
 
 
+@pytest.mark.parametrize("error", [0.0, torch.nan, torch.inf])
+def test_wrong_outputs_are_failures_without_a_time(error, gpu, tmp_path, monkeypatch):
+    """Of the kernel that runs a network whole, and of others; and its decisions are the same each time."""
+    import gpu_rates
+
+    decided, rates = [], gpu_rates.Rates(tmp_path, dry=True)
+
+    def launch(x, decisions, blocks):
+        decided.append(decisions)
+        return torch.ones(len(x), 10) + (error if blocks > 1 else 0.0)
+
+    network = SimpleNamespace(resident=lambda: SimpleNamespace(launch=launch))
+    monkeypatch.setattr(gpu_rates, "program", lambda *_: (54, network))
+    monkeypatch.setattr(gpu_rates, "program_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(gpu_rates, "KEEPS", (0.5,))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    rates.dry, rates.seconds = False, lambda call: 1.0
+    rates.resident()
+    rows = [json.loads(line) for line in rates.path.read_text().splitlines()]
+    wrong = [row for row in rows if error and "1 blocks" not in row["name"]]
+    assert len(rows) > 10 and rates.failed == bool(error)
+    assert [row for row in rows if row.get("failed") == "its output differs"] == wrong
+    assert [row for row in rows if "us" not in row] == wrong
+    first, decided[:] = decided[:], []
+    rates.known.clear()
+    rates.resident()
+    assert all(map(torch.equal, first, decided)) and not torch.equal(first[-1][0], first[-1][1])
+
+
 def test_warm_up_builds_a_network_once_and_without_values(gpu, monkeypatch):
     built, calls, program = [], [], gpu.program
     monkeypatch.setattr(gpu, "HEADLINE", [("resnet32", 2), ("resnet32", 4)])

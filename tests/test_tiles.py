@@ -101,6 +101,17 @@ def test_the_most_similar_layer_decides():
 
 
 @in_the_source_tree
+def test_a_tile_with_a_wrong_output_has_no_time(tiles, tmp_path):
+    found, wanted, good = tiles.Tiles(tmp_path, dry=True), torch.ones(4), Tile(64, 64, 64, 4, 3, 4)
+    found.seconds = lambda call: 1.0
+    for value, failed in ((1.001, False), (1.1, True), (torch.nan, True)):
+        found.path.unlink(missing_ok=True)
+        found.race({"batch": 4}, lambda tile, value=value: torch.full((4,), value), [good], slice(None), wanted)
+        row = json.loads(found.path.read_text())
+        assert ("us" in row, "failed" in row, found.failed) == (not failed, failed, failed)
+
+
+@in_the_source_tree
 def test_measuring_to_its_end(tmp_path):
     command = [sys.executable, ROOT / "bench" / "tiles.py", tmp_path, "--dry"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
