@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import kernel_cases  # noqa: F401 - skips where there is no Triton
 import pytest
 import torch
 
+from dynexec import decide
 from dynexec.kernels import offline
 from dynexec.report import nets
 from dynexec.report.rows import read_rows
@@ -127,6 +129,28 @@ def test_wrong_outputs_are_failures_without_a_time(error, gpu, tmp_path, monkeyp
     rates.known.clear()
     rates.resident()
     assert all(map(torch.equal, first, decided)) and not torch.equal(first[-1][0], first[-1][1])
+
+
+def test_a_way_that_cannot_run_leaves_a_timeline_of_the_others(gpu, monkeypatch, capsys):
+    import gpu_timeline
+
+    def without_a_graph(images, decisions):
+        raise RuntimeError("no CUDA graph")
+
+    def run(model, images, decisions):
+        with decide(decisions):
+            return model.backbone(images)
+
+    def prepare(model, images, *_):
+        return {"dense cuDNN": partial(without_a_graph, images), "fused": partial(run, model, images)}, []
+
+    monkeypatch.setattr(gpu_timeline, "build", lambda net: gpu.tiny())
+    monkeypatch.setattr(gpu_timeline, "prepare", prepare)
+    monkeypatch.setattr(sys, "argv", ["gpu_timeline.py", "resnet32", "2", "--keep", "1.0", "--dry"])
+    with torch.inference_mode():
+        assert gpu_timeline.main() == 1
+    printed = capsys.readouterr().out
+    assert "dense cuDNN, keep 1.0: no CUDA graph\nfused, keep 1.0: " in printed and printed.count(" between them") == 1
 
 
 def test_warm_up_builds_a_network_once_and_without_values(gpu, monkeypatch):
