@@ -2,7 +2,9 @@
 
     python bench/machine_code.py            # print the table
     python bench/machine_code.py --write    # and record it: bench/machine_code.jsonl and docs/gpu-notes.md
-    python bench/machine_code.py --check    # and compare with what is recorded; exit status 1 if something is worse
+    python bench/machine_code.py --check    # and compare with what is recorded
+
+Exit status 1 if something is worse; then nothing is recorded.
 
 Worse is: a spill or a stack; no tensor-core instruction, asynchronous copy, 16-byte access or wait for the kernel
 before where one belongs; more registers or shared memory than leaves room for the programs that a multiprocessor
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from dynexec.files import replacing
 from dynexec.kernels.bottleneck import conv_pair
 from dynexec.kernels.configs import Tile, choose_pair_tile, choose_tile
 from dynexec.kernels.conv import Workspace, conv
@@ -225,6 +228,8 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare with what is recorded")
     parser.add_argument("--architectures", nargs="+", type=int, default=list(SHARED), choices=list(SHARED))
     args = parser.parse_args()
+    if args.write and set(args.architectures) != set(SHARED):
+        parser.error("--write records all architectures")
     recorded = {}
     if RECORD.exists():
         rows = map(json.loads, RECORD.read_text().splitlines())
@@ -245,8 +250,11 @@ def main():
         bad += [f"{key[0]}, sm_{key[1]}: {problem}" for problem in found]
     print("".join(lines), end="")
     print("\n".join(bad), file=sys.stderr)
-    if args.write:
-        RECORD.write_text("".join(json.dumps(row) + "\n" for row, _ in results))
+    if args.write and bad:
+        print("Nothing is recorded.", file=sys.stderr)
+    elif args.write:
+        with replacing(RECORD) as file:
+            file.write("".join(json.dumps(row) + "\n" for row, _ in results))
         write_generated(NOTES, "machine code", "".join(lines))
     return int(bool(bad))
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kernel_cases  # noqa: F401 - skips where there is no Triton
@@ -41,6 +42,44 @@ def test_machine_code_is_as_recorded():
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert result.returncode == 0, result.stderr
     assert "float16 | 90 |" in result.stdout
+
+
+@pytest.fixture
+def machine_code(tmp_path, monkeypatch):
+    """With two kernels, of which ``rows`` says what they become."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import machine_code
+
+    row = dict.fromkeys(machine_code.COLUMNS, 0) | {"warps": 4, "registers": 64, "wide": 1, "waits": 1}
+    rows = {name: {"kernel": name, **row} for name in ("one", "another")}
+    monkeypatch.setattr(machine_code, "rows", rows, raising=False)
+    monkeypatch.setattr(machine_code, "cases", lambda architecture: rows)
+    monkeypatch.setattr(machine_code, "measure", lambda job: ({**rows[job[1]], "architecture": job[0]}, None))
+    monkeypatch.setattr(machine_code, "ProcessPoolExecutor", ThreadPoolExecutor)
+    for name in ("RECORD", "NOTES"):
+        monkeypatch.setattr(machine_code, name, tmp_path / name)
+    (tmp_path / "RECORD").write_text("")
+    (tmp_path / "NOTES").write_text("<!-- generated: machine code -->\n<!-- end: machine code -->\n")
+    return machine_code
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+def test_only_all_of_the_machine_code_is_recorded_and_only_if_nothing_is_wrong(machine_code, monkeypatch, capsys):
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["machine_code.py", *options])
+        return machine_code.main()
+
+    with pytest.raises(SystemExit):
+        run("--write", "--architectures", "90")
+    assert "all architectures" in capsys.readouterr().err
+    machine_code.rows["another"]["spills"] = 3
+    assert run("--write") == 1 and "another, sm_80: 3 spills" in capsys.readouterr().err
+    assert machine_code.RECORD.read_text() == "" and "another" not in machine_code.NOTES.read_text()
+    machine_code.rows["another"]["spills"] = 0
+    assert run("--write") == 0 and run("--check", "--architectures", "90") == 0
+    assert (
+        machine_code.RECORD.read_text().count("another") == 3 and "| another | 86 |" in machine_code.NOTES.read_text()
+    )
 
 
 def run_tests(folder, only, *options):
