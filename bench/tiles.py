@@ -28,6 +28,7 @@ import torch
 from gpu_rates import LAYERS, TOLERANCE, Rates
 
 from dynexec import reference
+from dynexec.files import replacing
 from dynexec.kernels.bottleneck import conv_pair
 from dynexec.kernels.configs import Tile
 from dynexec.kernels.conv import Workspace, conv
@@ -266,8 +267,8 @@ def measure(folder, dry, seconds, kinds):
 
 
 def write_table(path, target):
-    """kernels/measured_tiles.py from the rows of a file."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """kernels/measured_tiles.py from the rows of a file; ValueError if it has not all kinds of them."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["device"] != "cpu"]  # of --dry
     times = {}  # {what: {device, the one of the last rows last: {tile: {keep rate: microseconds}}}}
     for row in rows:
         if "us" in row:
@@ -294,6 +295,8 @@ def write_table(path, target):
             c, k, kernel, stride, size = sizes
             if stride == 1:
                 table[kind].append((kernel**2, batch * size**2, k, c, tile))
+    if missing := [kind for kind in table if not table[kind]]:
+        raise ValueError(f"{path}: no tile was measured on a GPU at all keep rates, of: {', '.join(missing)}")
     devices = ", ".join(sorted({row["device"] for row in rows}))
     lines = [
         '"""Tiles that were the fastest for some layers; written by bench/tiles.py, which measures them."""\n',
@@ -311,7 +314,8 @@ def write_table(path, target):
         *(f"    {row}," for row in sorted(table["pair"])),
         "]",
     ]
-    target.write_text("\n".join(lines) + "\n")
+    with replacing(target) as file:
+        file.write("\n".join(lines) + "\n")
 
 
 def main():
@@ -323,7 +327,10 @@ def main():
     parser.add_argument("--write", type=Path, metavar="ROWS")
     args = parser.parse_args()
     if args.write is not None:
-        return write_table(args.write, TABLE)
+        try:
+            return write_table(args.write, TABLE)
+        except (OSError, ValueError) as error:
+            sys.exit(f"nothing is written: {error}")
     if args.folder is None:
         parser.error("where shall the rows go?")
     return measure(args.folder, args.dry, args.seconds, args.kinds)

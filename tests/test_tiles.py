@@ -13,6 +13,12 @@ from dynexec.kernels import measured_tiles
 from dynexec.kernels.configs import Tile, choose_pair_tile, choose_tile
 
 ROOT = Path(__file__).parents[1]
+# Rows for the table's other parts.
+PAIR = [
+    {"device": "a GPU", "pair": [8, 10], "batch": 2, "keep": keep, "tile": [64, 64, 64, 4, 3, 3], "us": 1.0}
+    for keep in (1.0, 0.5, 0.25)
+]
+GROUPED = [{"device": "a GPU", "grouped": [8, 8, 3, 1, 10], "batch": 2, "tile": [64, 64, 64, 4, 3, 4], "us": 1.0}]
 in_the_source_tree = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
 
 
@@ -52,11 +58,13 @@ def test_the_fastest_tile_is_written(tiles, tmp_path):
         for batch, blocks in ((2, 0.98), (4, 0.96))
         for tile, us in ((fast, 1.0), (even, 2.0), (json.dumps([*fast, True]), blocks))
     ]
+    rows += [json.dumps(row) + "\n" for row in PAIR]
     (tmp_path / "rows").write_text("".join(rows))
     tiles.write_table(tmp_path / "rows", tmp_path / "table.py")
     written = {}
     exec((tmp_path / "table.py").read_text(), written)
-    assert written["CONVOLUTIONS"] == [(9, 200, 16, 8, tuple(even))] and written["PAIRS"] == []
+    assert written["CONVOLUTIONS"] == [(9, 200, 16, 8, tuple(even))]
+    assert written["PAIRS"] == [(200, 8, (64, 64, 64, 4, 3, 3))]
     assert written["GROUPED"] == [(9, 200, 16, 8, tuple(fast)), (9, 400, 16, 8, (*fast, True))]
 
 
@@ -71,7 +79,7 @@ def test_the_last_measurement_counts(tiles, tmp_path):
             for device, tile, us, keeps in rows
             for keep in keeps
         ]
-        (tmp_path / "rows").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / "rows").write_text("".join(json.dumps(line) + "\n" for line in lines + PAIR + GROUPED))
         tiles.write_table(tmp_path / "rows", tmp_path / "table.py")
         written = {}
         exec((tmp_path / "table.py").read_text(), written)
@@ -83,6 +91,20 @@ def test_the_last_measurement_counts(tiles, tmp_path):
     assert write(("a", 64, 2.0, keeps), ("b", 128, 3.0, keeps)) == 128
     assert write(("a", 64, 2.0, keeps), ("b", 128, 3.0, keeps), ("a", 64, 2.0, keeps)) == 64
     assert write(("a", 64, 2.0, keeps), ("b", 128, 1.0, keeps[:1])) == 64
+    assert write(("a", 64, 2.0, keeps), ("cpu", 128, 1.0, keeps)) == 64  # of --dry
+
+
+@in_the_source_tree
+@pytest.mark.parametrize("rows", [[], GROUPED, PAIR[:1] + GROUPED, [{**row, "device": "cpu"} for row in PAIR]])
+def test_a_table_without_some_kind_is_not_written(rows, tiles, tmp_path, monkeypatch):
+    table = tmp_path / "table.py"
+    table.write_text("as it was")
+    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tiles, "TABLE", table)
+    monkeypatch.setattr(sys, "argv", ["tiles.py", "--write", str(tmp_path / "rows")])
+    with pytest.raises(SystemExit, match=r"nothing is written: .*rows: no tile .*: layer"):
+        tiles.main()
+    assert table.read_text() == "as it was"
 
 
 def test_the_most_similar_layer_decides():
