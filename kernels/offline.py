@@ -58,11 +58,17 @@ def compile_launches(call, architecture, share=(0, 1)):
 
 
 def share_of(kernel, arguments, options, shares):
-    """Which of several processes compiles a launch: for equal ones, of whatever network, always the same."""
-    values = [
-        (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else value for value in arguments
-    ]
-    return crc32(repr((kernel.fn.__name__, values, options)).encode()) % shares
+    """Which of several processes compiles a launch: the same for all that Triton compiles once, of any network."""
+    kinds = [kernel.fn.__name__, options]
+    for parameter, value in zip(kernel.params, arguments, strict=False):  # further ones are among the options
+        if isinstance(value, torch.Tensor):
+            aligned = not parameter.do_not_specialize_on_alignment and value.data_ptr() % 16 == 0
+            kinds.append((value.dtype, aligned))
+        elif isinstance(value, int) and not parameter.is_constexpr:
+            kinds.append(not parameter.do_not_specialize and (value == 1, value % 16 == 0))
+        else:
+            kinds.append(value)
+    return crc32(repr(kinds).encode()) % shares
 
 
 def inspect(compiled):

@@ -167,13 +167,16 @@ def test_warm_up_builds_a_network_once_and_without_values(gpu, monkeypatch):
 
 
 def test_equal_launches_are_compiled_by_one_process():
-    def share(*arguments):
-        kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))
+    def share(*arguments, constant=False, once=False):
+        parameter = SimpleNamespace(is_constexpr=constant, do_not_specialize=once, do_not_specialize_on_alignment=once)
+        kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"), params=[parameter] * 2)
         return offline.share_of(kernel, arguments, {"num_warps": 4}, 1000)
 
     x = torch.empty(64, device="meta")
-    assert share(x, 1, None) == share(torch.empty(8, 8, device="meta"), 1, None)
-    assert len({share(x, 1), share(x, 2), share(x.half(), 1), share(x[1:], 1), share(None, 1)}) == 5
+    assert share(x, 2) == share(torch.empty(8, 8, device="meta"), 3) != share(x[1:], 2)
+    assert share(x, 16, once=True) == share(x[1:], 3, once=True)
+    assert share(x, 2, constant=True) != share(x, 3, constant=True)
+    assert len({share(x, 1), share(x, 2), share(x, 16), share(x.half(), 1), share(None, 1), share(None)}) == 6
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
