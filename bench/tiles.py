@@ -12,7 +12,7 @@ interpreter.
 The table has for each layer and batch size the tile with the least sum of the times at the keep rates, in which many
 kept samples count more than few, so that a network that keeps all of them is not slower than a dense one; a tile for
 which weights are copied in blocks only where that wins more than 3 %. Of several measurements the last one counts, and
-of several GPUs the one that comes last in the file.
+of several GPUs the one that comes last in the file; rows of ``--dry`` do not count. It is written if it has all kinds.
 """
 
 import argparse
