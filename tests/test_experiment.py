@@ -80,7 +80,7 @@ def test_times_are_per_forward_and_policies_run_where_charged(model, images, mon
         for key, call in calls.items():
             ran.clear()
             call()
-            draws = 8 if key[1] and "published" in key[1] else 0
+            draws = 8 if key[1] and key[1].kind == "published" else 0
             assert len(ran) == (draws if key[0] == "dynexec" else 0), key
         seconds = {"masked eager": 2.0, "dense eager": 1.0, "dense frozen": 0.2, "dynexec": 0.4, "planning": 0.004}
         timings = {key: timing.Timing((seconds[key[0]],) * 3, (0.8,) * 3) for key in calls}
@@ -103,6 +103,21 @@ def test_times_are_per_forward_and_policies_run_where_charged(model, images, mon
         total, *causes = row["losses"].values()
         assert total == pytest.approx(50 - 200 * row["flops_needed"] / row["flops_dense"]) == pytest.approx(sum(causes))
         assert row["losses"]["planning"] == pytest.approx(0.5)
+
+
+def test_keep_rates_that_are_nearly_the_same_are_timed_apart(model, images, monkeypatch):
+    timed = []
+
+    def fake_compare(calls, **options):
+        timed.extend(key for key in calls if key[0] == "dynexec")
+        timings = {key: timing.Timing((float(number),) * 3, (1.0,) * 3) for number, key in enumerate(calls, 1)}
+        return timing.Comparison(timings, 0.01, 3)
+
+    monkeypatch.setattr(experiment, "compare", fake_compare)
+    chosen = [experiment.draw_decisions(keep, 4, 4) for keep in (0.5, 0.500001)]
+    found = experiment.run_experiment(model, images, chosen, name="tiny", baselines=(), seconds=0)
+    assert len(timed) == 2
+    assert found[0]["milliseconds"]["dynexec"] != found[1]["milliseconds"]["dynexec"]
 
 
 @pytest.mark.parametrize(("batch", "draws"), [(1, 8), (3, 3), (8, 1), (64, 1)])

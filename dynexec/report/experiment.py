@@ -20,7 +20,7 @@ _MIN_DECIDED_SAMPLES = 8
 _LARGEST_TOLERANCE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: what is found of one is kept under it
 class Setting:
     """The decisions of one row: ``draws`` of bool ``[N, L]``, made with ``keep`` in the way that ``kind`` names."""
 
@@ -28,11 +28,6 @@ class Setting:
     kind: str
     seed: int
     draws: tuple[torch.Tensor, ...]
-
-    @property
-    def label(self):
-        """What its candidates' times are kept under."""
-        return f"{self.kind} {self.keep:.4g}"
 
 
 def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
@@ -138,15 +133,7 @@ def run_experiment(
     }
     dense = [candidate.name for candidate in candidates if candidate.dense and not candidate.own]
     rows = [
-        _row(
-            common,
-            setting,
-            errors[setting.label],
-            allowed_error(errors[setting.label], dtype),
-            comparison,
-            flops,
-            dense,
-        )
+        _row(common, setting, errors[setting], allowed_error(errors[setting], dtype), comparison, flops, dense)
         for setting in settings
     ]
     for row, setting in zip(rows, settings, strict=True):
@@ -187,10 +174,10 @@ def _errors(model, images, narrow, settings, candidates):
         tolerance = TOLERANCE[narrow.dtype]
         if dropping and all(relative_error(output, dense_output) <= 3 * tolerance for output in dropping):
             raise ValueError("the decisions must change the model's output, or equal outputs would prove nothing")
-        errors[setting.label] = dict(dense_errors)
+        errors[setting] = dict(dense_errors)
         for candidate in candidates:
             if not candidate.dense:
-                errors[setting.label][candidate.name] = max(
+                errors[setting][candidate.name] = max(
                     relative_error(candidate(narrow, draw), output)
                     for draw, output in zip(setting.draws, outputs, strict=True)
                 )
@@ -207,17 +194,17 @@ def allowed_error(errors, dtype):
 
 
 def _calls(candidates, images, settings, frozen):
-    """What to time, by (candidate, label of the setting or None where the time holds for all)."""
+    """What to time, by (candidate, setting or None where the time holds for all)."""
     calls = {}
     for candidate in candidates:
         for setting in settings:
             policy = candidate.policy if setting.kind == PUBLISHED and not candidate.dense else None
             per_setting = candidate.follows_decisions or policy is not None
             draws = setting.draws if per_setting else setting.draws[:1]
-            key = candidate.name, setting.label if per_setting else None
+            key = candidate.name, setting if per_setting else None
             calls.setdefault(key, partial(_forward, candidate, policy, images, draws))
     for setting in settings:
-        calls[("planning", setting.label)] = partial(_plan, frozen, setting.draws)
+        calls[("planning", setting)] = partial(_plan, frozen, setting.draws)
     return calls
 
 
@@ -235,10 +222,10 @@ def _plan(frozen, draws):
 
 def _row(common, setting, errors, tolerance, comparison, flops, dense):
     times = {}
-    for (name, label), timing in comparison.timings.items():
+    for (name, timed), timing in comparison.timings.items():
         # The time of this very setting goes before one that holds for all.
-        if label == setting.label or (label is None and (name, setting.label) not in comparison.timings):
-            times[name] = _milliseconds(timing, 1 if label is None else len(setting.draws))
+        if timed is setting or (timed is None and (name, setting) not in comparison.timings):
+            times[name] = _milliseconds(timing, 1 if timed is None else len(setting.draws))
     planning = times.pop("planning")["median"]
     failed = [name for name, error in errors.items() if error > tolerance]
     times = {name: time for name, time in times.items() if name not in failed}
