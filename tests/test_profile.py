@@ -1,6 +1,8 @@
 """Profiles: what they count, that what they measure adds up and changes nothing."""
 
 import json
+import os
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -332,3 +334,11 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert cli.main(["profile", "tiny", "--rounds", "1", "--keep", "published"]) == 0
     with pytest.raises(SystemExit):
         cli.main(["profile", "no_such_net"])
+
+
+def test_one_file_for_both_outputs_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(nets.NETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    options = ["--rounds", "1", "--chrome", "p.json", "--json", str(tmp_path / "p.json")]
+    assert cli.main(["profile", "tiny", *options]) == 2 and not os.path.exists("p.json")
+    assert re.fullmatch(r"dynexec profile: --chrome and --json must be two files, .*\n", capsys.readouterr().err)

@@ -1,5 +1,7 @@
 """``dynexec profile``: where the time of a frozen network goes."""
 
+import os
+import sys
 from functools import partial
 
 import torch
@@ -29,7 +31,13 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Run ``dynexec profile``; return the exit status: 1 if there is no such network or setting here."""
+    """Run ``dynexec profile``; return the exit status: 1 if there is no such network or setting here.
+
+    2 if both files are the same one.
+    """
+    if args.chrome and args.json and os.path.realpath(args.chrome) == os.path.realpath(args.json):
+        print(f"dynexec profile: --chrome and --json must be two files, both are {args.json}", file=sys.stderr)
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     net = (NETS | SYSTEMS)[args.net]
