@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def test_rows_have_the_schema_and_survive_a_file(model, images, tmp_path):
     assert rows.read_rows(path)[0] == later and len(rows.read_rows(path)) == 2
 
 
+def test_a_row_behind_a_line_without_an_end_gets_a_line_of_its_own(model, images, tmp_path):
+    (row,) = run(model, images)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    later = row | {"keep": 0.75}
+    rows.append_row(path, later)
+    assert rows.read_rows(path) == [row, later]
+
+
+def test_a_device_is_not_read_before_it_is_written_to(model, images, monkeypatch):
+    (row,) = run(model, images)
+    monkeypatch.setattr(Path, "read_text", lambda path: pytest.fail("would wait for ever for a terminal"))
+    rows.append_row(os.devnull, row)
+
+
 def test_rows_of_another_form_are_refused(model, images, tmp_path):
     (row,) = run(model, images)
     with pytest.raises(ValueError, match="missing.*batch"):
@@ -51,6 +67,9 @@ def test_rows_of_another_form_are_refused(model, images, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\nnot json\n")
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2"):
+        rows.read_rows(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1"):
         rows.read_rows(path)
 
 

@@ -136,7 +136,9 @@ def append_row(path, row, *, anew=False):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text() if path.exists() and not anew else ""
+    before = path.read_text() if path.is_file() and not anew else ""  # a pipe or a device holds none
+    if before and not before.endswith("\n"):
+        before += "\n"
     with replacing(path) as file:
         file.write(before + json.dumps(check_row(row), allow_nan=False) + "\n")
 
@@ -159,7 +161,7 @@ def read_rows(*paths):
         for number, line in enumerate(lines, 1):
             try:
                 row = check_row(json.loads(line))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number}: {error}") from error
             key = tuple(
                 row[name] for name in ("device", "cpu", "threads", "dtype", "net", "batch", "keep", "decisions")
