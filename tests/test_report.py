@@ -11,6 +11,7 @@ import pytest
 import torch
 from bench_toys import TINY, ShiftsColumns, run, tiny
 
+from dynexec import cli
 from dynexec.report import bench, experiment, nets, page, plots, rows, tables
 
 ROOT = Path(__file__).parents[1]
@@ -114,17 +115,60 @@ def test_bench_prints_a_table_and_writes_rows(tiny_nets, tmp_path, capsys):
     found = rows.read_rows(args.out)
     assert [row["decisions"] for row in found] == ["bernoulli", "published"]
     captured = capsys.readouterr()
-    assert "2 rows in" in captured.out and "efficiency" in captured.out
+    assert "2 rows written to" in captured.out and "efficiency" in captured.out
     assert "absent: not installed: no_such_package" in captured.err
 
 
 def test_bench_json_and_append(tiny_nets, tmp_path, capsys):
-    for more, expected in (([], 1), (["--append"], 2), ([], 1)):
+    for more, expected in (([], 1), (["--append"], 2), (["--overwrite"], 1)):
         args = arguments(tmp_path, "--nets", "tiny", "--keep", "0.5", "--json", *more)
         assert bench.main(args) == 0
         printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(printed) == 1 and rows.check_row(printed[0])
         assert len(args.out.read_text().splitlines()) == expected
+
+
+@pytest.fixture
+def nothing_runs(tiny_nets, monkeypatch):
+    monkeypatch.setattr(bench, "run_experiment", lambda *a, **k: pytest.fail("it was measured"))
+
+
+@pytest.mark.parametrize("content", [b"[[[", b'{"net": "tiny"}\n', b"\xff\xfe", b"[" * 100_000])
+def test_bench_does_not_append_to_a_damaged_file(nothing_runs, tmp_path, capsys, content):
+    args = arguments(tmp_path, "--nets", "tiny", "--append")
+    args.out.write_bytes(content)
+    assert bench.main(args) == 2 and args.out.read_bytes() == content
+    assert re.fullmatch(r"dynexec bench: cannot append: .*rows.jsonl.*\n", capsys.readouterr().err)
+
+
+def test_bench_does_not_replace_a_file_unasked(nothing_runs, tmp_path, capsys):
+    args = arguments(tmp_path, "--nets", "tiny")
+    args.out.write_text("rows of years\n")
+    assert bench.main(args) == 2 and args.out.read_text() == "rows of years\n"
+    message = r"dynexec bench: .*rows.jsonl is there already: --append .*, --overwrite .*\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--append", "--overwrite")
+
+
+def test_bench_replaces_its_default_file_and_an_empty_one(tiny_nets, model, images, tmp_path, monkeypatch):
+    found = run(model, images)
+    monkeypatch.setattr(bench, "run_experiment", lambda *a, **k: found)
+    monkeypatch.chdir(tmp_path)
+    args = arguments(tmp_path, "--nets", "tiny")
+    args.out.touch()
+    assert bench.main(args) == 0 and rows.read_rows(args.out) == found
+    args.out, default = None, Path(bench.DEFAULT_OUT)
+    default.parent.mkdir()
+    default.write_text("old\n")
+    assert bench.main(args) == 0 and rows.read_rows(default) == found
+
+
+def test_bench_makes_the_folder_before_it_measures(nothing_runs, tmp_path, capsys):
+    (tmp_path / "rows").touch()
+    options = ["--nets", "tiny", "--out", str(tmp_path / "rows" / "rows.jsonl")]
+    assert cli.main(["bench", *options]) == 1
+    assert re.fullmatch(r"dynexec bench: .*rows'\n", capsys.readouterr().err)
 
 
 def test_bench_fails_on_a_wrong_executor(tiny_nets, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,9 @@
 """``dynexec bench``: theoretical against realised speed-up, against every baseline."""
 
 import json
+import os
 import sys
+import tempfile
 from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from dynexec.report.arguments import file, keep_share, positive, seconds, thread
 from dynexec.report.baselines import BASELINES
 from dynexec.report.experiment import PUBLISHED, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
-from dynexec.report.rows import append_row
+from dynexec.report.rows import append_row, read_rows
 from dynexec.report.systems import SYSTEMS, build_system
 from dynexec.report.systems_experiment import LIBRARIES, run_system
 from dynexec.report.tables import COLUMNS, LEGEND, cells
@@ -55,19 +57,28 @@ def add_arguments(parser):
         default=60.0,
         help="timing per network and batch, but at least five rounds (%(default)s)",
     )
-    add("--out", type=file, default=Path(DEFAULT_OUT), help="file of result rows (%(default)s)")
-    add("--append", action="store_true", help="keep the rows that the file has already")
+    add("--out", type=file, help=f"file of result rows; default: {DEFAULT_OUT}, which is replaced")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--append", action="store_true", help="keep the rows that the file has already")
+    existing.add_argument("--overwrite", action="store_true", help="replace the file of --out, if it is there")
     add("--json", action="store_true", help="print rows as JSON lines instead of a table")
 
 
 def main(args):
-    """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's."""
+    """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's.
+
+    2 if nothing was tried, since the rows could not have been written.
+    """
+    out = args.out or Path(DEFAULT_OUT)
+    if (reason := _prepare(out, args)) is not None:
+        print(f"dynexec bench: {reason}", file=sys.stderr)
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = []
     with _progress() as progress:
         for row in _measure(args, progress):
-            append_row(args.out, row, anew=not (rows or args.append))
+            append_row(out, row, anew=not (rows or args.append))
             rows.append(row)
             if args.json:
                 print(json.dumps(row), flush=True)
@@ -77,10 +88,32 @@ def main(args):
     unavailable = {name: reason for row in rows for name, reason in row["unavailable"].items()}
     for name, reason in unavailable.items():
         console.print(f"{name}: {reason}", markup=False)
-    console.print(f"{len(rows)} rows in {args.out}, {torch.get_num_threads()} threads")
+    console.print(f"{len(rows)} rows written to {out}, {torch.get_num_threads()} threads", markup=False, soft_wrap=True)
     for net, name in sorted({(row["net"], name) for row in rows for name in row["failed"]}):
         console.print(f"{name} on {net} differs from the reference: no speed for it", style="bold red")
     return int(any(row["failed"] for row in rows))
+
+
+def _prepare(out, args):
+    """Make the folder of the file of rows; why it cannot take the rows, or None.
+
+    Before anything is measured: afterwards hours would be lost.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_file():  # a device or a pipe
+        return None
+    with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(out))):
+        pass  # OSError where no file can be written
+    if not out.exists():
+        return None
+    if args.append:
+        try:
+            read_rows(out)
+        except ValueError as error:
+            return f"cannot append: {error}"
+    elif args.out is not None and not args.overwrite and out.stat().st_size:
+        return f"{out} is there already: --append keeps what it holds, --overwrite replaces it"
+    return None
 
 
 def _measure(args, progress):
