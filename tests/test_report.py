@@ -171,6 +171,24 @@ def test_bench_makes_the_folder_before_it_measures(nothing_runs, tmp_path, capsy
     assert re.fullmatch(r"dynexec bench: .*rows'\n", capsys.readouterr().err)
 
 
+def test_bench_that_measures_nothing_fails(tiny_nets, tmp_path, capsys):
+    bench.NETS["unpublished"] = nets.Net(tiny, 16, (2,))
+    for more in (["unpublished", "--keep", "published"], ["absent"]):
+        args = arguments(tmp_path, "--nets", *more)
+        assert bench.main(args) == 1 and not args.out.exists()
+        captured = capsys.readouterr()
+        assert re.search(r"dynexec bench: nothing was measured, .*rows.jsonl was not written\n$", captured.err)
+        assert not captured.out
+
+
+def test_bench_refuses_keep_rates_for_networks_of_parts(nothing_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run_system", lambda *a, **k: pytest.fail("it was measured"))
+    for keeps in (["0.5"], ["0.5", "published"]):
+        args = arguments(tmp_path, "--nets", "tiny", "arnet_resnet", "--keep", *keeps)
+        assert bench.main(args) == 2
+        assert re.fullmatch(r"dynexec bench: arnet_resnet: .* published ones: .*\n", capsys.readouterr().err)
+
+
 def test_bench_fails_on_a_wrong_executor(tiny_nets, tmp_path, capsys, monkeypatch):
     real = experiment.run_experiment
     monkeypatch.setattr(bench, "run_experiment", lambda *a, **k: real(*a, executor=ShiftsColumns, **k))

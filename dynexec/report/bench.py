@@ -24,6 +24,7 @@ from dynexec.report.tables import COLUMNS, LEGEND, cells
 
 KEEPS = (0.25, 0.5, 0.75, 0.9, 1.0, PUBLISHED)
 DEFAULT_OUT = "out/bench.jsonl"
+SYSTEM_KEEP = f"its decisions are the published ones: leave out --keep, or give {PUBLISHED}"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WIDE = 200  # columns of text that the whole table needs
 
@@ -39,9 +40,8 @@ def add_arguments(parser):
         "--keep",
         nargs="+",
         type=keep_share,
-        default=KEEPS,
         help=f"shares of blocks kept between 0 and 1; {PUBLISHED!r}: decisions like those of the trained policy, where "
-        f"they are known; default: {' '.join(map(str, KEEPS))}",
+        f"they are known, as all networks of parts have them; default: {' '.join(map(str, KEEPS))}",
     )
     add("--baselines", nargs="+", default=names, choices=names, metavar="NAME", help=f"only these of: {names}")
     add("--device", type=_device, default="cpu", help="cpu or cuda; default: %(default)s")
@@ -67,10 +67,10 @@ def add_arguments(parser):
 def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's.
 
-    2 if nothing was tried, since the rows could not have been written.
+    1 also if nothing was measured; 2 if nothing was tried, since arguments do not fit or rows could not be written.
     """
     out = args.out or Path(DEFAULT_OUT)
-    if (reason := _prepare(out, args)) is not None:
+    if (reason := _keep_refused(args) or _prepare(out, args)) is not None:
         print(f"dynexec bench: {reason}", file=sys.stderr)
         return 2
     if args.threads:
@@ -82,6 +82,9 @@ def main(args):
             rows.append(row)
             if args.json:
                 print(json.dumps(row), flush=True)
+    if not rows:
+        print(f"dynexec bench: nothing was measured, {out} was not written", file=sys.stderr)
+        return 1
     console = Console(stderr=args.json)
     if not args.json:
         print_table(console, rows)
@@ -92,6 +95,14 @@ def main(args):
     for net, name in sorted({(row["net"], name) for row in rows for name in row["failed"]}):
         console.print(f"{name} on {net} differs from the reference: no speed for it", style="bold red")
     return int(any(row["failed"] for row in rows))
+
+
+def _keep_refused(args):
+    """Why networks of parts cannot have these keep rates, or None."""
+    systems = [name for name in args.nets if name in SYSTEMS]
+    if systems and args.keep is not None and set(args.keep) != {PUBLISHED}:
+        return f"{systems[0]}: {SYSTEM_KEEP}"
+    return None
 
 
 def _prepare(out, args):
@@ -138,7 +149,7 @@ def _measure(args, progress):
             continue
         if built != name:
             model, built = build(net).to(args.device), name
-        settings = make_settings(net, num_blocks(model), batch, args.keep)
+        settings = make_settings(net, num_blocks(model), batch, args.keep or KEEPS)
         if not settings:
             progress.console.print(f"{name}: nothing is published about its decisions", markup=False)
             continue

@@ -8,7 +8,7 @@ import torch
 
 from dynexec.executors import freeze
 from dynexec.report.arguments import file, keep_share, positive, threads
-from dynexec.report.bench import make_settings
+from dynexec.report.bench import SYSTEM_KEEP, make_settings
 from dynexec.report.experiment import PUBLISHED, num_blocks
 from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.systems import SYSTEMS, build_system
@@ -70,7 +70,7 @@ def profile_net(net, args):
 def profile_system(system, args):
     """The profile of a network of parts, or why there is none."""
     if args.keep not in (None, PUBLISHED):
-        return f"its decisions are the published ones: leave out --keep, or give {PUBLISHED}"
+        return SYSTEM_KEEP
     network, inputs = build_system(system), system.inputs(args.batch or system.batches[0])
     decisions = system.draw(network, inputs, torch.Generator().manual_seed(0))[0]
     frozen = freeze(network, inputs)
