@@ -23,21 +23,23 @@ COMMANDS = {
 
 
 def main(argv=None):
-    """Run the command line; return the exit status."""
+    """Run the command line; return the exit status, 130 after an interrupt."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="dynexec", description="Execute dynamic neural networks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, (_, _, text) in COMMANDS.items()}
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv)  # prints help or the error, and exits
-    module = _load(parser, argv[0])
-    module.add_arguments(parsers[argv[0]])
-    args = parser.parse_args(argv)
     try:
-        return module.main(args)
+        module = _load(parser, argv[0])
+        module.add_arguments(parsers[argv[0]])
+        return module.main(parser.parse_args(argv))
     except OSError as error:  # a folder that may not be written, a full disk
         print(f"dynexec {argv[0]}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as interrupt:  # its text says what is there already
+        print(f"dynexec {argv[0]}: " + ", ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        return 130
 
 
 def _load(parser, command):

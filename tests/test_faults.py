@@ -17,7 +17,7 @@ from engine_programs import needs_engine
 from torch.autograd import grad_mode
 
 import dynexec
-from dynexec import files
+from dynexec import cli, files
 from dynexec.executors.proof import relative_error
 from dynexec.models import blockdrop_resnet, load_official
 from dynexec.report import page, rows, tables
@@ -90,6 +90,15 @@ def test_freeze_is_interrupted_anywhere(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "cache") == []
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert right(freeze(), model, num_blocks)
+
+
+@pytest.mark.parametrize("command, function", [("profile", "build"), ("demo", "_run_parts")])
+def test_interrupted_commands_end_with_one_line(command, function, monkeypatch, tmp_path, capsys):
+    module = pytest.importorskip(f"dynexec.report.{command}")
+    monkeypatch.setattr(module, function, lambda *_: raise_interrupt())
+    options = {"profile": ["resnet32"], "demo": ["--out", str(tmp_path)]}[command]
+    assert cli.main([command, *options]) == 130
+    assert capsys.readouterr().err == f"dynexec {command}: interrupted\n"
 
 
 def a_row(**changed):

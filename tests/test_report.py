@@ -171,6 +171,23 @@ def test_bench_makes_the_folder_before_it_measures(nothing_runs, tmp_path, capsy
     assert re.fullmatch(r"dynexec bench: .*rows'\n", capsys.readouterr().err)
 
 
+def test_interrupted_bench_says_what_is_written(tiny_nets, model, images, tmp_path, monkeypatch, capsys):
+    found = run(model, images)
+
+    def measure(*_, **options):
+        if options["name"] == "other":
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setitem(bench.NETS, "other", TINY)
+    monkeypatch.setattr(bench, "run_experiment", measure)
+    path = tmp_path / "rows.jsonl"
+    assert cli.main(["bench", "--nets", "tiny", "other", "--out", str(path)]) == 130
+    assert rows.read_rows(path) == found
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"dynexec bench: interrupted, 1 rows written to {path}"
+
+
 def test_bench_that_measures_nothing_fails(tiny_nets, tmp_path, capsys):
     bench.NETS["unpublished"] = nets.Net(tiny, 16, (2,))
     for more in (["unpublished", "--keep", "published"], ["absent"]):

@@ -76,12 +76,15 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = []
-    with _progress() as progress:
-        for row in _measure(args, progress):
-            append_row(out, row, anew=not (rows or args.append))
-            rows.append(row)
-            if args.json:
-                print(json.dumps(row), flush=True)
+    try:
+        with _progress() as progress:
+            for row in _measure(args, progress):
+                append_row(out, row, anew=not (rows or args.append))
+                rows.append(row)
+                if args.json:
+                    print(json.dumps(row), flush=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(rows)} rows written to {out}") from None
     if not rows:
         print(f"dynexec bench: nothing was measured, {out} was not written", file=sys.stderr)
         return 1
