@@ -171,6 +171,21 @@ def test_bench_makes_the_folder_before_it_measures(nothing_runs, tmp_path, capsy
     assert re.fullmatch(r"dynexec bench: .*rows'\n", capsys.readouterr().err)
 
 
+def test_bench_goes_on_after_an_error_of_one_network(tiny_nets, model, images, tmp_path, monkeypatch, capsys):
+    found = run(model, images)
+    monkeypatch.setitem(bench.NETS, "broken", nets.Net(raise_no_memory, 16, (2,)))
+    monkeypatch.setattr(bench, "make_images", lambda batch, size: images if batch < 9 else raise_no_memory())
+    monkeypatch.setattr(bench, "run_experiment", lambda *a, **k: found)
+    args = arguments(tmp_path, "--nets", "broken", "tiny", "--batch", "9", "2")
+    assert bench.main(args) == 1 and rows.read_rows(args.out) == found
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("RuntimeError: no memory for it")]
+    assert [line.split(":")[0] for line in lines] == ["broken, batch 9", "broken, batch 2", "tiny, batch 9"]
+
+
+def raise_no_memory():
+    raise RuntimeError("no memory for it\nat all")
+
+
 def test_interrupted_bench_says_what_is_written(tiny_nets, model, images, tmp_path, monkeypatch, capsys):
     found = run(model, images)
 

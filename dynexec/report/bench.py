@@ -67,7 +67,8 @@ def add_arguments(parser):
 def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's.
 
-    1 also if nothing was measured; 2 if nothing was tried, since arguments do not fit or rows could not be written.
+    1 also after an error of a network, or if nothing was measured; 2 if nothing was tried, since arguments do not fit
+    or rows could not be written.
     """
     out = args.out or Path(DEFAULT_OUT)
     if (reason := _keep_refused(args) or _prepare(out, args)) is not None:
@@ -75,10 +76,10 @@ def main(args):
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = []
+    rows, errors = [], []
     try:
         with _progress() as progress:
-            for row in _measure(args, progress):
+            for row in _measure(args, progress, errors):
                 append_row(out, row, anew=not (rows or args.append))
                 rows.append(row)
                 if args.json:
@@ -97,7 +98,7 @@ def main(args):
     console.print(f"{len(rows)} rows written to {out}, {torch.get_num_threads()} threads", markup=False, soft_wrap=True)
     for net, name in sorted({(row["net"], name) for row in rows for name in row["failed"]}):
         console.print(f"{name} on {net} differs from the reference: no speed for it", style="bold red")
-    return int(any(row["failed"] for row in rows))
+    return int(bool(errors) or any(row["failed"] for row in rows))
 
 
 def _keep_refused(args):
@@ -130,8 +131,8 @@ def _prepare(out, args):
     return None
 
 
-def _measure(args, progress):
-    """Rows, network by network and batch by batch."""
+def _measure(args, progress, errors):
+    """Rows, network by network and batch by batch; what raised an error instead is appended to ``errors``."""
     known = NETS | SYSTEMS
     plan = [(name, batch) for name in args.nets for batch in args.batch or known[name].batches]
     task = progress.add_task("", total=len(plan))
@@ -144,28 +145,25 @@ def _measure(args, progress):
         if (reason := net.missing()) is not None:
             progress.console.print(f"{name}: {reason}", markup=False)
             continue
-        report = partial(_report, progress, task, done, label)
-        if name in SYSTEMS:
-            libraries = [library for library in LIBRARIES if library.name in args.baselines]
-            how = {"libraries": libraries, "dtype": dtype, "seconds": args.seconds, "progress": report}
-            yield from run_system(build_system(net).to(args.device), net, batch, name=name, **how)
-            continue
-        if built != name:
-            model, built = build(net).to(args.device), name
-        settings = make_settings(net, num_blocks(model), batch, args.keep or KEEPS)
-        if not settings:
-            progress.console.print(f"{name}: nothing is published about its decisions", markup=False)
-            continue
-        yield from run_experiment(
-            model,
-            make_images(batch, net.size).to(args.device),
-            settings,
-            name=name,
-            baselines=baselines,
-            dtype=dtype,
-            seconds=args.seconds,
-            progress=report,
-        )
+        how = {"dtype": dtype, "seconds": args.seconds, "progress": partial(_report, progress, task, done, label)}
+        try:
+            if name in SYSTEMS:
+                libraries = [library for library in LIBRARIES if library.name in args.baselines]
+                system = build_system(net).to(args.device)
+                yield from run_system(system, net, batch, name=name, libraries=libraries, **how)
+                continue
+            if built != name:
+                model, built = build(net).to(args.device), name
+            settings = make_settings(net, num_blocks(model), batch, args.keep or KEEPS)
+            if not settings:
+                progress.console.print(f"{name}: nothing is published about its decisions", markup=False)
+                continue
+            images = make_images(batch, net.size).to(args.device)
+            yield from run_experiment(model, images, settings, name=name, baselines=baselines, **how)
+        except Exception as error:  # too large a batch, for instance: the others are measured all the same
+            text = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            progress.console.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
+            errors.append(label)
     progress.update(task, completed=len(plan), description="done")
 
 
