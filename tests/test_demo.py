@@ -3,10 +3,13 @@
 import argparse
 import importlib.util
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dynexec import freeze
 from dynexec.models import blockdrop_resnet
@@ -222,6 +225,46 @@ def test_nothing_to_run_is_a_failure(monkeypatch, tmp_path, capsys, result):
     parts = {"other": fake_parts(result, ("some-package",))["other"]}
     assert run_demo(monkeypatch, parts, tmp_path, "--parts", "other") == 1
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_part_that_fails_leaves_what_the_others_gave(monkeypatch, tmp_path, result):
+    def fail(asked):
+        raise RuntimeError("no memory")
+
+    parts = {"fake": fake_parts(result)["fake"], "other": (fail, lambda: ())}
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_demo(monkeypatch, parts, tmp_path)
+    assert "tiny, its policy" in (tmp_path / "out" / "report.html").read_text()
+    assert [section.title for section in page.read_sections(tmp_path / "out" / "demo.json")][1:] == ["Fake"]
+
+
+def write_clip(run):
+    clip = media.Clip(np.zeros((250, 4, 4, 3), np.uint8), np.arange(250) / 25)
+    judged = SimpleNamespace(kept=torch.arange(125) % 9, **dict.fromkeys(("rate", "random", "static", "shifted"), 0.5))
+    judged.saving = 0.1
+    photos = SimpleNamespace(**vars(judged) | {"kept": torch.ones(2)})
+    return demo_parts._clip_section(run, clip, {"seen": judged, "new": judged, "photos": photos})
+
+
+@pytest.mark.parametrize("what", ["page", "clip"])
+def test_a_picture_is_the_old_or_the_new_one(monkeypatch, tmp_path, result, what):
+    run = demo_parts.Run(tmp_path, 0.0)
+    part = fake_parts(result)["fake"][0](run)
+
+    def write():
+        demo.write_page([part], tmp_path) if what == "page" else write_clip(run)
+
+    write()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(figure, file, **options):
+        (open(file, "wb") if isinstance(file, os.PathLike) else file).write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_wrong_output_is_a_failure(monkeypatch, tmp_path, capsys, result):

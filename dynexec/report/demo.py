@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dynexec.files import replacing
 from dynexec.report.arguments import seconds, threads
 from dynexec.report.demo_parts import PARTS, Run
 from dynexec.report.demo_table import COLUMNS, NOTE, cells, plot_results, print_table
@@ -35,9 +36,11 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    parts, skipped = _run_parts(args)
-    results = [result for part in parts for result in part.results]
-    report = write_page(parts, args.out) if results else None
+    parts, results, skipped, report = [], [], {}, None
+    for part in _run_parts(args, skipped):
+        parts.append(part)
+        results += part.results
+        report = write_page(parts, args.out)  # now, since the next part takes minutes and may fail
     if args.json:
         facts = {key: value for part in parts for key, value in part.facts.items()}
         rows = [{"what": result.what, **result.row} for result in results]
@@ -49,9 +52,8 @@ def main(args):
     return int(not results or any(result.row["failed"] for result in results))
 
 
-def _run_parts(args):
-    """What the parts gave, and for parts that could not run the packages they miss."""
-    parts, skipped = [], {}
+def _run_parts(args, skipped):
+    """What the parts give, one after the other; ``skipped`` gets those that cannot run, and the packages they miss."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("", total=len(args.parts))
@@ -66,9 +68,8 @@ def _run_parts(args):
                 def show(share, text, done=done):
                     progress.update(task, completed=done + share, description=text)
 
-                parts.append(run_part(Run(args.out, args.seconds, show)))
+                yield run_part(Run(args.out, args.seconds, show))
             progress.update(task, completed=done + 1, description="done")
-    return parts, skipped
 
 
 def write_page(parts, folder):
@@ -83,7 +84,10 @@ def write_page(parts, folder):
     results = [result for part in parts for result in part.results]
     failed = tuple(number for number, result in enumerate(results) if result.row["failed"])
     table = PageTable(tuple(COLUMNS), tuple(cells(result) for result in results), failed, NOTE)
-    figure = str(plot_results(results, folder / "demo_speed_up.png")), _CAPTION
+    picture = folder / "demo_speed_up.png"
+    with replacing(picture, "wb") as file:
+        plot_results(results, file)
+    figure = str(picture), _CAPTION
     row = results[0].row
     text = f"{row['cpu']}, {row['threads']} threads, torch {row['versions']['torch']}, {row['dtype']}"
     sections = [Section("Time saved against FLOPs saved", text, (table,), (figure,))]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dynexec.executors import freeze
+from dynexec.files import replacing
 from dynexec.models.digits import compare_digits, load_digits, train_digits
 from dynexec.models.training import evaluate
 from dynexec.report import lite0, media
@@ -164,14 +165,17 @@ def _time_clip(run, net, frames, decisions):
 def _clip_section(run, recorded, judged):
     kept = torch.cat([judged["seen"].kept, judged["new"].kept])
     split = lite0.FIRST_HELD_OUT_FRAME
-    picture = plot_clip(
-        kept.tolist(),
-        {number: recorded.frames[number] for number in _EXAMPLE_FRAMES},
-        run.folder / "clip.png",
-        title=f"Blocks that the policy keeps; scenes after {recorded.seconds[split]:.1f} s were not in its training",
-        num_blocks=lite0.NUM_BLOCKS,
-        seconds=recorded.seconds,
-    )
+    picture = run.folder / "clip.png"
+    title = f"Blocks that the policy keeps; scenes after {recorded.seconds[split]:.1f} s were not in its training"
+    with replacing(picture, "wb") as file:
+        plot_clip(
+            kept.tolist(),
+            {number: recorded.frames[number] for number in _EXAMPLE_FRAMES},
+            file,
+            title=title,
+            num_blocks=lite0.NUM_BLOCKS,
+            seconds=recorded.seconds,
+        )
     titles = {
         "seen": f"clip, scenes of the training ({len(judged['seen'].kept)} frames)",
         "new": f"clip, other scenes ({len(judged['new'].kept)} frames)",
