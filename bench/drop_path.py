@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynexec
 from dynexec.executors.memory import keep_freed_memory
 from dynexec.measure.timing import compare
+from dynexec.report.arguments import positive
 from dynexec.report.tables import write_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "stochastic_depth.md"
@@ -186,19 +187,29 @@ def measure(name, batch, rounds):
     print(f"{name}, batch {batch}: elapsed times of DropPath, taken twice, differ by {timed.spread:.1%}")
 
 
+def case(text):
+    """Network and batch size, as they are written in ``CASES``."""
+    name, _, batch = text.partition(":")
+    if name not in NETWORKS:
+        raise argparse.ArgumentTypeError(f"must be network:batch with a network of {list(NETWORKS)}, got {text!r}")
+    return name, positive(batch)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table into docs/stochastic_depth.md")
-    parser.add_argument("--cases", nargs="*", default=CASES, help="network:batch", metavar="CASE")
-    parser.add_argument("--rounds", type=int, default=5)
+    cases = f"network:batch; default: {' '.join(CASES)}"
+    parser.add_argument("--cases", nargs="+", type=case, help=cases, metavar="CASE")
+    parser.add_argument("--rounds", type=positive, default=5)
     args = parser.parse_args()
+    if args.write and args.cases:
+        parser.error("--write is for all cases")
     torch.set_num_threads(1)
     keep_freed_memory()  # as an allocator of a GPU does, for both alike
     lines = [HEADER]
     print(HEADER, end="")
-    for case in args.cases:
-        name, batch = case.split(":")
-        for cells in measure(name, int(batch), args.rounds):
+    for name, batch in args.cases or map(case, CASES):
+        for cells in measure(name, batch, args.rounds):
             lines.append(f"| {name} | {batch} | {cells} |\n")
             print(lines[-1], end="", flush=True)
     if args.write:

@@ -30,6 +30,7 @@ from dynexec.models.blockdrop import BasicBlock, Bottleneck, SegmentedResNet
 from dynexec.nn import assign_columns, dynamic_blocks, recompute_batch_norm
 from dynexec.nn.batch_norm import hold_batch_norm, split_at_statistics
 from dynexec.nn.residual import apply_layers
+from dynexec.report.arguments import positive, seconds
 from dynexec.report.tables import markdown_table, write_generated
 
 DOCS = Path(__file__).parents[1] / "docs" / "routed_training.md"
@@ -285,15 +286,20 @@ def check(candidates, others, decisions, keep, batch_norm):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table into docs/routed_training.md")
-    parser.add_argument("--batch", type=int, help="instead of those of the network")
-    parser.add_argument("--seconds", type=float, default=20.0, help="per network and kind of BatchNorm, at least")
+    parser.add_argument("--batch", type=positive, help="instead of those of the network")
+    parser.add_argument("--seconds", type=seconds, default=20.0, help="per network and kind of BatchNorm, at least")
     parser.add_argument("--only", default="", help="networks whose title holds this")
-    parser.add_argument("--size", type=int, help="of the images, instead of that of the network")
+    parser.add_argument("--size", type=positive, help="of the images, instead of that of the network")
     parser.add_argument("--kinds", nargs="+", choices=("frozen", "kept", "all"), help="of BatchNorm, likewise")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--profile", action="store_true", help="also print what takes the time of a step, dense and .5")
     parser.add_argument("--layout", choices=("channels_last", "contiguous_format"), default="channels_last")
     args = parser.parse_args()
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here")
+    if not any(args.only in title for title in NETWORKS):
+        parser.error(f"no network is called {args.only!r}; these are: {'; '.join(NETWORKS)}")
     if args.write and (args.device.type != "cpu" or args.only or args.size or args.batch or args.kinds):
         parser.error("--write is for all networks, as they are, on a CPU")
     set_up()
