@@ -1,15 +1,16 @@
 """Damaged and hostile input: every one must give an error of ours that says what is wrong, or the right answer.
 
     python bench/fuzz.py --seconds 60 --seed 0                  # all targets, 60 seconds together
-    python bench/fuzz.py --seconds 60 --seed 0 decisions  # this one
+    python bench/fuzz.py --seconds 60 --seed 0 decisions        # this one
+    python bench/fuzz.py --seed 0 --only 17 decisions           # its input number 17, in this process
 
 Batches of inputs run in processes of their own, so that a crash or a hang is seen, too. An input is made of seed
-and number alone: ``--only 17`` repeats number 17 of a target in this process. bench/fuzz_targets.py says what counts as
-an error of ours. Exit status 1 if an input failed.
+and number alone. bench/fuzz_targets.py says what counts as an error of ours. Exit status 1 if an input failed.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -23,15 +24,19 @@ LIMIT = 120.0  # more and it hangs
 
 
 def run_batch(target, seed, first, seconds):
-    """Try inputs in this process, one at least; print one JSON line before and after each."""
+    """Try inputs in this process, one at least, and print one JSON line before and after each; whether one failed."""
+    failed = False
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         attempt = TARGETS[target](folder)
         number, end = first, time.monotonic() + seconds
         while number == first or time.monotonic() < end:
             print(json.dumps({"begins": number}), flush=True)
-            print(json.dumps({"number": number, **outcome(attempt, seed, number)}), flush=True)
+            found = outcome(attempt, seed, number)
+            print(json.dumps({"number": number, **found}), flush=True)
+            failed |= found["is"] == "failure"
             number += 1
+    return failed
 
 
 def outcome(attempt, seed, number):
@@ -64,11 +69,11 @@ def run_process(target, seed, first, seconds):
 
 
 def fuzz(target, seed, seconds):
-    """Counts of outcomes of one target, and its failures."""
+    """Counts of outcomes of one target, of one input at least, and its failures."""
     counts, failures, number = {"error": 0, "right": 0, "failure": 0}, [], 0
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        found = run_process(target, seed, number, min(left, BATCH))
+    while number == 0 or time.monotonic() < end:
+        found = run_process(target, seed, number, min(max(end - time.monotonic(), 0.0), BATCH))
         for one in found:
             counts[one["is"]] += 1
             if one["is"] == "failure":
@@ -88,13 +93,16 @@ def main():
     targets = args.targets or list(TARGETS)
     if unknown := [name for name in targets if name not in TARGETS]:
         parser.error(f"unknown target {unknown[0]!r}; these are: {', '.join(TARGETS)}")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"argument --seconds: must be more than 0, got {args.seconds}")
     if args.batch is not None:
         seed, first, seconds = args.batch
         run_batch(targets[0], int(seed), int(first), seconds)
         return 0
     if args.only is not None:
-        run_batch(targets[0], args.seed, args.only, 0.0)
-        return 0
+        if len(targets) > 1:
+            parser.error("--only needs one target")
+        return int(run_batch(targets[0], args.seed, args.only, 0.0))
     print(f"{'target':12} {'inputs':>8} {'errors':>8} {'right':>8} {'failures':>8}")
     failed = False
     for target in targets:

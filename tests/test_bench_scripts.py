@@ -47,13 +47,20 @@ WRONG = {
         ("--only nothing", "no network is called 'nothing'"),
         ("--write --only bottleneck", "--write is for all networks"),
     ],
+    "fuzz": [
+        ("--seconds 0", "must be more than 0"),
+        ("--seconds -1", "must be more than 0"),
+        ("--seconds nan", "must be more than 0"),
+        ("--only 3", "--only needs one target"),
+        ("--only 3 routes images", "--only needs one target"),
+    ],
 }
 
 
 @pytest.mark.parametrize("name, words, message", [(name, *case) for name, cases in WRONG.items() for case in cases])
 def test_wrong_arguments(script, capsys, monkeypatch, name, words, message):
     module, main = script(name)
-    for measures in ("measure", "measure_apart"):
+    for measures in ("measure", "measure_apart", "run_batch", "run_process"):
         monkeypatch.setattr(module, measures, lambda *a: pytest.fail("it was measured"), raising=False)
     with pytest.raises(SystemExit) as end:
         main(*words.split())
@@ -65,3 +72,24 @@ def test_training_on_a_missing_gpu(script, capsys):
     with pytest.raises(SystemExit):
         script("training")[1]("--device", "cuda")
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_fuzz_repeats_one_input_and_says_whether_it_fails(script, capsys, monkeypatch):
+    module, main = script("fuzz")
+
+    def attempt(generator):
+        if generator.initial_seed() == 7 * 1_000_003 + 3:
+            raise AssertionError("wrong answer")
+        return "right"
+
+    monkeypatch.setitem(module.TARGETS, "toy", lambda folder: attempt)
+    assert main("--seed", "7", "--only", "2", "toy") == 0
+    assert main("--seed", "7", "--only", "3", "toy") == 1
+    assert '"is": "failure", "text": "AssertionError: wrong answer"' in capsys.readouterr().out
+
+
+def test_fuzz_tries_one_input_at_least(script, monkeypatch):
+    module, _ = script("fuzz")
+    monkeypatch.setattr(module, "run_process", lambda target, seed, first, seconds: [{"number": first, "is": "right"}])
+    counts, failures = module.fuzz("toy", 0, 1e-9)
+    assert counts["right"] >= 1 and not failures
