@@ -87,6 +87,7 @@ def arguments(tmp_path, *more):
 
 def test_rows_of_a_gpu_are_a_group_of_their_own(tmp_path):
     row = {"cpu": "C", "threads": 2, "dtype": "float16", "net": "n", "batch": 1, "decisions": "bernoulli", "keep": 0.5}
+    row |= {"commit": None, "spread": 0.0, "efficiency_own": None}
     cpu, gpu = (row | {"device": device, "image_size": 8} for device in ("cpu", "NVIDIA H100"))
     assert [title for title, _ in tables.group_rows([gpu, cpu])] == [
         "n, 8x8, C, 2 threads",
@@ -257,10 +258,30 @@ def test_markdown_has_a_line_per_row(some_rows):
 
     text = tables.markdown(some_rows)
     assert len(lines(some_rows)) == 2 * (2 + len(some_rows))  # nobody knows what was lost without the dense network
-    explained = [row | {"losses": {"total": 1.0, "rest": 1.0}} for row in some_rows]
+    measured = {"total": 2.0, "row moves": 0.0, "rest": 2.0}
+    assert lines([row | {"losses": measured} for row in some_rows]) == lines(some_rows)
+    explained = [row | {"losses": measured | {"policy": 1.0}} for row in some_rows]
     assert len(lines(explained)) == 3 * (2 + len(some_rows))
     assert len({line.count("|") for line in lines(explained)}) == 3
+    assert "| batch | keep | total | rest | policy |" in lines(explained)
     assert text.startswith("### tiny, 16x16, ") and "dense eager" in text
+
+
+def test_noise_is_also_what_dynexec_differs_from_itself(some_rows):
+    first = some_rows[0] | {"spread": 0.01, "keep": 0.5, "efficiency_own": 0.7}
+    found = [first, first | {"keep": 1.0, "efficiency_own": 1.04}, first | {"batch": 99}]
+    assert [round(row["spread"], 6) for row in tables.with_noise(found)] == [0.04, 0.04, 0.01]
+    assert [round(row["spread"], 6) for row in tables.with_noise([found[0], found[1] | {"efficiency_own": None}])] == [
+        0.01,
+        0.01,
+    ]
+    ((_, members),) = tables.group_rows(found[:2])
+    assert [tables.COLUMNS["noise"](row) for row in members] == ["4.0 %", "4.0 %"]
+
+
+@pytest.mark.parametrize("value, text", [(999.6, "1,000"), (999.4, "999"), (12345.6, "12,346"), (0.12345, "0.123")])
+def test_numbers_are_rounded_before_they_are_long(value, text):
+    assert tables.rounded(value) == text
 
 
 def test_generated_part_of_a_text_is_replaced():
