@@ -145,7 +145,7 @@ class NaiveGather(_PerBlock):
         shortcut = apply_layers(block.shortcut_layers(), x)
         if len(kept) == 0:
             return shortcut
-        return shortcut.index_copy(0, kept, block.forward_dense(x[kept], *args, **kwargs))
+        return shortcut.index_copy(0, kept, _full(block, x[kept], shortcut[kept], args, kwargs))
 
 
 class GroupByPolicy(_PerBlock):
@@ -298,6 +298,13 @@ class DenseFrozen(Dynexec):
     name = "dense frozen"
     dense = True
     follows_decisions = False
+
+    @classmethod
+    def like(cls, frozen):
+        """That of the network of a :class:`Dynexec`: another one might be frozen to run otherwise."""
+        found = object.__new__(cls)
+        vars(found).update(vars(frozen))
+        return found
 
     def __call__(self, images, decisions):
         return self.model(images, torch.ones_like(decisions))

@@ -11,7 +11,7 @@ from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.measure.flops import count_flops
 from dynexec.measure.timing import compare
 from dynexec.nn.residual import count_blocks
-from dynexec.report.baselines import BASELINES, REFERENCE, Dynexec
+from dynexec.report.baselines import BASELINES, REFERENCE, DenseFrozen, Dynexec
 from dynexec.report.rows import environment, now, speed_up
 
 BERNOULLI, PUBLISHED = "bernoulli", "published"
@@ -151,6 +151,9 @@ def _prepare(model, images, classes, progress):
             continue
         progress(number / len(classes), f"preparing {candidate.name}")
         try:
+            if issubclass(candidate, DenseFrozen) and isinstance(candidates[0], Dynexec):
+                candidates.append(candidate.like(candidates[0]))
+                continue
             candidates.append(candidate(model, images, threads=torch.get_num_threads()))
         except Exception as error:  # of somebody else's library, on a network it may not know
             if candidate.own:
@@ -200,9 +203,8 @@ def _calls(candidates, images, settings, frozen):
         for setting in settings:
             policy = candidate.policy if setting.kind == PUBLISHED and not candidate.dense else None
             per_setting = candidate.follows_decisions or policy is not None
-            draws = setting.draws if per_setting else setting.draws[:1]
             key = candidate.name, setting if per_setting else None
-            calls.setdefault(key, partial(_forward, candidate, policy, images, draws))
+            calls.setdefault(key, partial(_forward, candidate, policy, images, setting.draws))
     for setting in settings:
         calls[("planning", setting)] = partial(_plan, frozen, setting.draws)
     return calls
@@ -225,7 +227,7 @@ def _row(common, setting, errors, tolerance, comparison, flops, dense):
     for (name, timed), timing in comparison.timings.items():
         # The time of this very setting goes before one that holds for all.
         if timed is setting or (timed is None and (name, setting) not in comparison.timings):
-            times[name] = _milliseconds(timing, 1 if timed is None else len(setting.draws))
+            times[name] = _milliseconds(timing, len(setting.draws))
     planning = times.pop("planning")["median"]
     failed = [name for name, error in errors.items() if error > tolerance]
     times = {name: time for name, time in times.items() if name not in failed}
