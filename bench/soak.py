@@ -34,7 +34,11 @@ LARGEST_BATCH = 16
 THREADS = 4
 TOLERANCE = 1e-5
 MANY = 10000  # calls
-GROWTH = 4.0, 16.0, 32.0  # MB, in one thread, of many calls and of fewer; in several: each fills a heap of its own first
+GROWTH = (
+    4.0,
+    16.0,
+    32.0,
+)  # MB, in one thread, of many calls and of fewer; in several: each fills a heap of its own first
 
 
 class Soak:
