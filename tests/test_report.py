@@ -12,7 +12,7 @@ import torch
 from bench_toys import TINY, ShiftsColumns, run, tiny
 
 from dynexec import cli
-from dynexec.report import bench, experiment, nets, page, plots, rows, tables
+from dynexec.report import bench, experiment, nets, page, plots, rows, systems, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +118,17 @@ def test_bench_prints_a_table_and_writes_rows(tiny_nets, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "2 rows written to" in captured.out and "efficiency" in captured.out
     assert "absent: not installed: no_such_package" in captured.err
+
+
+def test_rows_say_which_dense_networks_were_left_out(tiny_nets, tmp_path, capsys):
+    args = arguments(tmp_path, "--nets", "tiny", "--keep", "0.5", "--baselines", "dense eager", "naive gather")
+    assert bench.main(args) == 0
+    (row,) = rows.read_rows(args.out)
+    left_out = {name for name, reason in row["unavailable"].items() if reason == "not asked for"}
+    assert left_out == {"dense compiled", "ONNX Runtime", "OpenVINO"}
+    assert "not asked for" not in capsys.readouterr().out
+    left_out = bench._left_out(arguments(tmp_path, "--baselines", "dense eager"), next(iter(systems.SYSTEMS)))
+    assert sorted(left_out) == ["ONNX Runtime", "OpenVINO", "dense compiled"]
 
 
 def test_bench_json_and_append(tiny_nets, tmp_path, capsys):

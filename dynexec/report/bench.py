@@ -26,6 +26,7 @@ KEEPS = (0.25, 0.5, 0.75, 0.9, 1.0, PUBLISHED)
 DEFAULT_OUT = "out/bench.jsonl"
 SYSTEM_KEEP = f"its decisions are the published ones: leave out --keep, or give {PUBLISHED}"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LEFT_OUT = "not asked for"
 _WIDE = 200  # columns of text that the whole table needs
 
 
@@ -80,6 +81,7 @@ def main(args):
     try:
         with _progress() as progress:
             for row in _measure(args, progress, errors):
+                row["unavailable"] = _left_out(args, row["net"]) | row["unavailable"]
                 append_row(out, row, anew=not (rows or args.append))
                 rows.append(row)
                 if args.json:
@@ -94,7 +96,8 @@ def main(args):
         print_table(console, rows)
     unavailable = {name: reason for row in rows for name, reason in row["unavailable"].items()}
     for name, reason in unavailable.items():
-        console.print(f"{name}: {reason}", markup=False)
+        if reason != _LEFT_OUT:
+            console.print(f"{name}: {reason}", markup=False)
     console.print(f"{len(rows)} rows written to {out}, {torch.get_num_threads()} threads", markup=False, soft_wrap=True)
     for net, name in sorted({(row["net"], name) for row in rows for name in row["failed"]}):
         console.print(f"{name} on {net} differs from the reference: no speed for it", style="bold red")
@@ -165,6 +168,13 @@ def _measure(args, progress, errors):
             progress.console.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
             errors.append(label)
     progress.update(task, completed=len(plan), description="done")
+
+
+def _left_out(args, net):
+    """Dense networks that ``--baselines`` leaves out, any of which might be the strongest, for a row to say so."""
+    offered = LIBRARIES if net in SYSTEMS else BASELINES
+    offered = [one for one in offered if one.dense and not one.own and one.device in (None, args.device)]
+    return {one.name: _LEFT_OUT for one in offered if one.name not in args.baselines}
 
 
 def _report(progress, task, done, label, share, text):
