@@ -158,7 +158,7 @@ def _prepare(model, images, classes, progress):
         except Exception as error:  # of somebody else's library, on a network it may not know
             if candidate.own:
                 raise
-            unavailable[candidate.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            unavailable[candidate.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return candidates, unavailable
 
 

@@ -149,7 +149,7 @@ def _prepare(network, system, inputs, draws, libraries, progress):
             for call in found.values():
                 call(draws[0])
         except Exception as error:  # of somebody else's library, on a network it may not know
-            unavailable[library.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            unavailable[library.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
         candidates |= found
     return candidates, unavailable
