@@ -32,7 +32,7 @@ from dynexec.kernels.offline import compile_launches
 from dynexec.kernels.plan import find_body, plan
 from dynexec.measure.roofline import H100
 from dynexec.models import adashare_resnet
-from dynexec.report.baselines import BASELINES, DenseEager, DenseFrozen
+from dynexec.report.baselines import BASELINES, DenseEager
 from dynexec.report.experiment import Dynexec, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
@@ -235,12 +235,7 @@ def measure_network(folder, dry, net, batch, names):
             self.model = freeze(model, images, executor="fused" if dry else None)
             frozen.append(self.model)
 
-    class KeptDense(DenseFrozen):  # frozen once
-        def prepare(self, model, images, threads):
-            self.model = frozen[0]
-
     baselines = [baseline for baseline in BASELINES if baseline.name in names]
-    baselines = [KeptDense if baseline is DenseFrozen else baseline for baseline in baselines]
     how = {"baselines": baselines, "executor": Kept, "dtype": dtype, "seconds": 0.0 if dry else 1.0}
     failed = False
     for row in run_experiment(model, images, settings, name=net, **how):
