@@ -38,7 +38,7 @@ from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
 from dynexec.report.systems import SYSTEMS, System, build_system
 from dynexec.report.systems_experiment import run_system
-from dynexec.report.tables import markdown
+from dynexec.report.tables import LEFT_OUT, markdown
 
 ROOT = Path(__file__).parents[1]
 TESTS = [f"tests/test_{name}.py" for name in ("graphs", "conditional", "resident", "experts", "launches", "kernels")]
@@ -195,7 +195,8 @@ def networks(folder, dry, plan, compiled):
     """Each in a process of its own, so that one that fails does not end the others; the number of failures."""
     path, done, failed = folder / "gpu.jsonl", {}, 0
     for row in read_rows(path) if path.exists() else []:
-        done[row["net"], row["batch"], row["keep"]] = {*row["milliseconds"], *row["failed"], *row["unavailable"]}
+        unavailable = [name for name, reason in row["unavailable"].items() if reason != LEFT_OUT]
+        done[row["net"], row["batch"], row["keep"]] = {*row["milliseconds"], *row["failed"], *unavailable}
     for net, batch in plan:
         names = [baseline.name for baseline in choose_baselines(batch, dry, compiled)]
         if not all(set(names) <= done.get((net, batch, keep), set()) for keep in choose_keeps(dry)):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything about one GPU, the most important first: [MINUTES=9.5] bash bench/gpu.sh OUTPUT_FOLDER [--dry]
 # MINUTES are all that it takes, building included. Needs python3 with torch, triton, setuptools, cmake, ninja and
-# pybind11, and nvcc for the native part. Run again with the same folder, it goes on.
+# pybind11, and nvcc for the native part. Run again with the same folder, it goes on. Where dynexec is not installed it
+# installs it, editable, also into the system's Python.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
@@ -12,7 +13,6 @@ if capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(echo "$capability" | head -1)}
 fi
 if ! "$python" -c "import dynexec._C" 2>/dev/null; then
-  # The Python may be the system's, which pip adds nothing to unless told so.
   if ! PIP_BREAK_SYSTEM_PACKAGES=1 "$python" -m pip install -v --no-build-isolation --no-deps -e . \
     >"$out/info.txt" 2>&1; then
     tail -50 "$out/info.txt" >&2

@@ -34,11 +34,8 @@ LARGEST_BATCH = 16
 THREADS = 4
 TOLERANCE = 1e-5
 MANY = 10000  # calls
-GROWTH = (
-    4.0,
-    16.0,
-    32.0,
-)  # MB, in one thread, of many calls and of fewer; in several: each fills a heap of its own first
+# MB, of many calls in one thread, of fewer, and in several threads, each of which fills a heap of its own first.
+GROWTH_OF_MANY, GROWTH_OF_FEW, GROWTH_OF_THREADS = 4.0, 16.0, 32.0
 
 
 class Soak:
@@ -132,7 +129,7 @@ def main():
     failures = [failure for one in soaks for failure in one.failures]
     print(f"{args.calls} calls, {checks} outputs compared, {len(failures)} failures")
     grew = []
-    limits = GROWTH[0 if args.calls >= MANY else 1], GROWTH[2]
+    limits = GROWTH_OF_MANY if args.calls >= MANY else GROWTH_OF_FEW, GROWTH_OF_THREADS
     for name, found, limit in zip(("one thread", f"{THREADS} threads"), memory, limits):
         first, *later = found[len(found) // 3 :]
         most = max((first, *later))

@@ -70,7 +70,10 @@ def _is_large(architecture):
 def _nearest(window, grouped, *sizes):
     """Of the measured convolutions, with a window of several pixels or without, the one whose sizes differ least."""
     rows = [row for row in (*(GROUPED if grouped else ()), *CONVOLUTIONS) if (row[0] > 1) == window]
-    return Tile(*min(rows, key=lambda row: _distance((row[1], row[2], row[0] * row[3]), sizes))[4])
+    row = min(rows, key=lambda row: _distance((row[1], row[2], row[0] * row[3]), sizes))
+    tile = Tile(*row[4])
+    # Whether copying weights in blocks wins was measured for each kernel by itself.
+    return tile if not grouped or row in GROUPED else replace(tile, tma=False)
 
 
 @cache

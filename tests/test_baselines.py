@@ -81,7 +81,7 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
     from dynexec.kernels import conv
 
     class AsItIs:  # no graph, which only a GPU has
-        def __init__(self, function):
+        def __init__(self, function, layout):
             self.function, self.failed = function, {}
 
         def __call__(self, images, decisions, variant):

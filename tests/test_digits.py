@@ -104,6 +104,7 @@ def test_evaluation_counts_one_label_and_one_row_of_decisions_per_image(problem)
     for error, message, arguments in [
         (ValueError, r"labels must be integers \[N\], got torch.int64 of shape \(50, 1\)", (images, labels[:, None])),
         (ValueError, r"labels must be integers \[N\], got torch.float32", (images, labels.float())),
+        (ValueError, r"labels must be integers \[N\], got torch.complex64", (images, labels.to(torch.complex64))),
         (ValueError, "equally many, at least one, got 50 and 1", (images, labels[:1])),
         (ValueError, "equally many, at least one, got 50 and 70", (images, torch.cat([labels, labels[:20]]))),
         (ValueError, "equally many, at least one, got 0 and 0", (images[:0], labels[:0])),

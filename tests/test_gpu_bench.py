@@ -92,14 +92,17 @@ def test_an_installation_that_pip_refuses(works, imports, code, tmp_path):
 def test_a_network_is_done_when_all_its_keep_rates_are(gpu, tmp_path, monkeypatch):
     (tmp_path / "gpu.jsonl").touch()
     names = ["dynexec", *(baseline.name for baseline in gpu.choose_baselines(8, False, False))]
-    half = {"milliseconds": dict.fromkeys(names[::2]), "failed": names[1::4], "unavailable": names[3::4]}
+    half = {"milliseconds": dict.fromkeys(names[::2]), "failed": names[1::4]}
+    half["unavailable"] = dict.fromkeys(names[3::4], "not installed")
     rows = [{"net": net, "batch": 8, "keep": keep, **half} for net in "ab" for keep in gpu.KEEPS][:-1]
+    rows += [{**row, "net": "e", "unavailable": dict.fromkeys(names[3::4], "not asked for")} for row in rows[:5]]
     rows += [{**row, "net": "c", "failed": []} for row in rows[:1]] + [{**row, "net": "c"} for row in rows[1:5]]
     started = []
     monkeypatch.setattr(gpu, "read_rows", lambda path: rows)
     monkeypatch.setattr(gpu.subprocess, "call", lambda command: started.append(command[4:6]) or 0)
-    assert gpu.networks(tmp_path, False, [(net, 8) for net in "abcd"], False) == 0
-    assert started == [["b", "8"], ["c", "8"], ["d", "8"]]  # one lacks a keep rate, one a baseline, one everything
+    assert gpu.networks(tmp_path, False, [(net, 8) for net in "abcde"], False) == 0
+    # One lacks a keep rate, one a baseline, one everything, one baselines that it was not asked for.
+    assert started == [["b", "8"], ["c", "8"], ["d", "8"], ["e", "8"]]
 
 
 @pytest.mark.parametrize("error", [0.0, torch.nan, torch.inf])

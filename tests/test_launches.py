@@ -333,6 +333,28 @@ def test_a_switch_needs_graphs_and_bodies_that_run(monkeypatch):
     assert not candidate._can_switch(fast, ["fused", "dense"], {})
 
 
+def test_a_shortage_of_memory_is_not_what_the_library_lacks(monkeypatch):
+    """cuDNN's fused convolutions are given up for good only where there are none."""
+    _, num_blocks, x, frozen = frozen_pair("two", executor="dense")
+    (program,) = frozen.segments[0].programs.values()
+    step = next(step for step in program.instructions if step.op == "conv" and step.activation == "relu")
+    for error, given_up in ((torch.OutOfMemoryError("none left"), False), (RuntimeError("not supported"), True)):
+
+        def fail(step, x, other, weights, fused, error=error):
+            if fused:
+                raise error
+            return "plain"
+
+        monkeypatch.setattr(launches, "_run_by_library", fail)
+        image = type("Image", (), {"device": torch.device("cuda"), "__len__": lambda self: 1})()
+        if given_up:
+            assert program._run_by_library(step, image, None) == "plain"
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                program._run_by_library(step, image, None)
+        assert (step in program._unfused) == given_up
+
+
 def test_a_graph_is_of_the_executor_that_it_runs(monkeypatch):
     """Another thread may use another executor until the lock is free; an empty batch takes it, too."""
     _, num_blocks, x, frozen = frozen_pair("two", executor="fused")

@@ -247,13 +247,15 @@ def test_bad_settings_write_no_file(name, setting, value, error, message, tmp_pa
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16])
 def test_labels_of_any_integers(name, dtype):
     nets = [make()[0] for _ in range(2)]
     _, images, labels = make()
     histories = [train(name, net, images, given) for net, given in zip(nets, (labels, labels.to(dtype)))]
     assert histories[0] == histories[1]
     assert_equal(*nets)
+    accuracies = [training.evaluate(nets[0], images, given).accuracy for given in (labels, labels.to(dtype))]
+    assert accuracies[0] == accuracies[1]
 
 
 BAD = [(math.nan, "hold NaN"), (-0.25, "hold -0.25"), (1.5, "hold 1.5"), (math.inf, "hold inf")]

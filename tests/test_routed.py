@@ -154,7 +154,7 @@ def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
 
     class AsItIs:  # no graph, which only a GPU has
         def __init__(self, function):
-            self.function = function
+            self.function, self.failed = function, {}
 
         def __call__(self, x, decisions, variant):
             shapes.append(tuple(x.shape))
@@ -169,3 +169,5 @@ def test_rows_are_filled_up_to_a_few_numbers_of_them(monkeypatch):
             torch.testing.assert_close(run(x[:rows]), net(x[:rows]), rtol=1e-5, atol=1e-5)
     assert {shape[0] for shape in shapes if shape[0] <= 24} == {3, 6, 9, 12, 15, 18, 21, 24} and len(shapes) == 50
     assert routed.FrozenPart(net, "it is odd", run).explain() == "as it is, in CUDA graphs (it is odd)"
+    run.graphs.failed["rows"] = "it waits"
+    assert routed.FrozenPart(net, None, run).explain() == "as it is, without CUDA graphs: it waits"

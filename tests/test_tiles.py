@@ -133,6 +133,20 @@ def test_a_tile_with_a_wrong_output_has_no_time(tiles, tmp_path):
         assert ("us" in row, "failed" in row, found.failed) == (not failed, failed, failed)
 
 
+def test_large_tiles_are_for_gpus_with_the_memory_for_them():
+    """As Hopper and the Blackwell of data centres, not that of workstations."""
+    for dtype in (torch.float16, torch.float32):
+        tiles = {number: choose_tile(25088, 256, 9, 256, dtype, number) for number in (86, 90, 100, 120)}
+        pairs = {number: choose_pair_tile(25088, 256, 256, dtype, number) for number in (86, 90, 100, 120)}
+        for found in (tiles, pairs):
+            assert found[120] == found[86] != found[90] == found[100]
+
+
+def test_copying_weights_in_blocks_is_measured_for_each_kernel():
+    assert choose_tile(80 * 81, 256, 9, 256, torch.float16, 90).tma
+    assert not choose_tile(80 * 81, 256, 9, 256, torch.float16, 90, grouped=True).tma
+
+
 @in_the_source_tree
 def test_measuring_to_its_end(tmp_path):
     command = [sys.executable, ROOT / "bench" / "tiles.py", tmp_path, "--dry"]

@@ -33,7 +33,8 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
         return None, f"it does not know {listed(unknown)}"
     fast = FrozenNetwork(module.forward, left, segments, *like, backend)
     if layers.device.type == "cuda" and not left:
-        fast.graphs = Graphs(fast.compute, (fast.compute_plainly, fast.compute_without_nodes))
+        instead = fast.compute_plainly, fast.compute_without_nodes
+        fast.graphs = Graphs(fast.compute, instead, torch.channels_last)
     if unknown:
         fast.notes.append(f"by PyTorch, being unknown to the {backend.name}: {listed(unknown)}")
     refused, accepted = {}, []

@@ -39,14 +39,13 @@ def freeze_function(module, example, executor, backend, cache, *, in_graph):
         try:
             error = max(relative_error(function(x), expected) for x, expected in cases)
         except Exception as error:  # of a kernel
-            return f"{type(error).__name__}: {error}"
+            return _one_line(error)
         return None if error <= most else f"its output differs by {error:.1e} of the largest value"
 
     try:
         graph = trace(module)
     except Exception as error:  # tracing runs the module's own Python on stand-ins
-        what = str(error).partition("\n")[0]
-        return module, f"it cannot be traced ({type(error).__name__}: {what})"
+        return module, f"it cannot be traced ({_one_line(error)})"
     packed = pack(module, graph, example)
     if (reason := difference(packed.forward)) is not None:
         return module, f"with packed layers {reason}"
@@ -73,3 +72,7 @@ def freeze_function(module, example, executor, backend, cache, *, in_graph):
     for segment in segments:
         segment.release()
     return fast.forward, beside
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

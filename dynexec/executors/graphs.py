@@ -23,11 +23,12 @@ class Graphs:
     depends on. The function must not wait for the device; where it does, or a capture fails for another reason, the
     first of ``instead``, functions that give the same, that can be captured takes its place, and ``replaced`` says why.
     Where none can be, the last one runs as it is, and ``failed`` says why. Calls from several streams and threads are
-    put in order on the device, since a graph has its memory once.
+    put in order on the device, since a graph has its memory once. ``layout``: what its memory for ``x`` is laid out as;
+    where networks read images as channels_last, copying them there then converts them, too.
     """
 
-    def __init__(self, function, instead=()):
-        self.function, self.instead = function, instead
+    def __init__(self, function, instead=(), layout=torch.preserve_format):
+        self.function, self.instead, self.layout = function, instead, layout
         self.done = torch.cuda.Event()
         self.lock = RLock()
         self.graphs, self.replaced, self.failed = {}, {}, {}
@@ -60,7 +61,7 @@ class Graphs:
             for function in (self.function, *self.instead):
                 try:
                     with _capturing:
-                        graph = _Graph(function, x, decisions)
+                        graph = _Graph(function, x, decisions, self.layout)
                     break
                 except Exception as error:  # of anybody's code
                     reasons.append(f"{type(error).__name__}: {error}")
@@ -74,11 +75,11 @@ class Graphs:
 
 
 class _Graph:
-    def __init__(self, function, x, decisions):
+    def __init__(self, function, x, decisions, layout):
         self.stream = stream = take_stream(x.device)
         # Tensors of inference mode could not be written to by a later call outside of it.
         with torch.inference_mode(False), torch.no_grad(), choosing_algorithms():
-            self.inputs = [_copy(x), decisions if decisions is None else decisions.clone()]
+            self.inputs = [x.clone(memory_format=layout), decisions if decisions is None else decisions.clone()]
             stream.wait_stream(torch.cuda.current_stream())
             self.graph = torch.cuda.CUDAGraph()
             with _making():
@@ -119,18 +120,13 @@ class _Graph:
         return tree_unflatten([take(value) for value in self.results], self.structure)
 
 
-def _copy(x):
-    """Of a graph's input: images as networks read them, so that copying the next ones there converts them, too."""
-    return x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
-
-
 @contextmanager
 def _making():
-    _this_thread.makes = True
+    before, _this_thread.makes = makes_graph(), True
     try:
         yield
     finally:
-        _this_thread.makes = False
+        _this_thread.makes = before
 
 
 def makes_graph():

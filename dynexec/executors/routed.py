@@ -99,7 +99,10 @@ class FrozenPart(nn.Module):
 
     def explain(self):
         """What runs it, as text."""
-        in_graphs = ", in CUDA graphs" if isinstance(self.run, InGraphs) else ""
+        in_graphs = ""
+        if isinstance(self.run, InGraphs):
+            failed = next(iter(self.run.graphs.failed.values()), None)
+            in_graphs = ", in CUDA graphs" if failed is None else f", without CUDA graphs: {failed}"
         note = f" ({self.note})" if self.note is not None else ""
         return self._explain_function() + in_graphs + note
 

@@ -83,7 +83,7 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
     model : nn.Module
         A :class:`dynexec.nn.DynamicNetwork` or a converted model; evaluated as it is, its policy is not asked.
     images : float tensor ``[N, C, H, W]``
-    labels : int64 tensor ``[N]``
+    labels : tensor of integers ``[N]``
     max_deleted : int, optional
         Largest number of blocks deleted; default all L.
     draws : int

@@ -79,6 +79,7 @@ def evaluate(net, images, labels, decisions=None, *, batch_size=512):
             decisions = decisions.expand(len(images), -1)
         if decisions.dim() == 0 or len(decisions) != len(images):
             raise ValueError(f"decisions must be one row per image, {len(images)}, got {tuple(decisions.shape)}")
+    labels = labels.long()  # torch compares few others with what argmax gives
     right, taken = 0, []
     with evaluation_mode(net), torch.no_grad():
         for start in range(0, len(images), batch_size):
@@ -249,7 +250,7 @@ def _check_policy(net):
 def _check_data(images, labels, batch_size):
     if not (isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)):
         raise TypeError(f"images and labels must be tensors, got {type(images).__name__} and {type(labels).__name__}")
-    if labels.dim() != 1 or labels.is_floating_point():
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers [N], got {labels.dtype} of shape {tuple(labels.shape)}")
     if not len(images) == len(labels) > 0:
         raise ValueError(f"images and labels must be equally many, at least one, got {len(images)} and {len(labels)}")

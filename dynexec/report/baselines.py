@@ -237,7 +237,7 @@ class DenseLibrary(Baseline):
         packed = pack_module(static_network(model).to(memory_format=torch.channels_last), images)
         module, segments = make_segments(packed.__self__, partial(LibraryPrograms, 0))
         assert segments, "a network without convolutions"
-        self.graphs = Graphs(lambda images, _: (module.forward(images),))
+        self.graphs = Graphs(lambda images, _: (module.forward(images),), layout=torch.channels_last)
 
     def __call__(self, images, decisions):
         output = self.graphs(images, None, "dense")[0]

@@ -20,13 +20,12 @@ from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
 from dynexec.report.systems import SYSTEMS, build_system
 from dynexec.report.systems_experiment import LIBRARIES, run_system
-from dynexec.report.tables import COLUMNS, LEGEND, cells
+from dynexec.report.tables import COLUMNS, LEFT_OUT, LEGEND, cells, with_noise
 
 KEEPS = (0.25, 0.5, 0.75, 0.9, 1.0, PUBLISHED)
 DEFAULT_OUT = "out/bench.jsonl"
 SYSTEM_KEEP = f"its decisions are the published ones: leave out --keep, or give {PUBLISHED}"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_LEFT_OUT = "not asked for"
 _WIDE = 200  # columns of text that the whole table needs
 
 
@@ -68,8 +67,8 @@ def add_arguments(parser):
 def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's.
 
-    1 also after an error of a network, or if nothing was measured; 2 if nothing was tried, since arguments do not fit
-    or rows could not be written.
+    1 also after an error of a network, or if nothing was measured; 2 if nothing was tried, since arguments do not fit,
+    or the file of rows.
     """
     out = args.out or Path(DEFAULT_OUT)
     if (reason := _keep_refused(args) or _prepare(out, args)) is not None:
@@ -96,7 +95,7 @@ def main(args):
         print_table(console, rows)
     unavailable = {name: reason for row in rows for name, reason in row["unavailable"].items()}
     for name, reason in unavailable.items():
-        if reason != _LEFT_OUT:
+        if reason != LEFT_OUT:
             console.print(f"{name}: {reason}", markup=False)
     console.print(f"{len(rows)} rows written to {out}, {torch.get_num_threads()} threads", markup=False, soft_wrap=True)
     for net, name in sorted({(row["net"], name) for row in rows for name in row["failed"]}):
@@ -174,7 +173,7 @@ def _left_out(args, net):
     """Dense networks that ``--baselines`` leaves out, any of which might be the strongest, for a row to say so."""
     offered = LIBRARIES if net in SYSTEMS else BASELINES
     offered = [one for one in offered if one.dense and not one.own and one.device in (None, args.device)]
-    return {one.name: _LEFT_OUT for one in offered if one.name not in args.baselines}
+    return {one.name: LEFT_OUT for one in offered if one.name not in args.baselines}
 
 
 def _report(progress, task, done, label, share, text):
@@ -184,7 +183,7 @@ def _report(progress, task, done, label, share, text):
 def print_table(console, rows):
     """Print rows as a table; those with an unequal output are red."""
     table = Table("net", *COLUMNS, caption=LEGEND, caption_justify="left", row_styles=["", "dim"])
-    for row in rows:
+    for row in with_noise(rows):
         table.add_row(row["net"], *cells(row), style="bold red" if row["failed"] else None)
     if console.width < _WIDE and not console.is_terminal:
         console.width = _WIDE

@@ -105,6 +105,8 @@ def run_experiment(
     ValueError
         If the decisions do not change the network's output, so that equal outputs would prove nothing.
     """
+    if len({len(setting.draws) for setting in settings}) > 1:
+        raise ValueError("settings must have equally many draws: a dense network is timed once for all")
     progress = progress or (lambda share, text: None)
     images = images.contiguous()
     settings = [replace(setting, draws=tuple(draw.to(images.device) for draw in setting.draws)) for setting in settings]
@@ -151,8 +153,8 @@ def _prepare(model, images, classes, progress):
             continue
         progress(number / len(classes), f"preparing {candidate.name}")
         try:
-            if issubclass(candidate, DenseFrozen) and isinstance(candidates[0], Dynexec):
-                candidates.append(candidate.like(candidates[0]))
+            if issubclass(candidate, DenseFrozen):
+                candidates.append(candidate.like(candidates[0]))  # the first one is dynexec's
                 continue
             candidates.append(candidate(model, images, threads=torch.get_num_threads()))
         except Exception as error:  # of somebody else's library, on a network it may not know

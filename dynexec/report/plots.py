@@ -56,7 +56,7 @@ def plot_clip(kept, frames, path, *, title="", num_blocks=None, seconds=None):
         Blocks kept per frame.
     frames : dict of int to uint8 array ``[H, W, 3]``
         Example frames by frame number, RGB; a handful.
-    path : path-like
+    path : path-like, or binary file
     title : str
     num_blocks : int, optional
         L, drawn as the upper line.

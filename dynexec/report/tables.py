@@ -26,6 +26,8 @@ COLUMNS = {
     "max error": lambda row: _error(row),
 }
 
+#: Of a candidate that ``--baselines`` leaves out.
+LEFT_OUT = "not asked for"
 # Losses that are measured; the others are predicted by the cost model of layers, not of the engine or the kernels.
 _WHATEVER_RUNS = ("total", "planning", "rest")
 #: What the columns mean, for readers of a table.
@@ -205,7 +207,8 @@ def markdown_table(headings, rows):
 
 def _candidate(row, name):
     if name in row["unavailable"]:
-        return "not installed" if row["unavailable"][name].startswith("not installed") else "-"
+        reason = row["unavailable"][name]
+        return next((text for text in ("not installed", LEFT_OUT) if reason.startswith(text)), "-")
     if name in row["failed"]:
         return "wrong output"
     times = row["milliseconds"].get(name)
