@@ -4,8 +4,9 @@
     python bench/convolutions.py --write        # also into docs/performance.md
 
 Each shape is a chain of convolutions with ReLU whose output has its input's shape, repeated, so that reordering the
-first input and the last output to the layouts of the three hardly counts. FLOPs are those of the direct algorithm for
-all, so Winograd's can be above the peak. Outputs are compared before anything is timed. One thread.
+first input and the last output to blocks of channels hardly counts. The input is channels_last for the engine and
+oneDNN, and contiguous for ONNX Runtime, which takes nothing else. FLOPs are those of the direct algorithm for all, so
+Winograd's can be above the peak. Outputs are compared before anything is timed. One thread.
 """
 
 import argparse
@@ -77,8 +78,8 @@ def measure(size, channels, kernel, depthwise, seconds):
         if winograd == ("winograd" in instructions):
             calls[name] = lambda module=module: module.forward(x)
     if OnnxRuntime.missing() is None:
-        session = OnnxRuntime(model, x.contiguous(), threads=1)
-        calls["ONNX Runtime"] = lambda: session(x.contiguous(), None)
+        session, contiguous = OnnxRuntime(model, x.contiguous(), threads=1), x.contiguous()
+        calls["ONNX Runtime"] = lambda: session(contiguous, None)
     expected = model(x)
     for name, call in calls.items():
         if not relative_error(call(), expected) <= TOLERANCE[torch.float32]:
