@@ -1,4 +1,4 @@
-"""``convert`` makes the residual blocks of an existing model obey decisions; ``revert`` undoes it."""
+"""``convert`` makes the residual blocks of an existing model obey decisions; ``revert`` undoes this."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,17 +43,17 @@ from dynexec.nn.swap import (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` did; ``print`` it.
+    """The result of :func:`convert`; ``print`` it.
 
     Attributes
     ----------
     converted : tuple of (column, name, class name, shortcut) rows
-        For stochastic depth (number, name, class name, names of its stochastic-depth modules).
+        With stochastic depth (number, name, class name, names of its stochastic-depth modules).
     skipped : tuple of (name, class name, reason) rows
     fine_tune : str or None
-        What of the first set of weights is frozen; None where there is one set.
+        What is frozen of the first set of weights; None if blocks have one set.
     stochastic_depth : bool
-        Whether blocks compute what stochastic depth keeps, and obey no decisions.
+        Whether blocks compute what stochastic depth keeps instead of obeying decisions.
     """
 
     converted: tuple
@@ -63,7 +63,9 @@ class Conversion:
 
     @property
     def num_blocks(self):
-        """How many blocks were converted: L, the number of columns that decisions must have, where blocks obey them."""
+        """Number of converted blocks. Where blocks obey decisions this is L, the number of columns that decisions must
+        have.
+        """
         return len(self.converted)
 
     def __str__(self):
@@ -97,53 +99,56 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
 
     Blocks are found by structure: modules whose forward is ``activation(residual(x) + shortcut(x))`` with convolutions
     in the residual branch (the basic, bottleneck, inverted-residual and MBConv blocks of torchvision, timm and others).
-    Of nested blocks the inner ones count, unless the outer one has most of its convolution weights outside of them, as
-    a bottleneck with residual attention inside. Only the class of a block changes: parameters, state_dict, hooks,
-    ``isinstance``, pickling and copying stay as they were, and outside ``decide`` so does its output.
+    Where blocks are nested, the inner ones are converted, unless most convolution weights of the outer one lie outside
+    of them, as in a bottleneck with residual attention inside. Only the class of a block changes: parameters,
+    state_dict, hooks, ``isinstance``, pickling and copying work as before, and outside ``decide`` its output is the
+    same.
 
     Parameters
     ----------
     model : nn.Module
     match : type, str, callable, Adapter, or a list or tuple of these, optional
-        Which modules to convert: instances of a type; names that fit a shell pattern, such as ``"layer3.*"``;
-        modules for which ``match(name, module)`` is true; or the blocks of an :class:`Adapter`, split as it says.
-        None: every block that is found. In a list or tuple, the first that fits a module counts.
+        Which modules to convert: instances of a type; modules whose name matches a shell pattern such as
+        ``"layer3.*"``; modules for which ``match(name, module)`` is true; or the blocks of an :class:`Adapter`, split
+        as it says. None: every block that is found. In a list or tuple, the first entry that matches a module applies.
     batch_norm : {"all", "kept", "frozen"}
-        Which samples train-mode BatchNorm takes its statistics over. "all", as the published implementations do, needs
-        every sample computed up to the last BatchNorm of a branch, which is all of most branches; the layers behind it
-        run for kept samples only. "kept" computes the residual branch of the kept samples only and is a different
-        function; it needs exact mode, and more than one value per channel (one kept sample with 1x1 maps is an error).
-        "frozen" holds the BatchNorm of the blocks in evaluation mode, in which it needs neither, until :func:`revert`.
+        Which samples BatchNorm computes its statistics over in training. "all", as in the published implementations,
+        computes every sample up to the last BatchNorm of a branch, which in most branches is everything; only the
+        layers after it run on the kept samples alone. "kept" computes the residual branch of the kept samples only and
+        is a different function; it needs exact mode and more than one value per channel (one kept sample with 1x1 maps
+        is an error). "frozen" holds the BatchNorm of the blocks in evaluation mode, which needs neither, until
+        :func:`revert`.
     fine_tune : {None, "convolutions", "all", "nothing"}
-        None: blocks are kept or dropped. Otherwise every block gets a second set of weights, a copy of it that is its
-        submodule ``fine_tuned``; a sample whose decision is True runs that one, others the block itself (SpotTune, Guo
-        et al., CVPR 2019). Of the first set this much is frozen: the weights of its convolutions, as in the published
-        code, where its BatchNorm goes on training; all of it, with BatchNorm in evaluation mode; or nothing. Copied as
-        they are now: load pre-trained weights before.
+        None: blocks are kept or dropped. Otherwise every block gets a second set of weights, a copy of itself as its
+        submodule ``fine_tuned``; samples whose decision is True run the copy, the others the block itself (SpotTune,
+        Guo et al., CVPR 2019). The value says what is frozen of the first set: the weights of its convolutions, as in
+        the published code, where its BatchNorm keeps training; all of it, with BatchNorm in evaluation mode; or
+        nothing. The weights are copied at this call: load pre-trained ones before.
     stochastic_depth : bool
-        True: instead of obeying decisions, blocks with ``shortcut + drop_path(branch(x))`` in their forward, with the
-        DropPath of timm or a module like it, compute these branches in training for the samples that are kept only, as
-        :class:`dynexec.nn.SubsetDropPath` does. ``match`` says which blocks (no Adapter). Here ``batch_norm`` "all"
-        means that a branch with BatchNorm in training runs on all samples, as it does behind a DropPath.
+        True: instead of obeying decisions, blocks with ``shortcut + drop_path(branch(x))`` in their forward, with
+        timm's DropPath or a similar module, compute these branches for the kept samples only during training, like
+        :class:`dynexec.nn.SubsetDropPath`. ``match`` selects the blocks (no Adapter). Here ``batch_norm`` "all" means
+        that a branch with BatchNorm in training mode runs on all samples, as it does with DropPath.
 
     Returns
     -------
     Conversion
-        Printable: each converted block with its column (registration order, which in these models is execution
-        order), and what was not converted and why.
+        Printable: each converted block with its column (registration order, which in these models is execution order),
+        and what was not converted and why.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be, nothing can be converted, or the model is converted already.
+        If an argument is invalid, nothing can be converted, or the model is converted already.
 
     Notes
     -----
-    Constants that a block's forward reads from its attributes are read here: for blocks whose shortcut is not the
-    identity, and with ``batch_norm="all"`` for every block with BatchNorm. What such a forward stores on its block, it
-    does not store inside ``decide``. ``torch.jit.script`` needs the reverted model. To change a block's class by other
-    means (parametrizations of its own parameters, ``fully_shard``), do so first, or undo that before :func:`revert`.
-    ``fine_tune`` comes before ``DistributedDataParallel``.
+    For blocks whose shortcut is not the identity, and with ``batch_norm="all"`` for every block with BatchNorm,
+    constants that the block's forward reads from its attributes are read at conversion, and whatever that forward
+    stores on its block is not stored inside ``decide``. Revert the model before ``torch.jit.script``. To change a
+    block's class by other means (parametrizations of its own parameters, ``fully_shard``), do so before converting, or
+    undo that change before :func:`revert`. Convert with ``fine_tune`` before wrapping the model in
+    ``DistributedDataParallel``.
     """
     _check_model(model)
     check_batch_norm(batch_norm, {})
@@ -212,7 +217,7 @@ def _convert_stochastic_depth(model, match, rules, batch_norm, fine_tune):
 
 
 def _find_stochastic_depth(model, rules):
-    """What was read of the blocks to convert, by name, and why others, or some of their branches, are not."""
+    """Return what was read of the blocks to convert, by name, and why other blocks or branches are not converted."""
     found, skipped = {}, []
     for name, drop_paths in drop_path_blocks(model).items():
         block = model.get_submodule(name)
@@ -236,10 +241,10 @@ def _find_stochastic_depth(model, rules):
 
 
 def revert(model):
-    """Undo :func:`convert`, in place: the blocks that it changed get their own class back and obey no decisions.
+    """Undo :func:`convert`, in place: converted blocks get their original class back and no longer obey decisions.
 
-    Blocks that had their columns without it, such as those of :class:`dynexec.models.BlockDrop`, keep them. A second
-    set of weights is gone then; what was frozen stays frozen.
+    Blocks that got their columns in other ways, such as those of :class:`dynexec.models.BlockDrop`, keep them. A second
+    set of weights is removed; what was frozen stays frozen.
 
     Parameters
     ----------
@@ -248,7 +253,7 @@ def revert(model):
     Returns
     -------
     int
-        How many blocks were reverted.
+        Number of reverted blocks.
 
     Raises
     ------
@@ -273,9 +278,9 @@ def revert(model):
 
 
 def recall(model):
-    """The arguments with which :func:`convert` does to a twin of ``model`` what it did to this one, as plain values.
+    """Return the arguments with which :func:`convert` would convert a twin of ``model`` the same way, as plain values.
 
-    None where it did nothing, or split blocks as an :class:`Adapter` of the caller's says.
+    None if no block obeys decisions because of it, or if blocks were split by an :class:`Adapter` of the caller.
     """
     blocks = _reversible(model)
     if not blocks:
@@ -294,7 +299,7 @@ def _check_model(model):
 
 
 def _reversible(model):
-    """The blocks that :func:`convert` changed: those of other classes, and our own that had no column before."""
+    """The blocks that :func:`convert` changed: those of other classes, and dynexec's own that had no column before."""
     placed = [block for block in dynamic_blocks(model) if block.placement]
     return [block for block in placed if isinstance(block, Swapped) or block.placement.by_convert]
 
@@ -308,7 +313,7 @@ def _subset_blocks(model):
 
 
 def _find(model, rules):
-    """Adapters of the modules to convert, by name (None for blocks of our own), and why others are not."""
+    """Return the adapters of the modules to convert, by name (None for dynexec's blocks), and why others are not."""
     found, reasons = {}, {}
     modules = dict(model.named_modules())
     deciding = {inner for module in modules.values() for inner in _policy_modules(module)}
@@ -333,7 +338,7 @@ def _find(model, rules):
 
 
 def _policy_modules(module):
-    """The modules of a network that run before there are decisions."""
+    """Return the modules of a network that run before there are decisions."""
     if not isinstance(module, DynamicNetwork) or module.policy is None:
         return set()
     return set(module.policy.modules()) - set(module.backbone.modules())
@@ -344,7 +349,7 @@ def _may_be_block(module):
 
 
 def _outweighs(module, inside, rule):
-    """Whether to try a module as a block although there are blocks inside it."""
+    """Whether to try a module as a block although it contains blocks."""
     if isinstance(rule, Adapter) or isinstance(module, DynamicBlock):
         return True
     return _weights([module]) > 2 * _weights(inside)
@@ -356,7 +361,7 @@ def _weights(modules):
 
 
 def _worth_saying(modules, found, reasons):
-    """Of the modules that hold no converted block and lie in none: those that almost are blocks, and the outermost."""
+    """Of modules that neither contain nor lie in a converted block, yield the near misses and the outermost ones."""
 
     def nested(name, others):
         return any(_contains(name, other) or _contains(other, name) for other in others)
@@ -371,7 +376,7 @@ def _worth_saying(modules, found, reasons):
 
 
 def _read(module, rule):
-    """The adapter for a module that fits a rule."""
+    """Return the adapter for a module that matches a rule."""
     _check_swap(module, dynamic_class)
     adapter = isinstance(rule, Adapter)
     if not adapter and not is_candidate(module):
@@ -387,7 +392,7 @@ def _read(module, rule):
 
 
 def _check_swap(module, swapped_class):
-    """Raise :class:`NotABlock` unless the class of ``module`` can be swapped for what ``swapped_class`` makes of it."""
+    """Raise :class:`NotABlock` unless the class of ``module`` can be swapped for ``swapped_class(type(module))``."""
     if isinstance(module, _GRAPHS):
         raise NotABlock("a traced or scripted graph has no blocks: convert the model before")
     if "forward" in vars(module):

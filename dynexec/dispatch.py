@@ -1,8 +1,8 @@
-"""What PyTorch's dispatcher knows of the ops: schemas, implementations per device, fakes, FLOP formulas.
+"""Registers the ops with PyTorch's dispatcher: schemas, implementations per device, fakes and FLOP formulas.
 
-The portable implementation is :mod:`dynexec.reference`, behind checks of the values where they can be read without
-waiting for a device. Native ones are registered under the same schemas when their library is loaded, Triton's where
-there is a GPU.
+The portable implementation is :mod:`dynexec.reference`, behind checks of the values where these can be read without
+waiting for a device. Native implementations are registered under the same schemas when their library is loaded,
+Triton's where there is a GPU.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ _library.define(
 
 
 def first_outside(decisions, choices):
-    """Message that names the first of ``decisions`` outside ``0..choices - 1``, or None. Reads the device."""
+    """Return a message naming the first of ``decisions`` outside ``0..choices - 1``, or None. Reads the device."""
     decisions = decisions.long()  # narrower integers may not hold the number of choices
     outside = ((decisions < 0) | (decisions >= choices)).nonzero()
     if len(outside) == 0:
@@ -143,7 +143,7 @@ _MOVABLE |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def triton_missing():
-    """Why there are no Triton kernels, or None."""
+    """Return why there are no Triton kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: `pip install 'dynexec[triton]'` on Linux"
     return None
@@ -184,7 +184,7 @@ def _triton_gather_passed(x, index, passed):
 
 
 def _triton_moves(whole, index, part, passed=None, **how):
-    """Move rows and return True, unless these are not of a kind that the kernel knows."""
+    """Move rows and return True, or return False if the kernel does not support tensors of this kind."""
     from dynexec.kernels.rows import move_rows  # not before it is needed: importing Triton takes a second
 
     layout = whole.stride()[1:]
@@ -209,13 +209,13 @@ def _triton_plan(decisions, choices):
 
 
 def on_device(device):
-    """Makes a GPU the current one, on which Triton launches."""
+    """Context manager that makes a GPU the current one, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
 def for_frozen(device):
-    """The same for frozen networks, which have a dtype of their own whatever ``torch.autocast`` says."""
+    """:func:`on_device` with autocast disabled: frozen networks run in their own dtype."""
     with on_device(device):
         if not torch.is_autocast_enabled(device.type):
             yield

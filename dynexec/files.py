@@ -1,4 +1,4 @@
-"""Files that are replaced whole."""
+"""Atomic replacement of files."""
 
 import os
 import uuid
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 @contextmanager
 def replacing(path, mode="w", partial=None):
-    """Open a file that takes the place of ``path`` at the end of the ``with`` statement.
+    """Open a file that replaces ``path`` when the ``with`` statement ends.
 
-    Whenever this is interrupted, the old file or the new one is there, whole; after an exception inside, the old one,
-    and nothing beside it. A device or a pipe, as ``/dev/stdout``, is written to.
+    If this is interrupted at any point, either the old file or the new one is there, complete. An exception inside
+    leaves the old file, and nothing beside it. A device or a pipe, such as ``/dev/stdout``, is written to directly.
 
     Parameters
     ----------
     path : path
-        Its folder must exist. A link stays one: what it leads to is replaced.
+        Its folder must exist. A link stays a link: its target is replaced.
     mode : {"w", "wb"}
     partial : path, optional
-        The file that is written meanwhile, in the same folder. Default: one of a new name, since several processes may
-        write at once. One that always has the same name is what a killed process leaves behind at most once.
+        The file written meanwhile, in the same folder. Default: a new name each time, since several processes may write
+        at once. With a fixed name, killed processes leave at most one file behind.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode) as file:

@@ -1,6 +1,6 @@
-"""Derivatives of the row ops, as ``autograd.Function`` outside them: gradients, and tangents of forward mode.
+"""Derivatives of the row ops, as ``autograd.Function`` around them: gradients, and forward-mode tangents.
 
-The derivatives are made of the ops themselves, and so have derivatives.
+The derivatives are built from the ops themselves, and so have derivatives in turn.
 """
 
 import torch
@@ -10,14 +10,14 @@ from dynexec import dispatch, reference
 
 
 def gather_rows(x, index):
-    """The op, entering autograd only where a derivative may be asked for."""
+    """The op, entering autograd only where a derivative may be needed."""
     if _hides_gradient(x):
         return x.index_select(0, index)
     return _apply(_GatherRows, x, index) if needed(x) else dispatch.gather_rows(x, index)
 
 
 def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=False):
-    """The op, entering autograd only where a derivative may be asked for."""
+    """The op, entering autograd only where a derivative may be needed."""
     if not in_place and _hides_gradient(destination, rows):
         rows = rows + destination.index_select(0, index) if add else rows
         return destination.index_copy(0, index.long(), torch.relu(rows) if relu else rows)
@@ -34,28 +34,28 @@ def scatter_rows(destination, index, rows, add=False, relu=False, *, in_place=Fa
 
 
 def needed(*tensors):
-    """Whether to go through autograd: some tensor requires grad, or may do so, or have a tangent, in a transform."""
+    """Whether autograd is needed: a tensor requires grad, or forward mode or a ``torch.func`` transform is active."""
     if _in_forward_mode() or torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _hides_gradient(*tensors):
-    """Whether these are gradients in batches, and gradients of them may be asked for: only torch's own ops know how."""
+    """Whether these are batched gradients that may be differentiated again, which only torch's own ops support."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def count_write(x):
-    """Tell autograd that ``x`` was written."""
+    """Tell autograd that ``x`` was written to."""
     # Library ops don't, and autograd relies on it to notice that a tensor it saved was overwritten.
     if not (torch.compiler.is_compiling() or x.is_inference()):
         torch.autograd.graph.increment_version(x)
 
 
 def gather_gradient(grad, index, passed):
-    """Rows of ``grad``, zero where a ReLU did not pass; ``passed`` is None where there was no ReLU."""
+    """Return rows of ``grad``, zero where the ReLU did not pass; ``passed`` is None if there was no ReLU."""
     if passed is not None and not (needed(grad) or _hides_gradient(grad)):
         return dispatch.gather_passed(grad, index, passed)
     rows = gather_rows(grad, index)
@@ -63,7 +63,7 @@ def gather_gradient(grad, index, passed):
 
 
 def nested_tangents():
-    """Context for the body of a jvp: PyTorch enters it without forward mode, and tangents may have tangents."""
+    """Context for the body of a jvp, which PyTorch runs with forward mode off, so that tangents can have tangents."""
     return forward_ad._set_fwd_grad_enabled(True)
 
 

@@ -1,4 +1,4 @@
-"""``dynexec info``: versions, devices, threads, what is native, and why not where it isn't."""
+"""``dynexec info``: versions, devices, threads, and what runs natively, or why it does not."""
 
 import json
 import os
@@ -30,16 +30,16 @@ OPTIONAL = (
 
 
 def facts():
-    """What results depend on here.
+    """Collect what results depend on here.
 
     Returns
     -------
     dict
-        Plain values only: ``versions`` and ``optional`` (package -> version, None where not installed), ``system``,
-        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set that torch uses, oneDNN), ``native``
-        (part -> None where native, else why not), ``engine`` (the instruction set its convolutions use, or None),
-        ``kernels`` and ``conditional`` (why there are no Triton kernels, no conditional nodes in CUDA graphs, or None)
-        and ``build`` (how the native part was built, or None).
+        Plain values only: ``versions`` and ``optional`` (package -> version, None if not installed), ``system``,
+        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set used by torch, oneDNN), ``native`` (part ->
+        None if native, otherwise why not), ``engine`` (instruction set of its convolutions, or None), ``kernels`` and
+        ``conditional`` (why there are no Triton kernels, or no conditional nodes in CUDA graphs, or None) and ``build``
+        (how the native part was built, or None).
     """
     return {
         "versions": {"python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""Loads the native part, if it was built, and knows why not."""
+"""Loads the native part, if it was built, and reports why it is missing otherwise."""
 
 import ctypes
 import importlib.util
@@ -14,12 +14,12 @@ FAILURE, CUDA_FAILURE = PACKAGE / "native_build_failure.txt", PACKAGE / "cuda_bu
 
 
 def load():
-    """Register the native CPU ops; their schemas must be defined.
+    """Register the native CPU ops, whose schemas must be defined already.
 
     Returns
     -------
     str or None
-        Why the portable implementation stays in use, or None where the native one is registered.
+        Why the portable implementation stays in use; None if the native one was registered.
     """
     if os.environ.get("DYNEXEC_NATIVE") == "0":
         return "left out by DYNEXEC_NATIVE=0"
@@ -37,7 +37,7 @@ def load():
 
 @cache
 def cuda_missing():
-    """Why there is no :func:`cuda`, or None."""
+    """Return why :func:`cuda` is not available, or None."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if importlib.util.find_spec("dynexec._cuda") is None:
@@ -50,7 +50,7 @@ def cuda_missing():
 
 
 def cuda():
-    """The native module for GPUs."""
+    """Return the native module for GPUs."""
     from dynexec import _cuda
 
     return _cuda
@@ -62,12 +62,12 @@ def _library():
 
 
 def free_program(handle):
-    """Give up a program of the CPU engine."""
+    """Free a program of the CPU engine."""
     _library().dynexec_free_program(ctypes.c_int64(handle))
 
 
 def build_facts():
-    """How the native part was built (compiler, flags, torch, cuda), or None without one."""
+    """Return how the native part was built (compiler, flags, torch, cuda), or None if there is none."""
     try:
         from dynexec import _C
     except ImportError:

@@ -1,6 +1,6 @@
-"""The ops, for users: argument checks and derivatives around what :mod:`dynexec.dispatch` registers.
+"""User-facing ops: argument checks and derivatives around the ops that :mod:`dynexec.dispatch` registers.
 
-Meaning: :mod:`dynexec.reference`.
+:mod:`dynexec.reference` defines what each op computes.
 """
 
 import torch
@@ -12,7 +12,7 @@ _INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32
 
 
 def gather_rows(x, index, *, out=None):
-    """Rows of ``x``, in the memory layout of ``x`` (a channels_last batch gives a channels_last batch).
+    """Gather rows of ``x``, keeping its memory layout (a channels_last batch stays channels_last).
 
     Parameters
     ----------
@@ -21,24 +21,24 @@ def gather_rows(x, index, *, out=None):
     index : int32 or int64 tensor ``[M]``
         Row numbers, ``0 <= index < N``. Duplicates are allowed; their gradients add up.
     out : tensor ``[M, ...]``, optional
-        Written instead of a new tensor; same dtype and row shape as ``x``, memory not shared with it, not expanded. No
-        derivative flows through it.
+        Tensor to write the result to, of the dtype and row shape of ``x``. It must not be expanded nor share memory
+        with ``x``, and cannot be given where a derivative may be needed.
 
     Returns
     -------
     tensor ``[M, ...]``
-        Where a row of ``x`` is gap-free in memory its strides are kept, otherwise the result is contiguous.
+        With the strides of ``x`` if its rows are free of gaps in memory, otherwise contiguous.
 
     Raises
     ------
     TypeError, ValueError
-        If dtypes or shapes do not fit.
+        If dtypes or shapes do not match.
     IndexError
-        If a row number is out of range (on a CPU; on other devices it is undefined).
+        If a row number is out of range. Checked on a CPU only; on other devices the behaviour is undefined.
 
     Notes
     -----
-    Equivalent to ``x[index]``. It has derivatives of any order, in reverse and in forward mode.
+    Equivalent to ``x[index]``. Has derivatives of any order, in reverse and forward mode.
     """
     _check_rows(x, "x", index)
     if out is None:
@@ -56,58 +56,60 @@ def gather_rows(x, index, *, out=None):
 
 
 def scatter_rows(destination, index, rows, *, add=False, relu=False):
-    """A copy of ``destination`` in which ``rows`` take the place of the rows ``index``.
+    """Return a copy of ``destination`` in which the rows ``index`` are replaced by ``rows``.
 
     Parameters
     ----------
     destination : tensor ``[N, ...]``
-        Any row shape; floating point where ``add`` or ``relu`` is asked.
+        Any row shape; floating point if ``add`` or ``relu`` is set.
     index : int32 or int64 tensor ``[M]``
         Row numbers, ``0 <= index < N``, each at most once (not checked).
     rows : tensor ``[M, ...]``
         Same dtype and row shape as ``destination``.
     add : bool
-        Add the row that was there: the shortcut of a residual block.
+        Add the row being replaced: the shortcut of a residual block.
     relu : bool
-        Apply a ReLU to what is written, after ``add``.
+        Apply a ReLU to the rows that are written, after ``add``.
 
     Returns
     -------
     tensor ``[N, ...]``
-        Laid out as ``destination``. Rows that ``index`` does not name are bit for bit those of ``destination``.
+        In the memory layout of ``destination``. Rows that are not in ``index`` are bitwise those of ``destination``.
 
     Raises
     ------
     TypeError, ValueError
-        If dtypes or shapes do not fit.
+        If dtypes or shapes do not match.
     IndexError
-        If a row number is out of range (on a CPU; on other devices it is undefined). Nothing is written then.
+        If a row number is out of range; nothing is written then. Checked on a CPU only; on other devices the behaviour
+        is undefined.
 
     Notes
     -----
-    Equivalent to ``y = destination.clone(); y[index] = relu(rows + y[index])``, less what is not asked for. 16-bit
-    floats round after the sum, as torch does. Derivatives as those of :func:`gather_rows`.
+    Equivalent to ``y = destination.clone(); y[index] = relu(rows + y[index])``, without the parts that are not asked
+    for. 16-bit floats are rounded after the sum, as in torch. Has the same derivatives as :func:`gather_rows`.
     """
     return _scatter(destination, index, rows, add, relu, in_place=False)
 
 
 def scatter_rows_(destination, index, rows, *, add=False, relu=False):
-    """Write ``rows`` to the rows ``index`` of ``destination``, in place, and return it.
+    """Write ``rows`` to the rows ``index`` of ``destination``, in place, and return ``destination``.
 
-    Arguments (``add`` and ``relu``, too), errors and derivatives are those of :func:`scatter_rows`. ``rows`` must not
-    share memory with ``destination``, nor rows of ``destination`` with each other, as those of an expanded tensor do
-    (ValueError).
+    Arguments (including ``add`` and ``relu``), errors and derivatives are those of :func:`scatter_rows`. ``rows`` must
+    not share memory with ``destination``, and the rows of ``destination`` must not overlap in memory, as those of an
+    expanded tensor do (ValueError).
 
     Notes
     -----
-    Equivalent to ``destination[index] = relu(rows + destination[index])``, less what is not asked for. Where a gradient
-    is needed go on with the tensor returned: ``torch.compile`` of torch 2.10 knows the write through that one only.
+    Equivalent to ``destination[index] = relu(rows + destination[index])``, without the parts that are not asked for.
+    Where a gradient is needed, continue with the returned tensor: ``torch.compile`` of torch 2.10 tracks the write
+    through that one only.
     """
     return _scatter(destination, index, rows, add, relu, in_place=True)
 
 
 def plan(decisions, choices):
-    """Group the samples by choice, for every block at once.
+    """Group the samples by choice, for all blocks at once.
 
     Parameters
     ----------
@@ -119,19 +121,19 @@ def plan(decisions, choices):
     Returns
     -------
     index : int32 tensor ``[L, N]``
-        Per block the sample numbers: those of choice 0 first, then choice 1, ...; ascending inside a group.
+        Sample numbers per block: those of choice 0 first, then choice 1, and so on; ascending within a group.
     offset : int32 tensor ``[L, choices + 1]``
         Group ``c`` of block ``l`` is ``index[l, offset[l, c] : offset[l, c + 1]]``.
 
     Raises
     ------
     TypeError, ValueError
-        If dtype, shape or a value do not fit (values on a CPU only; elsewhere the last offset is less than N), or the
-        decisions are batched by ``torch.vmap``.
+        If dtype, shape or a value is invalid, or the decisions are batched by ``torch.vmap``. Values are checked on a
+        CPU only; on other devices an invalid value leaves the last offset of its block below N.
 
     Notes
     -----
-    Equivalent to ``decisions.t().argsort(dim=1, stable=True)`` and the running sums of the counts per choice.
+    Equivalent to ``decisions.t().argsort(dim=1, stable=True)`` and the cumulative sums of the counts per choice.
     """
     if not isinstance(decisions, torch.Tensor):
         raise TypeError(f"decisions must be a bool or integer tensor [N, L], got {type(decisions).__name__}")
@@ -152,7 +154,7 @@ def plan(decisions, choices):
 
 
 def _is_batched(x):
-    """Whether ``torch.vmap`` made a tensor, below whatever other transforms of ``torch.func`` are around it."""
+    """Whether ``x`` is batched by ``torch.vmap``, possibly beneath other ``torch.func`` transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
@@ -162,7 +164,7 @@ def _is_batched(x):
 
 
 def check_dense(x, name):
-    """Raise TypeError if a tensor is sparse, nested or of another layout that is not one of strides."""
+    """Raise TypeError if a tensor is sparse, nested or otherwise not strided."""
     if x.is_nested or x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
@@ -217,7 +219,7 @@ def _check_writable(x, name):
 
 
 def check_scatter(destination, index, rows, add, relu):
-    """Raise TypeError or ValueError unless ``rows`` can take the place of the rows ``index`` of ``destination``."""
+    """Raise TypeError or ValueError unless ``rows`` can replace the rows ``index`` of ``destination``."""
     _check_rows(destination, "destination", index)
     _check_match(rows, "rows", destination, "destination", index)
     if (add or relu) and not destination.is_floating_point():

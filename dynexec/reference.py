@@ -1,7 +1,7 @@
-"""What each op means, in plain torch; also the implementation on devices that have no other.
+"""Reference definitions of the ops in plain torch, and their implementation on devices that have no other.
 
-A *row* is ``x[n]``: any trailing shape. Results keep the memory layout of a row (a channels_last batch stays
-channels_last), which ``index_select`` and ``index_copy`` on the tensor itself would lose.
+A *row* is ``x[n]``, of any shape. Results keep the memory layout of a row (a channels_last batch stays channels_last),
+which ``index_select`` and ``index_copy`` on the tensor itself would lose.
 """
 
 import torch
@@ -22,7 +22,7 @@ def gather_rows_out(x, index, out):
 
 
 def scatter_rows(destination, index, rows, *, add=False, relu=False):
-    """A copy of ``destination`` with rows ``index`` replaced; see :func:`dynexec.ops.scatter_rows`."""
+    """Return a copy of ``destination`` with rows ``index`` replaced; see :func:`dynexec.ops.scatter_rows`."""
     return scatter_rows_(destination.clone(), index, rows, add=add, relu=relu)
 
 
@@ -37,9 +37,9 @@ def scatter_rows_(destination, index, rows, *, add=False, relu=False):
 
 
 def merge_rows(rest, index, rows, *, add, relu):
-    """What :func:`scatter_rows` gives, and which elements of the new rows the ReLU passed: bool, like ``rows``.
+    """Return the result of :func:`scatter_rows`, and a mask of the new elements that the ReLU passed.
 
-    Without ``relu`` the second is empty. NaN passes, as in relu.
+    The mask is bool, shaped like ``rows``, and empty without ``relu``. NaN counts as passed, as in relu.
     """
     output = scatter_rows(rest, index, rows, add=add, relu=relu)
     if relu:
@@ -48,7 +48,7 @@ def merge_rows(rest, index, rows, *, add, relu):
 
 
 def gather_passed(x, index, passed):
-    """``x[index]`` where ``passed``, else 0: the gradient of what :func:`merge_rows` was given as ``rows``."""
+    """``x[index]`` where ``passed``, else 0: the gradient of :func:`merge_rows` with respect to ``rows``."""
     rows = gather_rows(x, index)
     return torch.where(passed, rows, torch.zeros_like(rows))
 
@@ -64,7 +64,7 @@ def plan(decisions, choices):
 
 
 def has_dense_rows(x):
-    """Whether each row of ``x`` is one gap-free stretch of memory, in whatever order of dimensions."""
+    """Whether each row of ``x`` is one gap-free stretch of memory, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:]) if size != 1):
         if stride != expected:
@@ -74,9 +74,9 @@ def has_dense_rows(x):
 
 
 def empty_rows(x, count, dtype=None):
-    """An uninitialised ``[count, ...]`` for rows of ``x``: strides of dense rows are kept, others become contiguous.
+    """Return an uninitialised tensor ``[count, ...]`` for rows of ``x``.
 
-    ``dtype``: default that of ``x``.
+    Strides are kept if the rows of ``x`` are dense, and contiguous otherwise. ``dtype`` defaults to that of ``x``.
     """
     row = x.shape[1:]
     strides = x.stride()[1:] if has_dense_rows(x) else contiguous_strides(row)
@@ -84,7 +84,7 @@ def empty_rows(x, count, dtype=None):
 
 
 def contiguous_strides(shape):
-    """Row-major strides of ``shape``."""
+    """Return the row-major strides of ``shape``."""
     strides = []
     step = 1
     for size in reversed(shape):
@@ -94,7 +94,7 @@ def contiguous_strides(shape):
 
 
 def flat_rows(x):
-    """View dense rows as ``[N, numel of a row]``, in memory order."""
+    """View dense rows as ``[N, elements per row]``, in memory order."""
     return x.as_strided((x.shape[0], x.shape[1:].numel()), (x.stride(0), 1))
 
 
@@ -109,14 +109,14 @@ ACTIVATIONS = {
 
 
 def conv_rows_(out, x, weight, bias, rows, *, activation=None, residual=None, **geometry):
-    """``out[rows] = activation(conv2d(x[rows], weight, bias, **geometry) + residual[rows])``; returns ``out``."""
+    """Set ``out[rows] = activation(conv2d(x[rows], weight, bias, **geometry) + residual[rows])``; return ``out``."""
     y = F.conv2d(x[rows], weight, bias, **geometry)
     out[rows] = ACTIVATIONS[activation](y if residual is None else y + residual[rows])
     return out
 
 
 def combine_rows_(out, x, rows, *, add=None, multiply=None, activation=None):
-    """``out[rows] = activation(x[rows] + add[rows])``, or times ``multiply[rows]``; further channels become zero."""
+    """Set ``out[rows] = activation(x[rows] + add[rows])``, or with ``* multiply[rows]``; further channels become 0."""
     y = x[rows]
     y = y + add[rows] if add is not None else y * multiply[rows] if multiply is not None else y
     y = ACTIVATIONS[activation](y)
@@ -125,7 +125,7 @@ def combine_rows_(out, x, rows, *, add=None, multiply=None, activation=None):
 
 
 def pool_rows_(out, x, rows, kind, kernel, *, stride, padding=(0, 0), divisor=0):
-    """Pool ``x[rows]`` into ``out[rows]``: "max", or "sum" over ``divisor`` (0: over the number of inputs)."""
+    """Pool ``x[rows]`` into ``out[rows]``: "max", or "sum" divided by ``divisor`` (0: by the number of inputs)."""
     h, w = out.shape[2:]
     after = [(size - 1) * s + k - p for size, s, k, p in zip((h, w), stride, kernel, padding)]
     after = [max(a - size, 0) for a, size in zip(after, x.shape[2:])]  # the last window may stand over the edge

@@ -1,4 +1,4 @@
-"""Decisions of all blocks compiled once per forward, and with them the one wait for the device that blocks need."""
+"""Routes: the decisions of all blocks compiled once per forward, with the only wait for the device that blocks need."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,9 +15,9 @@ class Route:
     Attributes
     ----------
     decisions : bool or integer tensor ``[N, L]``
-        The decisions it was built from. With two choices, 0 is dropped and 1 is kept.
+        The decisions it was built from. With two choices, 0 means dropped and 1 kept.
     index : int32 tensor ``[L, N]``
-        Per block the sample numbers grouped by choice, ascending inside a group.
+        Sample numbers per block, grouped by choice, ascending within a group.
     offset : int32 tensor ``[L, choices + 1]``
         Group ``c`` of block ``l`` is ``index[l, offset[l, c] : offset[l, c + 1]]``.
     choices : int
@@ -34,7 +34,7 @@ class Route:
 
     @classmethod
     def from_decisions(cls, decisions, *, choices=2, exact=True):
-        """Compile decisions.
+        """Compile decisions into a route.
 
         Parameters
         ----------
@@ -43,13 +43,13 @@ class Route:
         choices : int
             Number of choices; 2 for bool decisions.
         exact : bool
-            Whether the host knows the group sizes. An exact route waits for the device once, for all blocks; a device
-            route never does, and its integer decisions are checked on a CPU only.
+            Whether the host needs the group sizes. An exact route waits for the device once, for all blocks. A device
+            route (False) never waits, and checks the values of integer decisions on a CPU only.
 
         Raises
         ------
         TypeError, ValueError
-            If dtype, shape, ``choices`` or a value do not fit.
+            If dtype, shape, ``choices`` or a value is invalid.
         """
         ops.check_choices(choices)
         _check(decisions, choices, exact)
@@ -76,18 +76,18 @@ class Route:
 
     @property
     def counts(self):
-        """Group sizes: a tuple of L tuples of ``choices`` ints, or None for a device route."""
+        """Group sizes as a tuple of L tuples of ``choices`` ints; None for a device route."""
         if self.borders is None:
             return None
         return tuple(tuple(stop - start for start, stop in pairwise(row)) for row in self.borders)
 
     def count(self, block, choice=1):
-        """Number of samples of ``block`` that take ``choice``. RuntimeError for a device route."""
+        """Return how many samples take ``choice`` in ``block``. RuntimeError for a device route."""
         start, stop = self._borders_of(block, choice)
         return stop - start
 
     def group(self, block, choice=1):
-        """Sample numbers of ``block`` that take ``choice``: a view, int32 ``[count]``, ascending.
+        """Return the numbers of the samples that take ``choice`` in ``block``: a view, int32 ``[count]``, ascending.
 
         RuntimeError for a device route: use ``index`` and ``offset``.
         """
