@@ -1,4 +1,4 @@
-"""Blocks that obey decisions, and the ``decide`` context that they read them from."""
+"""Blocks that obey decisions, and the ``decide`` context from which they read them."""
 
 from dynexec.nn.batch_norm import recompute_batch_norm
 from dynexec.nn.context import active_route, decide

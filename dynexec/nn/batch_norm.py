@@ -1,4 +1,4 @@
-"""What BatchNorm takes its statistics over while only some samples run, and running statistics computed anew."""
+"""Which samples BatchNorm computes its statistics over while only some run, and recomputing running statistics."""
 
 import torch
 from torch import distributed, nn
@@ -8,32 +8,32 @@ from dynexec.measure import evaluation_mode
 
 
 def batch_norms(*parts):
-    """The BatchNorm layers (SyncBatchNorm is one) inside those of ``parts`` that are modules."""
+    """Return the BatchNorm layers (including SyncBatchNorm) inside those of ``parts`` that are modules."""
     modules = (module for part in parts if isinstance(part, nn.Module) for module in part.modules())
     return [module for module in modules if isinstance(module, _BatchNorm)]
 
 
 def uses_batch_statistics(*parts):
-    """Whether a BatchNorm inside ``parts`` takes statistics from the batch."""
+    """Whether a BatchNorm inside ``parts`` computes statistics from the batch."""
     return any(norm.training or norm.running_mean is None for norm in batch_norms(*parts))
 
 
 def meets_other_processes(*parts):
-    """Whether a SyncBatchNorm inside ``parts`` waits for the other processes, in forward and in backward."""
+    """Whether a SyncBatchNorm inside ``parts`` waits for other processes, in forward and backward."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return any(isinstance(norm, nn.SyncBatchNorm) and norm.training for norm in batch_norms(*parts))
 
 
 def hold_batch_norm(*parts):
-    """Put the BatchNorm layers inside ``parts`` in evaluation mode."""
+    """Put the BatchNorm layers inside ``parts`` into evaluation mode."""
     for norm in batch_norms(*parts):
         if norm.training:
             norm.eval()
 
 
 class HoldsBatchNorm:
-    """``train`` of a dynamic block: does not wake the BatchNorm layers that its placement says are frozen."""
+    """Mixin whose ``train`` keeps BatchNorm layers in evaluation mode if the block's placement says they are frozen."""
 
     def train(self, mode=True):
         super().train(mode)
@@ -43,9 +43,9 @@ class HoldsBatchNorm:
 
 
 def split_at_statistics(layers, block, shortcuts):
-    """``layers`` as (those up to the last BatchNorm that takes batch statistics, those after it).
+    """Split ``layers`` into (those up to the last BatchNorm with batch statistics, those after it).
 
-    None where one of the block's is in none of ``layers`` or ``shortcuts``: it may be anywhere.
+    None if such a BatchNorm of the block is in none of ``layers`` or ``shortcuts``: it may be anywhere.
     """
     known = {norm for norm in batch_norms(*layers, *shortcuts)}
     if any(norm not in known and uses_batch_statistics(norm) for norm in batch_norms(block)):
@@ -55,7 +55,7 @@ def split_at_statistics(layers, block, shortcuts):
 
 
 def explain_batch_norm(error, placement, samples):
-    """Raise ``error`` in the words of a block, if it is BatchNorm's that it cannot train on one value per channel."""
+    """Re-raise ``error`` in terms of the block if BatchNorm raised it for having one value per channel to train on."""
     if placement.batch_norm == "all" or "more than 1 value per channel" not in str(error):
         return
     raise ValueError(
@@ -65,33 +65,33 @@ def explain_batch_norm(error, placement, samples):
 
 
 def recompute_batch_norm(model, batches, forward=None):
-    """Compute the running statistics of BatchNorm anew, under the decisions that the network will run with.
+    """Recompute the running statistics of BatchNorm under the decisions that the network will run with.
 
-    A network that was trained with ``batch_norm="kept"``, whose decisions have changed since, or whose weights were
-    averaged has running statistics that are not those of the activations it sees at test time. Every other layer is in
-    evaluation mode meanwhile (no dropout) and nothing is learned. Afterwards each layer is in the mode it was in.
+    Running statistics do not match the activations at test time if the network was trained with ``batch_norm="kept"``,
+    if its decisions have changed since, or if its weights were averaged. During the call every other layer is in
+    evaluation mode (no dropout) and nothing is learned; afterwards each layer is back in its own mode.
 
     Parameters
     ----------
     model : nn.Module
     batches : iterable
-        What ``forward`` takes, one after the other: a data loader, or a part of it.
+        The inputs of ``forward``, one after the other: a data loader, or a part of it.
     forward : callable, optional
-        ``forward(batch)`` runs the model, as with ``lambda batch: net(batch[0].to(device), decisions)``. None:
-        ``model(batch)``, of a list or tuple its first element; a :class:`dynexec.nn.DynamicNetwork` decides by its
-        policy then.
+        ``forward(batch)`` runs the model, for example ``lambda batch: net(batch[0].to(device), decisions)``. None:
+        ``model(batch)``, or ``model(batch[0])`` for a list or tuple; a :class:`dynexec.nn.DynamicNetwork` then decides
+        by its policy.
 
     Raises
     ------
     ValueError
-        If ``batches`` is empty, or no BatchNorm of the model has running statistics. As after any other error, and
-        for a BatchNorm that no sample came to, the statistics are as before.
+        If ``batches`` is empty, or no BatchNorm of the model has running statistics. The statistics are left unchanged,
+        as after any other error; so are those of a BatchNorm that no sample reached.
 
     Notes
     -----
-    Statistics are averaged with the number of values of each batch as weights: batches may differ in size, and so may
-    the samples that are kept. For equal batches that is :func:`torch.optim.swa_utils.update_bn`. Frozen BatchNorm is
-    computed anew as well; in its blocks statistics are over the kept samples, the only ones that run.
+    Statistics are averaged over batches, weighted by the number of values in each: batches, and the kept samples in
+    them, may differ in number. For equal batches this is :func:`torch.optim.swa_utils.update_bn`. Frozen BatchNorm is
+    recomputed as well; in its blocks, statistics are over the kept samples, the only ones that run.
     """
     norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
     if not norms:
@@ -122,7 +122,7 @@ def recompute_batch_norm(model, batches, forward=None):
 
 
 class _Average:
-    """While it is there, a BatchNorm averages the statistics of its batches, weighted with their numbers of values."""
+    """While installed, makes a BatchNorm average its batch statistics, weighted by their numbers of values."""
 
     def __init__(self, norm):
         self.momentum, self.norm, self.values = norm.momentum, norm, 0

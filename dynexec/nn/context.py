@@ -21,13 +21,13 @@ _active = _Active()
 
 
 def active_execution():
-    """The innermost ``decide`` of this thread, or None outside any."""
+    """Return the innermost ``decide`` of this thread, or None outside any."""
     return None if _active.top is None else _active.top[0]
 
 
 @contextmanager
 def undecided():
-    """Outside any ``decide``, whatever is around it."""
+    """Context manager that suspends every surrounding ``decide``."""
     top, _active.top = _active.top, None
     try:
         yield
@@ -36,53 +36,54 @@ def undecided():
 
 
 def active_route(num_samples=None):
-    """The :class:`Route` that blocks follow here, or None outside ``decide``.
+    """Return the :class:`Route` that blocks follow here, or None outside ``decide``.
 
     Parameters
     ----------
     num_samples : int, optional
-        Batch size, needed only when the decisions are one row ``[L]`` shared by all samples.
+        Batch size, needed only if the decisions are one row ``[L]`` shared by all samples.
 
     Raises
     ------
     ValueError
-        If it is needed and not given.
+        If ``num_samples`` is needed and not given.
     """
     execution = active_execution()
     return None if execution is None else execution.route(num_samples)
 
 
 class decide:
-    """Context manager: blocks inside it run only on the samples that ``decisions`` keep.
+    """Context manager in which dynamic blocks run only on the samples that ``decisions`` keep.
 
-    Safe under threads (each thread sees only its own) and under nesting (the innermost wins; the outer one is
-    back afterwards); one object may be entered any number of times, by several threads at once. A ``decide`` entered in
-    one thread is not seen in threads started from it. Activation checkpointing runs the forward again, in the backward
-    pass and maybe in another thread: tell it the decisions,
+    Thread-safe (each thread sees only its own) and nestable (the innermost applies; on its exit the outer one is back).
+    One object may be entered any number of times, also by several threads at once. A ``decide`` entered in one thread
+    is not visible in threads started from it. Activation checkpointing runs the forward again during the backward pass,
+    possibly in another thread, so pass it the decisions:
     ``checkpoint(f, x, use_reentrant=False, context_fn=lambda: (nullcontext(), decide(decisions)))``.
 
     Parameters
     ----------
     decisions : bool tensor ``[N, L]`` or ``[L]``, or Route; in soft mode a float tensor
-        True where sample n keeps block l; one column per dynamic block, in registration order (that of
-        ``model.modules()``). ``[L]`` holds for every sample. A two-choice :class:`Route` is used as it is. In exact
-        mode the tensor is copied here, so that changing it afterwards changes nothing; in capacity mode every block
+        True where sample n keeps block l, with one column per dynamic block in registration order (that of
+        ``model.modules()``). ``[L]`` applies to every sample. A :class:`Route` of two choices is used as it is. In
+        exact mode the tensor is copied here, so that changing it later has no effect; in capacity mode every block
         reads it when it runs.
     mode : {"exact", "capacity", "soft"}
         "exact" reads the counts on the host, once for all blocks, and computes only kept samples. "capacity" never
-        waits for the device and keeps every shape fixed: blocks compute all samples and select, so it saves no time
-        by itself. ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` cannot follow data-dependent sizes, and
-        tensors on the meta device have no values: there blocks run in capacity mode whichever was asked. "soft" takes
-        weights instead of decisions, 1 for what a True decision gives and 0 for what a False one gives: blocks compute
-        both for all samples and mix them, as published code does, so that gradients reach the weights.
+        waits for the device and keeps every shape fixed: blocks compute all samples and select, so it saves no time by
+        itself. Under ``torch.compile``, ``torch.export`` and ``torch.jit.trace``, which cannot follow data-dependent
+        sizes, and on the meta device, whose tensors have no values, blocks run in capacity mode even if "exact" was
+        asked for. "soft" takes weights instead of decisions, 1 for the result of a True decision and 0 for that of a
+        False one: blocks compute both for all samples and mix them, as published code does, so that gradients reach the
+        weights.
 
     Raises
     ------
     TypeError
         If ``decisions`` is not a bool tensor, or in soft mode not a floating-point one.
     ValueError
-        If its shape is not ``[N, L]`` or ``[L]``, or ``mode`` is unknown; and when a block runs, if N, L or the
-        device do not fit the model and its input.
+        If its shape is not ``[N, L]`` or ``[L]``, or ``mode`` is unknown; and when a block runs, if N, L or the device
+        do not match the model and its input.
     """
 
     def __init__(self, decisions, *, mode="exact"):
@@ -109,7 +110,7 @@ class decide:
         _active.top = _without(self, _active.top)
 
     def route(self, num_samples):
-        """The exact Route for a batch of ``num_samples``, built at the first call."""
+        """Return the exact Route for a batch of ``num_samples``, built at the first call."""
         route = self._route
         if route is None or not route.exact or (num_samples is not None and route.num_samples != num_samples):
             decisions = self.decisions
@@ -122,11 +123,11 @@ class decide:
         return route
 
     def column(self, column):
-        """The decisions of one block: bool ``[N]``, or ``[1]`` where they are shared by all samples."""
+        """Return the decisions of one block: bool ``[N]``, or ``[1]`` if they are shared by all samples."""
         return self.decisions[..., column].reshape(-1)
 
     def check(self, x, num_columns):
-        """Raise ValueError unless the decisions fit input ``x`` and a model of ``num_columns`` dynamic blocks."""
+        """Raise ValueError unless the decisions match input ``x`` and a model of ``num_columns`` dynamic blocks."""
         shape, device = tuple(self.decisions.shape), self.decisions.device
         kind = "float" if self.mode == "soft" else "bool"
         if shape[-1] != num_columns:
@@ -153,7 +154,7 @@ def _check_weights(weights):
 
 
 def _without(execution, top):
-    """The list ``top`` less its innermost entry of ``execution``; generators may leave in another order."""
+    """Return the list ``top`` without its innermost entry of ``execution``: generators may leave out of order."""
     entered, outer = top
     return outer if entered is execution else (entered, _without(execution, outer))
 

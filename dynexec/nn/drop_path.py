@@ -1,4 +1,4 @@
-"""Stochastic depth that computes only the samples it keeps (Huang et al., ECCV 2016)."""
+"""Stochastic depth that computes only the kept samples (Huang et al., ECCV 2016)."""
 
 from contextlib import suppress
 from numbers import Real
@@ -15,43 +15,45 @@ DRAWS = ("bernoulli", "fixed")
 
 
 class SubsetDropPath(nn.Module):
-    """Stochastic depth on a residual branch, in training computed for the kept samples only.
+    """Stochastic depth on a residual branch, computed in training for the kept samples only.
 
     ``drop_path(x, branch)`` is ``x + DropPath(drop_prob)(branch(x))``, with timm's DropPath: every sample keeps its
-    branch with probability ``1 - drop_prob``, and a kept one is divided by that. Where DropPath computes the branch for
-    all samples and multiplies by 0, this one gathers the kept samples, runs the branch on them, and adds the result
-    to their rows of a copy of ``x``. In evaluation mode and at rate 0 it is ``x + branch(x)``.
+    branch with probability ``1 - drop_prob``, and a kept branch is divided by that. Where DropPath computes the branch
+    for all samples and multiplies by 0, this module gathers the kept samples, runs the branch on them, and adds the
+    result to their rows of a copy of ``x``. In evaluation mode and at rate 0 it is ``x + branch(x)``.
 
     Parameters
     ----------
     drop_prob : float
-        Probability that a sample drops its branch, ``0 <= drop_prob < 1``. May be set anew at any time, by a schedule.
+        Probability that a sample drops its branch, ``0 <= drop_prob < 1``. May be changed at any time, as by a
+        schedule.
     draw : {"bernoulli", "fixed"}
-        "bernoulli": independently for every sample, as DropPath draws. "fixed": always ``round(N * (1 - drop_prob))``
-        of N samples, at least one, chosen uniformly, and multiplied by N over their number: equal in expectation, and
-        every step costs the same (Oquab et al., "DINOv2", 2023, section 5).
+        "bernoulli": independently for every sample, as in DropPath. "fixed": always ``round(N * (1 - drop_prob))`` of N
+        samples, at least one, chosen uniformly and scaled by N over their number: equal in expectation, and every step
+        costs the same (Oquab et al., "DINOv2", 2023, section 5).
     generator : torch.Generator, optional
-        Of the CPU. None: torch's default one.
+        A CPU generator. Default: torch's default one.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be.
+        If an argument is invalid.
 
     Notes
     -----
-    *BatchNorm* inside the branch sees, and takes its training statistics over, the kept samples only, where behind a
-    DropPath it sees all: the one difference to DropPath but for rounding. Row i of the branch's output must depend on
-    row i of its input alone otherwise, and the branch must not write to its input.
+    *BatchNorm* inside the branch sees, and computes its training statistics over, the kept samples only; with DropPath
+    it sees all samples. Apart from rounding this is the only difference from DropPath. Otherwise, row i of the branch's
+    output must depend on row i of its input alone, and the branch must not write to its input.
 
-    *Draws* are made on the host, whatever the device, so that no step waits for one. On a CPU and with "bernoulli"
-    they are those that DropPath would make with the same seed, if the branch itself draws nothing.
+    *Draws* are made on the host, whatever the device, so that no step waits for one. On a CPU and with "bernoulli" they
+    are those that DropPath would make with the same seed, provided that the branch itself draws nothing.
 
-    *Fixed shapes*: ``torch.compile``, ``torch.export``, ``torch.jit.trace``, meta tensors and the capture of a CUDA
-    graph cannot follow sizes that are drawn. There the branch runs on all samples and is masked, as by DropPath.
+    *Fixed shapes*: ``torch.compile``, ``torch.export``, ``torch.jit.trace``, meta tensors and CUDA graph capture cannot
+    follow random sizes. There the branch runs on all samples and is masked, as in DropPath.
 
     *Activation checkpointing* runs the forward again and restores the default generator for it, so that it draws the
-    same. It does not know of a ``generator`` of one's own: drawing from that in a backward pass is a RuntimeError.
+    same samples. It does not restore a ``generator`` passed here: drawing from that in a backward pass is a
+    RuntimeError.
     """
 
     def __init__(self, drop_prob=0.0, *, draw="bernoulli", generator=None):
@@ -66,28 +68,29 @@ class SubsetDropPath(nn.Module):
         self.drop_prob, self.draw, self.generator = drop_prob, draw, generator
 
     def forward(self, x, branch=None):
-        """``x + branch(x)``, with stochastic depth.
+        """Compute ``x + branch(x)`` with stochastic depth.
 
         Parameters
         ----------
         x : floating-point tensor ``[N, ...]``
             N samples of any shape and memory layout: maps ``[N, C, H, W]``, tokens ``[N, T, D]``.
         branch : nn.Module or other callable, optional
-            Takes some rows of ``x``, ``[M, ...]``, and gives as many of the same shape. Where no sample is kept, a
-            module is not called and its parameters get gradients of zeros, as DistributedDataParallel needs them;
-            another callable, whose parameters are not known, is called with no row (M = 0).
-            None: ``x`` is the output of a branch that ran already, and is masked and divided: then this is DropPath.
+            Maps some rows of ``x``, ``[M, ...]``, to as many rows of the same shape. If no sample is kept, a module is
+            not called and its parameters get zero gradients, which DistributedDataParallel needs; any other callable,
+            whose parameters are not known, is called with no rows (M = 0). None: ``x`` is the output of a branch that
+            has run already, and is masked and divided, as by DropPath.
 
         Returns
         -------
         tensor ``[N, ...]``
-            Laid out as ``x`` where samples are dropped, and of memory of its own.
+            In the memory layout of ``x`` if samples are dropped. A new tensor, except that without ``branch`` it is
+            ``x`` itself in evaluation mode and at rate 0.
 
         Raises
         ------
         TypeError, ValueError
-            If the branch does not give what it should, if ``drop_prob`` was set out of range, or if the kept samples
-            give a BatchNorm one value per channel, on which it cannot train.
+            If the output of the branch is invalid, if ``drop_prob`` was set out of range, or if the kept samples give a
+            BatchNorm one value per channel, on which it cannot train.
         """
         _check_rate(self.drop_prob)
         if not self.training or self.drop_prob == 0:
@@ -124,12 +127,12 @@ def _check_rate(drop_prob):
 
 
 def needs_fixed_shapes(x):
-    """Whether sizes must not depend on a draw: ``x`` is traced or has no values, or a CUDA graph is captured."""
+    """Whether sizes must not depend on a draw: ``x`` is traced or has no values, or a CUDA graph is being captured."""
     return is_traced(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def draw_samples(num_samples, drop_prob, draw="bernoulli", generator=None, device="cpu"):
-    """Which samples are kept, bool ``[N]``, and what makes up for the others: the factor of the kept ones' branch."""
+    """Return which samples are kept, bool ``[N]``, and the factor for their branch that makes up for the others."""
     if draw == "fixed":
         count = max(1, round(num_samples * (1 - drop_prob)))
         return torch.randperm(num_samples, generator=generator, device=device) < count, num_samples / count
@@ -139,10 +142,10 @@ def draw_samples(num_samples, drop_prob, draw="bernoulli", generator=None, devic
 
 
 def add_branch(shortcut, x, branch, keep, scale, *, branch_first=False):
-    """``shortcut + scale * branch(x)`` for the samples that ``keep``, ``shortcut`` for others; never its own memory.
+    """Return ``shortcut + scale * branch(x)`` for the samples in ``keep``, ``shortcut`` for the others, in new memory.
 
     ``shortcut`` and ``x`` are ``[N, ...]``; ``keep`` is bool ``[N]`` on the host. ``branch`` is called with the kept
-    rows of ``x``. ``branch_first``: laid out as ``branch(x) + shortcut``.
+    rows of ``x``. With ``branch_first`` the result is laid out like ``branch(x) + shortcut``.
     """
     index = keep.nonzero().flatten()
     kept = len(index)
@@ -162,7 +165,7 @@ def add_branch(shortcut, x, branch, keep, scale, *, branch_first=False):
 
 
 def _run(branch, rows, shortcut):
-    """``branch(rows)``, checked to be what can be added to rows of ``shortcut``."""
+    """Return ``branch(rows)``, after checking that it can be added to rows of ``shortcut``."""
     version = None if torch.compiler.is_compiling() or rows.is_inference() else rows._version
     try:
         output = branch(rows)
@@ -187,6 +190,6 @@ def _run(branch, rows, shortcut):
 
 
 def _mask(rows, keep, scale):
-    """What DropPath makes of ``rows``: the kept ones times ``scale``, the others times 0."""
+    """Apply DropPath to ``rows``: multiply the kept ones by ``scale``, the others by 0."""
     factor = keep.to(rows.device, rows.dtype, non_blocking=True) * scale
     return rows * factor.reshape(-1, *[1] * (rows.dim() - 1))

@@ -1,4 +1,4 @@
-"""Blocks with two sets of weights, of which every sample runs one (SpotTune, Guo et al., CVPR 2019, section 3)."""
+"""Blocks with two sets of weights, one of which runs for each sample (SpotTune, Guo et al., CVPR 2019, section 3)."""
 
 import torch
 
@@ -13,17 +13,17 @@ from dynexec.nn.rows import join_rows, part_rows
 
 
 class ExpertBlock(DynamicBlock):
-    """Mixin for an ``nn.Module``: samples whose decision is True run another module of the same shapes in its place.
+    """Mixin for an ``nn.Module`` in whose place samples with a True decision run another module of the same shapes.
 
     Equivalent to ``torch.where(decisions[:, None, None, None], block.expert()(x), block.forward_dense(x))``. Outside
-    ``decide`` it is the block itself. In training mode BatchNorm takes its statistics over all samples, over those that
-    run it, or not at all, as the block's placement says.
+    ``decide`` it is the block itself. In training mode BatchNorm computes its statistics over all samples, over those
+    that run it, or not at all, as the block's placement says.
     """
 
     chooses_weights = True  # for those who may not import this class
 
     def expert(self):
-        """The module for samples whose decision is True."""
+        """Return the module for samples whose decision is True."""
         raise NotImplementedError
 
     def forward_decided(self, execution, x, args, kwargs):
@@ -52,7 +52,7 @@ class ExpertBlock(DynamicBlock):
 
 
 def _run_groups(groups, x, args, kwargs):
-    """Each group's function on its samples; a module whose group is empty gets zero gradients."""
+    """Run each group's function on its samples; the module of an empty group gets zero gradients."""
     idle = [module for _, module, index in groups if len(index) == 0]
     if not idle:
         indices = [index for _, _, index in groups]

@@ -1,4 +1,4 @@
-"""A backbone of dynamic blocks together with the policy that decides for it."""
+"""A backbone of dynamic blocks, with the policy that decides for it."""
 
 from torch import nn
 
@@ -8,15 +8,15 @@ from dynexec.policy import threshold
 
 
 class DynamicNetwork(nn.Module):
-    """Decides per sample which blocks to run, then runs them.
+    """Network that decides per sample which blocks to run, then runs them.
 
     Parameters
     ----------
     backbone : nn.Module
-        Holds L dynamic blocks with their columns assigned: a converted model, or one built from
-        :class:`dynexec.nn.ResidualBlock`.
+        Contains L dynamic blocks with columns: a converted model, or one built from :class:`dynexec.nn.ResidualBlock`
+        with its columns assigned.
     policy : nn.Module, optional
-        ``policy(images)`` gives keep probabilities ``[N, L]``. None: decisions must be given in every call.
+        ``policy(images)`` returns keep probabilities ``[N, L]``. None: decisions must be given in every call.
 
     Raises
     ------
@@ -38,11 +38,11 @@ class DynamicNetwork(nn.Module):
         ----------
         images : float tensor ``[N, ...]``
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
-            None: the policy decides, deterministically, keeping a block where its probability is at least 0.5.
+            None: the policy decides, deterministically, keeping a block if its probability is at least 0.5.
         return_decisions : bool
             Also return the decisions.
         soft_decisions : float tensor ``[N, L]`` or ``[L]``, optional
-            Instead of decisions: weights of what a True decision gives, for :class:`dynexec.decide` in soft mode.
+            In place of decisions: the weights of what a True decision gives, for :class:`dynexec.decide` in soft mode.
         mode : {"exact", "capacity"}
             See :class:`dynexec.decide`.
 
@@ -53,7 +53,8 @@ class DynamicNetwork(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            As :class:`dynexec.decide`; and if both decisions and soft decisions are given, or neither without a policy.
+            As in :class:`dynexec.decide`; also if decisions and soft decisions are both given, or neither is and there
+            is no policy.
         """
         if soft_decisions is not None:
             if decisions is not None:

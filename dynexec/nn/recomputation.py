@@ -1,8 +1,9 @@
-"""Finds activation checkpointing that runs blocks again in the backward pass without the decisions that they obeyed.
+"""Detects activation checkpointing that recomputes blocks in the backward pass without the decisions they obeyed.
 
-The gradients would be those of another network, and where all shapes are the same PyTorch does not notice. With
-``use_reentrant=False`` it compares what is saved for the backward pass: there blocks that obey decisions save a mark.
-With ``use_reentrant=True`` nothing is saved, and it is known of each block how its last forward without gradients was.
+The gradients would be those of another network, and PyTorch does not notice if all shapes agree. With
+``use_reentrant=False`` it compares what is saved for the backward pass, so blocks that obey decisions save a mark. With
+``use_reentrant=True`` nothing is saved; instead, blocks that obeyed decisions in their last forward without gradients
+are remembered.
 """
 
 from weakref import WeakSet
@@ -14,7 +15,7 @@ _decided = WeakSet()  # blocks that obeyed decisions in their last forward witho
 
 
 def check_recomputation(block, execution):
-    """Raise RuntimeError where a reentrant checkpoint runs a forward again without the decisions that it obeyed."""
+    """Raise RuntimeError if a reentrant checkpoint repeats a forward without the decisions that it obeyed."""
     if torch._C._current_graph_task_id() == -1:  # not in a backward pass
         if not torch.is_grad_enabled():
             (_decided.discard if execution is None else _decided.add)(block)
@@ -27,7 +28,7 @@ def check_recomputation(block, execution):
 
 
 def marked(block, output):
-    """``output``, beside which a mark of the block's column is saved for the backward pass if that may matter."""
+    """Return ``output``; where it may matter, also save a mark of the block's column for the backward pass."""
     if not torch.compiler.is_compiling() and output.grad_fn is not None and _saves_elsewhere():
         mark = _Mark.apply(torch.empty(0, requires_grad=True), block.placement.column)
         output.grad_fn.metadata["dynexec mark"] = mark  # lives as long as what the output was made by
@@ -35,12 +36,12 @@ def marked(block, output):
 
 
 def _saves_elsewhere():
-    """Whether somebody else keeps what is saved for the backward pass, as a checkpoint that is not reentrant does."""
+    """Whether other code keeps what is saved for the backward pass, as a non-reentrant checkpoint does."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class _Mark(Function):
-    """Saves a tensor that no layer saves."""
+    """Saves a tensor of a shape that no layer saves."""
 
     @staticmethod
     def forward(ctx, like, column):

@@ -31,20 +31,20 @@ from dynexec.nn.structure import TracedAdapter, hooked
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a block stands in its model: column of the decisions, name, and what BatchNorm takes statistics over.
+    """A block's place in its model: its column of the decisions, its name, and what BatchNorm takes statistics over.
 
     Attributes
     ----------
     column : int
-        Of the decisions, from 0.
+        Column of the decisions, from 0.
     num_columns : int
-        L.
+        L, the number of columns.
     batch_norm : {"all", "kept", "frozen"}
         See :func:`dynexec.convert`.
     by_convert : bool
-        Whether :func:`dynexec.convert` gave it, and :func:`dynexec.revert` takes it away.
+        Whether :func:`dynexec.convert` assigned it, so that :func:`dynexec.revert` removes it.
     name : str
-        Of the block in its model.
+        Name of the block in its model.
     """
 
     column: int
@@ -55,13 +55,14 @@ class Placement:
 
 
 class DynamicBlock(HoldsBatchNorm):
-    """Mixin for an ``nn.Module``: obeys the active ``decide`` once it has a ``placement``.
+    """Mixin for an ``nn.Module`` that obeys the active ``decide`` once it has a ``placement``.
 
-    A subclass says how it computes through three methods. ``residual_layers`` is the residual branch as callables
-    applied in order (None: not known as a sequence, which needs an identity shortcut). ``shortcut_layers`` is the same
-    for the shortcut (empty: identity). ``activation_layer`` is what follows the addition (None: nothing). A block with
-    an identity shortcut runs ``forward_dense`` on its kept samples, with every argument it was called with, unless its
-    BatchNorm takes statistics over all samples: then layers before the last one that does are dense.
+    A subclass describes its computation by three methods. ``residual_layers`` returns the residual branch as callables
+    to apply in order (None: not known as a sequence, which requires an identity shortcut). ``shortcut_layers`` returns
+    the same for the shortcut (empty: identity). ``activation_layer`` returns what follows the addition (None: nothing).
+    A block with an identity shortcut runs ``forward_dense`` on its kept samples, with all arguments of the call, unless
+    its BatchNorm computes statistics over all samples: then the layers up to the last such BatchNorm run on every
+    sample.
     """
 
     placement: Placement | None = None
@@ -76,7 +77,7 @@ class DynamicBlock(HoldsBatchNorm):
         return None
 
     def forward_dense(self, *args, **kwargs):
-        """The block for all samples; a converted block has its model's own ``forward`` here."""
+        """Run the block on all samples; in a converted block this is the model's own ``forward``."""
         return super().forward(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
@@ -99,7 +100,7 @@ class DynamicBlock(HoldsBatchNorm):
             return marked(self, self.forward_decided(execution, args[0], args[1:], kwargs))
 
     def forward_decided(self, execution, x, args, kwargs):
-        """The block on ``x`` as ``execution``, the active :class:`decide`, says."""
+        """Run the block on ``x`` under ``execution``, the active :class:`decide`."""
         return _run(self, execution, x, args, kwargs)
 
 
@@ -138,7 +139,7 @@ def _run(block, execution, x, args, kwargs):
 
 
 def computes_all(block, execution, x):
-    """Whether a block must compute every sample: sizes must not depend on decisions, or these are weights."""
+    """Whether a block must compute every sample: sizes must not depend on decisions, or the decisions are weights."""
     if execution.mode == "exact" and not is_traced(x):
         return False
     if block.placement.batch_norm == "kept" and uses_batch_statistics(block):
@@ -151,7 +152,7 @@ def computes_all(block, execution, x):
 
 
 def _select(block, x, keep, shortcuts, args, kwargs):
-    """Compute every sample, then choose: the published code's way, and the reference for every other."""
+    """Compute every sample, then choose: as published code does, and the reference for all other ways."""
     shortcut, version = apply_layers(shortcuts, x), _version(x)
     if shortcuts:
         full = _finish(block, _apply_branch(block, block.residual_layers(), x, shortcuts) + shortcut)
@@ -172,12 +173,12 @@ def _unequal(block, output, shortcut):
 
 
 def _version(x):
-    """How often ``x`` was written to, or None where nobody counts."""
+    """Return how often ``x`` was written to, or None where this is not counted."""
     return None if is_traced(x) or x.is_inference() else x._version
 
 
 def _check_unwritten(block, x, version):
-    """Raise ValueError if ``x``, which dropped samples keep, was written to since it had ``version``."""
+    """Raise ValueError if ``x``, which dropped samples keep, was written to since ``version``."""
     if _version(x) != version:
         kind = type(block).__name__
         raise ValueError(
@@ -187,7 +188,7 @@ def _check_unwritten(block, x, version):
 
 
 def _apply_branch(block, layers, x, shortcuts):
-    """``layers`` of the residual branch; a trace does not show whether ``shortcuts`` read ``x`` before or after."""
+    """Apply the residual branch's ``layers``; a trace does not show if ``shortcuts`` read ``x`` before or after."""
     if not (shortcuts and isinstance(getattr(block, "_dynexec_adapter", None), TracedAdapter)):
         return apply_layers(layers, x)
     version = _version(x)
@@ -201,7 +202,7 @@ def _apply_branch(block, layers, x, shortcuts):
 
 
 def choose(decisions, chosen, other):
-    """Per sample ``chosen`` where ``decisions`` ``[N]`` or ``[1]`` are True, else ``other``; mixed by float ones."""
+    """Return ``chosen`` where ``decisions``, ``[N]`` or ``[1]``, are True, else ``other``; float ones mix the two."""
     decisions = decisions.reshape(-1, *[1] * (chosen.dim() - 1))
     if decisions.dtype == torch.bool:
         return torch.where(decisions, chosen, other)
@@ -210,7 +211,7 @@ def choose(decisions, chosen, other):
 
 
 def _split(block, shortcuts):
-    """The residual branch as (layers that need every sample for their statistics, layers after them), or None."""
+    """Split the residual branch into (layers that need every sample for statistics, layers after them), or None."""
     layers, adapter = block.residual_layers(), getattr(block, "_dynexec_adapter", None)
     # An adapter that somebody wrote need not say what follows the addition of an identity.
     if layers is None or not (shortcuts or adapter is None or isinstance(adapter, TracedAdapter)):
@@ -219,7 +220,7 @@ def _split(block, shortcuts):
 
 
 def _compact(block, x, index, shortcuts, dense, layers):
-    """Compute ``dense`` layers on every sample, and ``layers`` behind them on the kept ones: gather, run, scatter.
+    """Run ``dense`` layers on every sample and the ``layers`` after them on the kept ones: gather, run, scatter.
 
     The result never shares memory with ``x``.
     """
@@ -243,7 +244,7 @@ def _compact(block, x, index, shortcuts, dense, layers):
 
 
 def _broadcast(block, output, shortcut):
-    """What a branch gives, as the addition broadcasts it."""
+    """Broadcast the output of a branch as the addition would."""
     if output.shape == shortcut.shape:
         return output
     try:
@@ -253,7 +254,7 @@ def _broadcast(block, output, shortcut):
 
 
 def _compact_whole(block, x, index, args, kwargs):
-    """The same with the block's own forward, of which it is only known that its shortcut is the identity."""
+    """:func:`_compact` with the block's own forward, of which only the identity shortcut is known."""
     if len(index) == 0 and not meets_other_processes(block):
         return with_zero_gradients(x, block)
     rows, rest = split_rows(x, index)
@@ -269,15 +270,15 @@ def _finish(block, total):
 
 
 class ResidualBlock(DynamicBlock, nn.Module):
-    """A residual block of our own: ``relu(residual(x) + shortcut(x))``, or ``shortcut(x)`` where dropped.
+    """Base of dynexec's own residual blocks: ``relu(residual(x) + shortcut(x))``, or ``shortcut(x)`` where dropped.
 
     A subclass creates its layers and returns them from ``residual_layers``.
 
     Parameters
     ----------
     shortcut : nn.Module, optional
-        Applied to the input of every sample; None is the identity. It is referenced, not registered: whoever builds
-        the block registers it, because published checkpoints keep shortcuts beside the blocks.
+        Applied to the input of every sample; None is the identity. It is referenced but not registered: the code that
+        builds the block registers it, because published checkpoints store shortcuts beside the blocks.
     """
 
     def __init__(self, shortcut=None):
@@ -300,12 +301,12 @@ def apply_layers(layers, x):
 
 
 def dynamic_blocks(module):
-    """All dynamic blocks of ``module``, in registration order (placed or not): list of :class:`DynamicBlock`."""
+    """Return all dynamic blocks of ``module`` in registration order, placed or not: list of :class:`DynamicBlock`."""
     return [block for block in module.modules() if isinstance(block, DynamicBlock)]
 
 
 def count_blocks(module):
-    """L: how many dynamic blocks of ``module`` have a column of the decisions."""
+    """Return L, the number of dynamic blocks of ``module`` that have a column of the decisions."""
     return sum(block.placement is not None for block in dynamic_blocks(module))
 
 
@@ -315,19 +316,19 @@ def assign_columns(module, *, batch_norm="all"):
     Parameters
     ----------
     module : nn.Module
-        Built of dynamic blocks, such as :class:`ResidualBlock`. For other blocks there is :func:`dynexec.convert`.
+        Built from dynamic blocks, such as :class:`ResidualBlock`. For other blocks use :func:`dynexec.convert`.
     batch_norm : {"all", "kept", "frozen"}
-        Which samples their BatchNorm takes its statistics over in training, see :func:`dynexec.convert`.
+        Which samples their BatchNorm computes its statistics over in training; see :func:`dynexec.convert`.
 
     Returns
     -------
     int
-        Their number L.
+        L, the number of dynamic blocks.
 
     Raises
     ------
     ValueError
-        If ``batch_norm`` is another, or "frozen" where a BatchNorm has no running statistics.
+        If ``batch_norm`` is unknown, or is "frozen" and a BatchNorm has no running statistics.
     """
     blocks = {name: block for name, block in module.named_modules() if isinstance(block, DynamicBlock)}
     place(blocks, batch_norm)
@@ -335,7 +336,7 @@ def assign_columns(module, *, batch_norm="all"):
 
 
 def place(blocks, batch_norm="all", *, by_convert=False):
-    """Give ``blocks``, by name, their columns, in this order."""
+    """Give ``blocks``, a dict by name, their columns, in its order."""
     check_batch_norm(batch_norm, blocks)
     for column, (name, block) in enumerate(blocks.items()):
         block.placement = Placement(column, len(blocks), batch_norm, by_convert, name)
@@ -344,7 +345,7 @@ def place(blocks, batch_norm="all", *, by_convert=False):
 
 
 def check_batch_norm(batch_norm, blocks):
-    """Raise ValueError unless ``batch_norm`` names a way to take batch statistics that ``blocks`` have."""
+    """Raise ValueError unless ``batch_norm`` is a known setting that ``blocks`` support."""
     if batch_norm not in ("all", "kept", "frozen"):
         raise ValueError(f'batch_norm must be "all" or "kept" (samples), or "frozen", got {batch_norm!r}')
     for name, block in blocks.items() if batch_norm == "frozen" else ():
@@ -356,24 +357,24 @@ def check_batch_norm(batch_norm, blocks):
 
 
 def _is_plain(block):
-    """Whether ``forward_dense`` is what the layers say, and nothing else."""
+    """Whether ``forward_dense`` does just what the layers say."""
     return getattr(type(block), "forward_dense", None) is ResidualBlock.forward_dense
 
 
 def _is_plain_relu(layer):
-    """Whether the scatter may apply it instead: a ReLU that nobody hooked or patched."""
+    """Whether ``layer`` is a ReLU that is neither hooked nor patched, so that the scatter may apply it instead."""
     if layer is torch.relu:
         return True
     return type(layer) is nn.ReLU and not hooked(layer, backward=True)
 
 
 def is_traced(x):
-    """Whether the call has no values to read: sizes must not depend on decisions then."""
+    """Whether this call has no values to read, so that sizes must not depend on decisions."""
     return torch.compiler.is_compiling() or x.device.type == "meta" or torch.jit.is_tracing()
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """A copy whose backward gives every parameter a gradient of zeros, as computing on no sample does."""
+    """A copy whose backward gives every parameter a zero gradient, as computing on no samples would."""
 
     generate_vmap_rule = True
 
@@ -396,7 +397,7 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def with_zero_gradients(x, block):
-    """A copy of ``x``, as of every other keep; in the backward pass the block's parameters get gradients of zeros."""
+    """Return a copy of ``x``, as for any other decisions; in backward the block's parameters get zero gradients."""
     # A copy also because an in-place layer behind the block must not reach the block's input.
     parameters = []
     if torch.is_grad_enabled():

@@ -1,8 +1,8 @@
-"""Taking samples out of a batch, and putting back what became of them, with one copy in the backward pass.
+"""Takes samples out of a batch and puts their results back, with a single copy in the backward pass.
 
-The two belong together: the gradient of the kept rows is complete where they were taken out, and replaces there what
-came from behind. Two ops of :mod:`dynexec.ops`, each right by itself, must write zeros over those rows, and add two
-gradients of the whole batch. The same holds where a batch is taken apart, and nothing of it is left.
+The two steps belong together: where rows were taken out, their gradient is complete and replaces what comes from
+behind. Two separate ops of :mod:`dynexec.ops` would have to write zeros over those rows and add two gradients of the
+whole batch. The same holds where a batch is split up completely.
 """
 
 from functools import reduce
@@ -16,15 +16,17 @@ from dynexec.reference import empty_rows
 
 
 def split_rows(x, index):
-    """``(x[index], rest)``, no row twice; ``rest`` looks like ``x`` and is for :func:`merge_rows`, or for nothing."""
+    """Return ``(x[index], rest)``, where ``index`` has no duplicates and ``rest``, which looks like ``x``, is for
+    :func:`merge_rows` only.
+    """
     return _Split.apply(x, index) if _backward_only(x) else (ops.gather_rows(x, index), x)
 
 
 def merge_rows(rest, index, rows, shortcut=None, *, relu=False):
-    """A copy of the ``x`` of :func:`split_rows` in which ``rows`` take the place of the rows ``index``.
+    """Return a copy of the ``x`` of :func:`split_rows` in which ``rows`` replace the rows ``index``.
 
-    Where it is given, ``shortcut``, the other result of :func:`split_rows`, is added to ``rows``. ``relu`` applies a
-    ReLU to what is written.
+    If ``shortcut``, the other result of :func:`split_rows`, is given, it is added to ``rows``. ``relu`` applies a ReLU
+    to the rows that are written.
     """
     # Under autocast a branch may be narrower than its shortcut; torch.where, the reference, widens too.
     if rest.dtype != rows.dtype:
@@ -37,14 +39,14 @@ def merge_rows(rest, index, rows, shortcut=None, *, relu=False):
 
 
 def part_rows(x, indices):
-    """``[x[index] for index in indices]``, of which every row of ``x`` is in one."""
+    """Return ``[x[index] for index in indices]``, where each row of ``x`` is in exactly one ``index``."""
     if _backward_only(x):
         return _Part.apply(x, *indices)
     return [ops.gather_rows(x, index) for index in indices]
 
 
 def join_rows(parts, indices):
-    """The reverse of :func:`part_rows`, laid out as the first of ``parts``."""
+    """Undo :func:`part_rows`; the result is laid out like the first of ``parts``."""
     for rows, index in zip(parts, indices, strict=True):
         ops.check_scatter(parts[0], index, rows, False, False)
     if _backward_only(*parts):
@@ -56,7 +58,7 @@ def join_rows(parts, indices):
 
 
 def _backward_only(*tensors):
-    """Whether an ordinary backward pass may follow: no tangents, and no transform of ``torch.func``."""
+    """Whether at most an ordinary backward pass may follow: no tangents, and no ``torch.func`` transform."""
     plain = forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
     return plain and needed(*tensors)
 
@@ -126,12 +128,12 @@ class _Join(Function):
 
 
 def _is_batch(x):
-    """Whether a tensor stands for one dimension more than it shows: ``torch.vmap``, or ``is_grads_batched``."""
+    """Whether a tensor has a hidden batch dimension, from ``torch.vmap`` or ``is_grads_batched``."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _place_rows(num_samples, indices, parts):
-    """Rows at their places, and zeros elsewhere; of parts that are None, too."""
+    """Put rows in their places, with zeros elsewhere and for parts that are None."""
     known = [(index, rows) for index, rows in zip(indices, parts, strict=True) if rows is not None]
     some = known[0][1]
     # Gradients in batches have no rule for what writes in place, and gradients of gradients need a graph.

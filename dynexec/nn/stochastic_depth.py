@@ -1,7 +1,7 @@
-"""Finds ``shortcut + drop_path(branch(x))`` in blocks of existing models, and computes only what is kept of it.
+"""Finds ``shortcut + drop_path(branch(x))`` in blocks of existing models, and computes only the kept samples of it.
 
-No third-party imports: a stochastic-depth module is one whose class is named as timm's or torchvision's and has their
-attributes; where it is added is read from the traced forward of the block that calls it.
+No third-party imports: a stochastic-depth module is one whose class has the name and attributes of timm's or
+torchvision's; where it is added is read from the traced forward of the block that calls it.
 """
 
 import inspect
@@ -21,9 +21,9 @@ _ARITHMETIC = {operator.getitem, operator.add, operator.sub, operator.mul, opera
 
 
 def read_rate(module):
-    """(drop probability, whether kept samples are divided by the keep probability); None: no stochastic depth.
+    """Return (drop probability, whether kept samples are divided by the keep probability), or None if not applicable.
 
-    timm's DropPath has ``drop_prob`` and ``scale_by_keep``, torchvision's StochasticDepth ``p``, and ``mode``, which
+    timm's DropPath has ``drop_prob`` and ``scale_by_keep``; torchvision's StochasticDepth has ``p`` and ``mode``, which
     must be "row".
     """
     if not type(module).__name__.endswith(("DropPath", "StochasticDepth")) or isinstance(module, SubsetDropPath):
@@ -33,9 +33,9 @@ def read_rate(module):
 
 
 def drop_path_blocks(model):
-    """Names of the modules that hold stochastic depth, with the names of it inside them.
+    """Return the modules that hold stochastic depth: by name, the names inside them of their stochastic-depth modules.
 
-    torch's own containers, such as ``ModuleList``, are passed over for what holds them.
+    torch's own containers, such as ``ModuleList``, do not count: the module that holds the container does.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found, names = {}, {}
@@ -54,7 +54,7 @@ def drop_path_blocks(model):
 class Branch:
     """One branch that may be dropped: ``function(block, rows)``, and the names of what it uses of the block.
 
-    ``first``: in the addition it is written before its shortcut, and the sum has its memory layout.
+    ``first``: the branch is the first operand of its addition, and the sum has its memory layout.
     """
 
     drop_path: str
@@ -68,9 +68,9 @@ class Branch:
 class Branches:
     """What was read of a block.
 
-    ``run(block, x, block)`` is its forward, in which each of ``branches`` and its addition is a call of the block's
-    ``_dynexec_add_branch``. ``defaults`` are its forward's other parameters, with which it was traced; ``reasons`` say
-    by name which stochastic depth stays as it is and why.
+    ``run(block, x, block)`` is its forward, with each of ``branches`` and its addition replaced by a call of the
+    block's ``_dynexec_add_branch``. ``defaults`` are the values of the forward's other parameters in the trace;
+    ``reasons`` says by name which stochastic-depth modules stay as they are, and why.
     """
 
     branches: tuple[Branch, ...]
@@ -87,7 +87,7 @@ def _unread():
 
 
 def read_branches(block):
-    """Trace ``block`` in training mode and return its :class:`Branches`; :class:`NotABlock` if that cannot be."""
+    """Trace ``block`` in training mode and return its :class:`Branches`; raise :class:`NotABlock` if that fails."""
     own = getattr(type(block), "_dynexec_original", type(block))
     parameters = list(inspect.signature(own.forward).parameters.values())[2:]  # without the block and its input
     graph = _training_graph(block)
@@ -150,14 +150,14 @@ def _training_graph(block):
 
 
 def _add_input(graph):
-    """A second input of the graph, for the block whose ``_dynexec_add_branch`` it calls."""
+    """Add a second input to the graph: the block whose ``_dynexec_add_branch`` it calls."""
     x = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(x):
         return graph.placeholder("block")
 
 
 def _addition(block, drop_path):
-    """(the addition behind ``drop_path``, its other operand)."""
+    """Return (the addition after ``drop_path``, its other operand)."""
     module = _module(block, drop_path)
     if getattr(module, "mode", "row") != "row":
         raise NotABlock(f"its mode is {module.mode!r}, which does not drop samples")
@@ -170,7 +170,7 @@ def _addition(block, drop_path):
 
 
 def _branch_nodes(block, drop_path):
-    """(the nodes that only lead to ``drop_path``, in order, the one value that they start from)."""
+    """Return (the nodes that lead only to ``drop_path``, in order, and the one value that they start from)."""
     inside = {drop_path}
     for node in reversed(list(drop_path.graph.nodes)):
         if node.op != "placeholder" and node.users and all(user in inside for user in node.users):
@@ -192,7 +192,7 @@ def _branch_nodes(block, drop_path):
 
 
 def _measured(node):
-    """The value whose sizes ``node`` is made of, or None: what it is made of is more than that."""
+    """Return the value from whose sizes alone ``node`` is computed, or None."""
     reads = (node.op == "call_function" and node.target is getattr and node.args[1] == "shape") or (
         node.op == "call_method" and node.target == "size"
     )
@@ -205,7 +205,7 @@ def _measured(node):
 
 
 def _branch(block, drop_path, nodes, x, first):
-    """The nodes of a branch as a graph of its own."""
+    """Turn the nodes of a branch into a graph of their own."""
     graph = fx.Graph()
     copies = {x: graph.placeholder("x")}
 
@@ -222,7 +222,7 @@ def _branch(block, drop_path, nodes, x, first):
 
 
 def _compile(block, graph):
-    """The graph as a function of the block and the graph's inputs."""
+    """Turn the graph into a function of the block and the graph's inputs."""
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = _path(node)
@@ -238,7 +238,7 @@ def _module(block, node):
 
 
 class _BoundBranch:
-    """A branch of a certain block, as far like a module as it takes."""
+    """A branch of a given block, as much like a module as is needed."""
 
     def __init__(self, block, branch):
         self.block, self.branch = block, branch
@@ -255,7 +255,7 @@ class _BoundBranch:
 
 
 class SubsetBranches:
-    """Stands before a block's own class in the bases of the class it is swapped to."""
+    """Mixin placed before a block's own class in the bases of the class that it is swapped to."""
 
     def forward(self, *args, **kwargs):
         if not (self.training and args and isinstance(args[0], torch.Tensor)) or needs_fixed_shapes(args[0]):
@@ -285,28 +285,28 @@ class SubsetBranches:
 
 
 def _as_traced(defaults, others, kwargs):
-    """Whether a block is called with nothing but its input, or with what its parameters are by default."""
+    """Whether a block is called with its input alone, or with the default values of its other parameters."""
     given = dict(zip(defaults, others)) | kwargs
     known = len(others) <= len(defaults)
     return known and all(name in defaults and value is defaults[name] for name, value in given.items())
 
 
 def make_subset(block, branches, batch_norm):
-    """Swap the class of ``block`` for one that computes the kept samples of ``branches``."""
+    """Swap the class of ``block`` for one that computes only the kept samples of ``branches``; return the block."""
     block.__class__ = subset_class(type(block))
     vars(block).update(_dynexec_branches=branches, _dynexec_batch_norm=batch_norm)
     return block
 
 
 def undo_subset(block):
-    """Give a block its own class back."""
+    """Give a block its original class back."""
     block.__class__ = block._dynexec_original
     del block._dynexec_branches, block._dynexec_batch_norm
 
 
 @cache
 def subset_class(original):
-    """The class for blocks of class ``original``."""
+    """Return the class for blocks of class ``original``."""
     namespace = {"__module__": original.__module__, "_dynexec_original": original}
     if hasattr(original, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
@@ -314,7 +314,7 @@ def subset_class(original):
 
 
 def _deepcopy(block, memo):
-    """Let the block copy itself in its own way, which may make one of its own class, and convert the copy."""
+    """Let the block copy itself in its own way, which may yield one of its original class, and convert the copy."""
     copied = block._dynexec_original.__deepcopy__(block, memo)
     copied.__class__ = block._dynexec_original
     return make_subset(copied, None, block._dynexec_batch_norm)

@@ -1,7 +1,7 @@
 """Reads from a block's traced forward how it splits into residual branch, shortcut and activation.
 
 No class names and no third-party imports: a block is whatever computes ``activation(residual(x) + shortcut(x))`` with
-convolutions in its residual branch, as the residual blocks of torchvision's, timm's and most people's networks do.
+convolutions in its residual branch, like the residual blocks of torchvision, timm and most other libraries.
 """
 
 import operator
@@ -37,22 +37,22 @@ _ASKS = {"getattr", "getitem", "size", "dim", "numel", "len", "eq", "ne", "lt", 
 
 
 def hooked(module, *, backward=False):
-    """Whether a call does something else than the type's own forward, or its backward pass, if that is asked."""
+    """Whether a call does anything besides the type's own forward or, with ``backward``, its backward pass."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return True
     return backward and bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class Adapter:
-    """Says how blocks of a type split; subclass it for a block that cannot be read from its trace.
+    """Tells how blocks of a type split; subclass it for blocks that cannot be read from their trace.
 
-    As it is, ``Adapter(MyBlock)`` stands for an identity shortcut: a kept sample runs the block's own ``forward``, a
+    Unmodified, ``Adapter(MyBlock)`` stands for an identity shortcut: a kept sample runs the block's own ``forward``, a
     dropped one keeps its value.
 
     Parameters
     ----------
     block_type : type or tuple of types
-        The blocks it is for.
+        The blocks it applies to.
     """
 
     def __init__(self, block_type):
@@ -62,23 +62,27 @@ class Adapter:
         self.block_type = block_type
 
     def residual_layers(self, block):
-        """The residual branch as callables applied in order; None: only the block's ``forward`` as a whole is known."""
+        """Return the residual branch as callables to apply in order, or None if only the whole ``forward`` is known."""
         return None
 
     def shortcut_layers(self, block):
-        """The shortcut of ``block`` as callables applied in order; empty: the identity. Not empty needs
-        ``residual_layers``."""
+        """Return the shortcut of ``block`` as callables to apply in order; empty is the identity.
+
+        A shortcut that is not empty requires ``residual_layers``.
+        """
         return []
 
     def activation_layer(self, block):
-        """What ``block`` does after the addition of its shortcut, or None for nothing; only asked if it has
-        ``residual_layers``."""
+        """Return what ``block`` applies after adding its shortcut, or None for nothing.
+
+        Only called if ``residual_layers`` are given.
+        """
         return None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of a branch: a submodule, function or tensor method, applied to one tensor and constants."""
+    """One operation of a branch: a submodule, function or tensor method applied to one tensor and constants."""
 
     kind: str
     target: object
@@ -86,7 +90,7 @@ class Step:
     kwargs: tuple = ()
 
     def bind(self, block):
-        """The step as a callable on a tensor. A submodule is looked up now, so a replaced one is found."""
+        """Return the step as a callable on a tensor. Submodules are looked up here, so that a replaced one is found."""
         function = self.module(block)
         if function is None:
             function = getattr(torch.Tensor, self.target) if self.kind == "call_method" else self.target
@@ -94,7 +98,7 @@ class Step:
         return (lambda x: function(x, *args, **kwargs)) if args or kwargs else function
 
     def module(self, block):
-        """The submodule it calls, or None."""
+        """Return the submodule that the step calls, or None."""
         return reduce(getattr, self.target.split("."), block) if self.kind == "call_module" else None
 
     def __reduce__(self):
@@ -133,15 +137,15 @@ class TracedAdapter(Adapter):
 
 
 class NotABlock(Exception):
-    """Why a module does not split."""
+    """Raised with the reason why a module does not split."""
 
 
 class NoSkip(NotABlock):
-    """It is no residual block at all, as most modules are not."""
+    """The module is no residual block at all, like most modules."""
 
 
 def is_candidate(module):
-    """Whether a module could be a block: its forward is not one of torch's own, and there is a convolution inside."""
+    """Whether a module could be a block: its forward is not torch's own, and it contains a convolution."""
     forward = getattr(type(module).forward, "__module__", None) or ""
     return (
         not isinstance(module, CONVOLUTIONS)
@@ -151,10 +155,10 @@ def is_candidate(module):
 
 
 def read_structure(block):
-    """Trace ``block`` and return its :class:`TracedAdapter`; raise :class:`NotABlock` with the reason if it has none.
+    """Trace ``block`` and return its :class:`TracedAdapter`; raise :class:`NotABlock` with the reason if there is none.
 
-    The trace is taken in evaluation and in training mode; where they differ, only a block with an identity shortcut
-    is accepted. The block is left as it was.
+    Traces are taken in evaluation and in training mode; if they differ, only a block with an identity shortcut is
+    accepted. The block is left as it was.
     """
     modes = {module: module.training for module in block.modules()}
     attributes = dict(vars(block))
@@ -178,7 +182,7 @@ def read_structure(block):
 
 
 class OneInput(nn.Module):
-    """Calls the block with one input, so that its other parameters keep their defaults as plain values."""
+    """Calls the block with one input, so that its other parameters keep their default values."""
 
     def __init__(self, block):
         super().__init__()
@@ -189,7 +193,7 @@ class OneInput(nn.Module):
 
 
 class BlockTracer(Tracer):
-    """Goes into the forward of one block, and into none of the modules that it calls."""
+    """Traces into the forward of one block, and into none of the modules that it calls."""
 
     def __init__(self, block):
         super().__init__()
@@ -203,7 +207,7 @@ class BlockTracer(Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """Records ``y += 1`` as what writes in place; fx takes it for ``y = y + 1``."""
+    """Records ``y += 1`` as an in-place write, where fx would record ``y = y + 1``."""
 
     def __iadd__(self, other):
         return self._record(operator.iadd, other)
@@ -261,7 +265,7 @@ def _split(block, graph):
 
 
 def is_addition(node):
-    """Whether ``node`` adds two different values, neither of them a constant nor scaled."""
+    """Whether ``node`` adds two different values, neither of them constant or scaled."""
     return (
         node.op in ("call_function", "call_method")
         and node.target in _ADDITIONS
@@ -271,7 +275,7 @@ def is_addition(node):
 
 
 def _branch(block, node, x):
-    """The steps from ``x`` to ``node``: () for x itself, None where the way is not a plain sequence."""
+    """Return the steps from ``x`` to ``node``: () for x itself, None if they are not a plain sequence."""
     steps = []
     while node is not x:
         step = _step(node)
@@ -283,7 +287,7 @@ def _branch(block, node, x):
 
 
 def _step(node):
-    """``node`` as a step, or None where it is not an operation on its first argument and constants."""
+    """Return ``node`` as a step, or None if it is not an operation on its first argument and constants."""
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
     if not node.args or not isinstance(node.args[0], fx.Node):
@@ -303,7 +307,7 @@ def _does_nothing(module):
 
 
 def overwrites(block, node, x):
-    """Whether ``node`` writes to its input ``x``, or hands its memory on, as an Identity does, to one that writes."""
+    """Whether ``node`` writes to its input ``x``, or passes its memory on, like an Identity, to a node that does."""
     if node.args[:1] != (x,):
         return False
     if node.op == "call_module":
@@ -324,7 +328,7 @@ def overwrites(block, node, x):
 
 
 def _writes_unseen(graph):
-    """Whether something is called whose result leads nowhere, as ``self.relu(y)`` in place where ``y`` goes on."""
+    """Whether a call's result is unused, as when ``self.relu(y)`` runs in place and ``y`` is used afterwards."""
     leads_on = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in leads_on:
@@ -339,7 +343,7 @@ def _writes_unseen(graph):
 
 
 def _layers(module):
-    """``module``, or if it is a Sequential what it applies in order."""
+    """Return ``[module]``, or for a Sequential the modules that it applies in order."""
     return [layer for child in module for layer in _layers(child)] if isinstance(module, nn.Sequential) else [module]
 
 

@@ -1,4 +1,4 @@
-"""Classes that the blocks of existing models are swapped to, so that they obey decisions."""
+"""Classes that blocks of existing models are swapped to so that they obey decisions."""
 
 import copy
 from functools import cache
@@ -15,7 +15,7 @@ FROZEN = ("convolutions", "all", "nothing")
 
 
 class Swapped(DynamicBlock):
-    """Stands before the block's own class in the bases of the class it is swapped to."""
+    """Mixin placed before a block's own class in the bases of the class that it is swapped to."""
 
     def __reduce_ex__(self, protocol):
         # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
@@ -26,7 +26,7 @@ class Swapped(DynamicBlock):
 
 
 class Converted(Swapped):
-    """For a block that is kept or dropped, split as an adapter says."""
+    """A block that is kept or dropped, split as an adapter says."""
 
     def residual_layers(self):
         return self._dynexec_adapter.residual_layers(self)
@@ -39,7 +39,7 @@ class Converted(Swapped):
 
 
 class ConvertedExpert(ExpertBlock, Swapped):
-    """For a block with a second set of weights, its submodule ``fine_tuned``."""
+    """A block with a second set of weights, its submodule ``fine_tuned``."""
 
     def expert(self):
         return self.fine_tuned
@@ -54,14 +54,14 @@ class ConvertedExpert(ExpertBlock, Swapped):
 
 
 def make_dynamic(block, adapter, base=Converted, placement=None):
-    """Swap the class of ``block`` for one with ``base`` before it; return the block."""
+    """Swap the class of ``block`` for one with ``base`` before it in its bases; return the block."""
     block.__class__ = dynamic_class(original_class(block), base)
     vars(block).update(_dynexec_adapter=adapter, placement=placement)
     return block
 
 
 def second_weights(block, frozen):
-    """A second set of weights for ``block``: a copy of it; ValueError if ``frozen`` of the first cannot be."""
+    """Copy ``block`` as its second set of weights; ValueError if the first cannot be frozen as ``frozen`` says."""
     second = copy.deepcopy(block)
     if isinstance(second, ResidualBlock) and second.shortcut_layers():
         if frozen == "all" and batch_norms(*second.shortcut_layers()):
@@ -74,7 +74,7 @@ def second_weights(block, frozen):
 
 
 def add_expert(block, second, frozen):
-    """Give ``block`` its second set of weights, and freeze of the first what ``frozen`` says."""
+    """Give ``block`` its second set of weights, and freeze the first as ``frozen`` says."""
     kinds = {"convolutions": CONVOLUTIONS, "all": nn.Module, "nothing": ()}[frozen]
     shortcut = block.shortcut_layers() if isinstance(block, ResidualBlock) else []
     for layer in (layer for part in (block, *shortcut) for layer in part.modules()):
@@ -88,7 +88,7 @@ def add_expert(block, second, frozen):
 
 
 def undo(block):
-    """Give a block its own class back, and only its first set of weights."""
+    """Give a block its original class back, with only its first set of weights."""
     if isinstance(block, ConvertedExpert):
         del block.fine_tuned
     block.__class__ = block._dynexec_original
@@ -97,7 +97,7 @@ def undo(block):
 
 @cache
 def dynamic_class(original, base=Converted):
-    """The class for blocks of class ``original``."""
+    """Return the class for blocks of class ``original``."""
     namespace = {"__module__": original.__module__, "_dynexec_original": original, "_dynexec_base": base}
     if hasattr(original, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
@@ -105,12 +105,12 @@ def dynamic_class(original, base=Converted):
 
 
 def original_class(block):
-    """The block's own class."""
+    """Return the block's original class."""
     return block._dynexec_original if isinstance(block, Swapped) else type(block)
 
 
 def _deepcopy(block, memo):
-    """Let the block copy itself in its own way, which may make one of its own class, and convert the copy."""
+    """Let the block copy itself in its own way, which may yield one of its original class, and convert the copy."""
     copied = block._dynexec_original.__deepcopy__(block, memo)
     return make_dynamic(copied, block._dynexec_adapter, block._dynexec_base, block.placement)
 

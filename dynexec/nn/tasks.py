@@ -1,4 +1,4 @@
-"""Tasks that share a network's blocks for as long as their decisions agree."""
+"""Tasks that share a network's blocks as long as their decisions agree."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,26 @@ from dynexec import ops
 
 @dataclass(frozen=True, eq=False)
 class SharingPlan:
-    """Which rows exist before each block of a chain when every task skips blocks of its own.
+    """Which rows exist before each block of a chain in which every task skips blocks of its own.
 
-    A row is a sample with one history of decisions: tasks that decided alike so far have the same features, and share
-    the row. Where they disagree, it becomes two: the one that runs the block, and the one that skips it. The plan is
-    the trie of the histories, written as row numbers.
+    A row is a sample with one history of decisions: tasks that decided alike so far have the same features and share
+    the row. Where they disagree, it splits in two: one row runs the block and one skips it. The plan is the trie of
+    these histories, written as row numbers.
 
-    Rows come in groups. Before the first block there is one group (decisions for all samples) or one per sample.
-    After a block come first the rows that ran it and then those that skipped it, each in the order of the rows that
-    they come from. So neighbours stay neighbours, and most selections are slices.
+    Rows come in groups. Before the first block there is one group (decisions for all samples) or one per sample. After
+    a block, the rows that ran it come first and those that skipped it second, each in the order of the rows that they
+    come from. Neighbours thus stay neighbours, and most selections are slices.
 
     Attributes
     ----------
     blocks : tuple of L pairs ``(run, skip)``
-        The groups that run the block, and those that skip it: a slice where they follow each other, an int64 tensor
-        otherwise, None where there are none. A group whose tasks disagree is in both. Afterwards the rows of ``run``
-        and then those of ``skip`` are the rows before the next block.
+        The groups that run the block, and those that skip it: a slice if they are consecutive, otherwise an int64
+        tensor, or None if there are none. A group whose tasks disagree is in both. The rows before the next block are
+        those of ``run`` followed by those of ``skip``.
     tasks : tuple of T selections
-        After the last block, the groups of each task, in the order of the samples.
+        The groups of each task after the last block, in the order of the samples.
     group : int
-        How many rows a group has: N if decisions hold for all samples, otherwise 1.
+        Number of rows in a group: N if decisions hold for all samples, otherwise 1.
     """
 
     blocks: tuple
@@ -38,7 +38,7 @@ class SharingPlan:
 
     @classmethod
     def from_decisions(cls, decisions, num_samples, device=None):
-        """Compile decisions: waits once for the device that they are on.
+        """Compile decisions, waiting once for the device that they are on.
 
         Parameters
         ----------
@@ -47,12 +47,12 @@ class SharingPlan:
         num_samples : int
             N, the number of rows before the first block.
         device : torch.device, optional
-            Where the rows are; default that of ``decisions``.
+            Device of the rows; default that of ``decisions``.
 
         Raises
         ------
         TypeError, ValueError
-            If dtype or shape do not fit.
+            If dtype or shape is invalid.
         """
         check_task_decisions(decisions)
         if decisions.dim() == 3 and len(decisions) != num_samples:
@@ -72,7 +72,7 @@ class SharingPlan:
         return cls(tuple(blocks), tasks, num_samples if decisions.dim() == 2 else 1)
 
     def take(self, x, groups):
-        """Rows of ``x`` that a selection stands for; a view where it is a slice."""
+        """Return the rows of ``x`` that a selection stands for; a view if it is a slice."""
         if not isinstance(groups, slice):
             return ops.gather_rows(x.unflatten(0, (-1, self.group)), groups).flatten(0, 1)
         start, stop = groups.start * self.group, groups.stop * self.group
@@ -80,7 +80,7 @@ class SharingPlan:
 
 
 def count_shared_rows(decisions):
-    """How many rows a sample has before each block, and how many of them run it.
+    """Count how many rows a sample has before each block, and how many of them run it.
 
     Parameters
     ----------
@@ -90,8 +90,8 @@ def count_shared_rows(decisions):
     Returns
     -------
     rows, running : int64 tensors ``[L]`` or ``[N, L]``
-        Distinct histories before the block, and how many of them have a task that runs it. Without sharing these
-        were T, and ``decisions.sum(-2)``.
+        Distinct histories before the block, and how many of them have a task that runs it. Without sharing these would
+        be T and ``decisions.sum(-2)``.
     """
     check_task_decisions(decisions)
     same = decisions.unsqueeze(-2) == decisions.unsqueeze(-3)  # [..., task, other task, L]
@@ -113,7 +113,7 @@ def check_task_decisions(decisions):
 
 
 def _select(groups, device):
-    """Row numbers as the shortest that stands for them: None, a slice, or a tensor."""
+    """Return row numbers in their shortest form: None, a slice, or a tensor."""
     if len(groups) == 0:
         return None
     first, last = int(groups[0]), int(groups[-1])

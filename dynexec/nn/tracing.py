@@ -1,4 +1,4 @@
-"""``torch.fx`` tracing in a process of several threads, and where it may be interrupted."""
+"""``torch.fx`` tracing that is safe in a process with several threads, and when interrupted."""
 
 import threading
 
@@ -9,16 +9,16 @@ _lock = threading.RLock()
 
 
 class Tracer(fx.Tracer):
-    """An ``fx.Tracer`` that leaves the rest of the process alone.
+    """An ``fx.Tracer`` that does not affect the rest of the process.
 
-    While one traces, torch.fx replaces ``nn.Module.__call__`` for all threads. Two at once would leave each other's
-    replacement behind, and an interrupt may leave it there, or where the next ``torch.compile`` brings it back. So one
-    traces at a time, what was there before is put back in any case, and modules that other threads call meanwhile run
-    as ever.
+    While tracing, torch.fx replaces ``nn.Module.__call__`` for all threads. Two traces at once would each leave the
+    other's replacement behind, and an interrupt may leave it in place, or where the next ``torch.compile`` restores it.
+    Therefore only one trace runs at a time, the previous state is always restored, and modules that other threads call
+    meanwhile run as usual.
     """
 
     def trace(self, root, concrete_args=None):
-        """The graph of ``root``, an ``nn.Module``."""
+        """Return the graph of ``root``, an ``nn.Module``."""
         with _lock:
             self._thread = threading.get_ident()
             call, get, state = nn.Module.__call__, nn.Module.__getattr__, vars(_symbolic_trace)
@@ -30,7 +30,7 @@ class Tracer(fx.Tracer):
                 state.update(before)
 
     def call_module(self, m, forward, args, kwargs):
-        """What a module's call becomes: a node, or in another thread the call."""
+        """Turn a module call into a node; in another thread, perform the call."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
