@@ -1,6 +1,6 @@
-"""From what a policy gives to decisions, and the estimators that train it.
+"""From the output of a policy to decisions, and the estimators that train it.
 
-Plain functions on tensors: nothing here knows a model, nor how a block is executed.
+Plain functions on tensors: nothing here depends on a model or on how blocks are executed.
 """
 
 from dynexec.policy.bernoulli import explore, log_probability, sample, threshold

@@ -6,9 +6,9 @@ import torch
 
 
 def threshold(probabilities):
-    """Decide deterministically: keep a block where its probability is at least 0.5.
+    """Decide deterministically: keep a block if its probability is at least 0.5.
 
-    There is no rule that keeps at least one block: a sample may drop them all (BlockDrop, section 3).
+    No rule keeps at least one block: a sample may drop them all (BlockDrop, section 3).
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ def threshold(probabilities):
     TypeError
         If ``probabilities`` is not a floating-point tensor.
     ValueError
-        If one is NaN, below 0 or above 1. Checked on the CPU only, because elsewhere it would wait for the device;
-        there a NaN keeps the block, so that a broken policy costs time and not accuracy.
+        If a probability is NaN, below 0 or above 1. Checked on the CPU only, because elsewhere the check would wait for
+        the device; there a NaN keeps the block, so that a broken policy costs time but not accuracy.
     """
     check_probabilities(probabilities)
     return ~(probabilities < 0.5)
@@ -38,13 +38,13 @@ def explore(probabilities, exploration):
     probabilities : float tensor
         Between 0 and 1.
     exploration : float in [0, 1]
-        ``a``; 1 leaves the probabilities as they are, 0.5 makes every decision a coin toss. The paper trains with
-        0.8, that is, with p' between 0.2 and 0.8 (BlockDrop, section 3).
+        ``a``; 1 leaves the probabilities as they are, 0.5 makes every decision a coin toss. The paper trains with 0.8,
+        that is, with p' between 0.2 and 0.8 (BlockDrop, section 3).
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`threshold`, and if ``exploration`` is not between 0 and 1.
+        As in :func:`threshold`, and if ``exploration`` is not between 0 and 1.
     """
     check_probabilities(probabilities)
     if not 0.0 <= exploration <= 1.0:
@@ -53,7 +53,7 @@ def explore(probabilities, exploration):
 
 
 def sample(probabilities, *, generator=None, exploration=1.0):
-    """Draw decisions: each block is kept with its (bounded) probability, independently.
+    """Draw decisions: each block is kept independently, with its (bounded) probability.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ def sample(probabilities, *, generator=None, exploration=1.0):
     Raises
     ------
     TypeError, ValueError
-        As :func:`explore`.
+        As in :func:`explore`.
     """
     return torch.bernoulli(explore(probabilities, exploration).detach(), generator=generator).bool()
 
 
 def log_probability(probabilities, decisions, *, exploration=1.0):
-    """Log of the probability that :func:`sample` draws ``decisions``, per sample and block.
+    """Compute the log-probability that :func:`sample` draws ``decisions``, per sample and block.
 
     Parameters
     ----------
@@ -88,15 +88,18 @@ def log_probability(probabilities, decisions, *, exploration=1.0):
 
     Returns
     -------
-    float tensor ``[N, L]``, differentiable in ``probabilities``. Finite: probabilities are first moved away from
-    exactly 0 and 1 by the smallest step of their dtype.
-
-    Equivalent to ``torch.distributions.Bernoulli(explore(probabilities, exploration)).log_prob(decisions)``.
+    float tensor ``[N, L]``
+        Differentiable with respect to ``probabilities``, and finite: probabilities are first moved away from exactly 0
+        and 1 by the smallest step of their dtype.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`explore`, and if ``decisions`` is not bool of the same shape.
+        As in :func:`explore`, and if ``decisions`` is not bool of the same shape.
+
+    Notes
+    -----
+    Equivalent to ``torch.distributions.Bernoulli(explore(probabilities, exploration)).log_prob(decisions)``.
     """
     bounded = clamp_open(explore(probabilities, exploration))
     check_drawn(decisions, tuple(probabilities.shape), " like the probabilities")
@@ -104,7 +107,7 @@ def log_probability(probabilities, decisions, *, exploration=1.0):
 
 
 def check_probabilities(probabilities):
-    """Raise unless ``probabilities`` is a floating-point tensor, all in [0, 1] where that is seen without waiting."""
+    """Raise unless ``probabilities`` is a floating-point tensor, in [0, 1] where that can be read without waiting."""
     _check_type(probabilities, "probabilities", "[N, L] or [L]")
     if not _readable(probabilities):
         return
@@ -120,12 +123,15 @@ def check_probabilities(probabilities):
 
 
 def check_logits(logits):
-    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be seen without waiting."""
+    """Raise unless ``logits`` is a floating-point tensor, free of NaN where that can be read without waiting."""
     check_numbers(logits, "logits", "[..., choices]")
 
 
 def check_softmax(logits):
-    """The same, and that ``logits`` have a softmax: none is inf, nor all -inf, which is a choice never taken."""
+    """:func:`check_logits`, and raise unless ``logits`` have a softmax: none is inf, nor are all choices -inf.
+
+    A single choice of -inf is allowed: it is never taken.
+    """
     check_logits(logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have choices, [..., choices], got shape {tuple(logits.shape)}")
@@ -136,7 +142,7 @@ def check_softmax(logits):
 
 
 def check_numbers(values, name, shape):
-    """The same for any ``values``, which a message calls ``name`` and describes by ``shape``, a text."""
+    """:func:`check_logits` for any ``values``; ``name`` and ``shape``, a text, describe them in messages."""
     _check_type(values, name, shape)
     if _readable(values) and bool(values.isnan().any()):
         raise ValueError(f"{name} {tuple(values.shape)} hold NaN: expected numbers {_DIVERGED}")
@@ -152,12 +158,12 @@ def _check_type(values, name, shape):
 
 
 def _readable(values):
-    """Whether there are values that can be looked at without waiting for a device."""
+    """Whether there are values that can be read without waiting for a device."""
     return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def check_drawn(decisions, shape, like=""):
-    """Raise unless ``decisions`` are bool of a shape, a tuple in which None stands for any size."""
+    """Raise unless ``decisions`` are bool of ``shape``, a tuple in which None stands for any size."""
     if not isinstance(decisions, torch.Tensor):
         raise TypeError(f"decisions must be a bool tensor {_text(shape)}, got {type(decisions).__name__}")
     fits = len(shape) == decisions.dim() and all(a in (None, b) for a, b in zip(shape, decisions.shape))

@@ -1,4 +1,4 @@
-"""The curriculum over blocks: decide for the last blocks first (BlockDrop, section 3)."""
+"""The curriculum over blocks: the policy decides for the last blocks first (BlockDrop, section 3)."""
 
 from math import isfinite
 
@@ -8,7 +8,7 @@ from dynexec.policy.bernoulli import check_drawn
 
 
 def curriculum_mask(num_blocks, epoch, *, blocks_per_epoch=1):
-    """Which blocks the policy decides for in this epoch: the last ``1 + epoch * blocks_per_epoch``.
+    """Return which blocks the policy decides for in an epoch: the last ``1 + epoch * blocks_per_epoch``.
 
     Parameters
     ----------
@@ -17,8 +17,8 @@ def curriculum_mask(num_blocks, epoch, *, blocks_per_epoch=1):
     epoch : int
         From 0.
     blocks_per_epoch : float
-        How many blocks each epoch adds: 1 in the paper. Small data sets have few steps per epoch; a fraction lets
-        them stay longer at each length.
+        Number of blocks that each epoch adds: 1 in the paper. With small data sets, which have few steps per epoch, a
+        fraction keeps training at each length for longer.
 
     Returns
     -------
@@ -27,7 +27,7 @@ def curriculum_mask(num_blocks, epoch, *, blocks_per_epoch=1):
     Raises
     ------
     ValueError
-        If ``num_blocks`` is below 1, or ``epoch`` or ``blocks_per_epoch`` below 0, infinite or NaN.
+        If ``num_blocks`` is below 1, or ``epoch`` or ``blocks_per_epoch`` is below 0, infinite or NaN.
     """
     if not num_blocks >= 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
@@ -40,7 +40,7 @@ def curriculum_mask(num_blocks, epoch, *, blocks_per_epoch=1):
 
 
 def force_untrained(decisions, trained):
-    """Decisions with every block on that the curriculum has not reached yet.
+    """Keep, in ``decisions``, every block that the curriculum has not reached yet.
 
     Parameters
     ----------

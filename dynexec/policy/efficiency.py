@@ -1,11 +1,11 @@
-"""Losses of policies that choose by Gumbel-softmax: what the choices cost, and how evenly they are made (AR-Net)."""
+"""Losses of policies that choose by Gumbel-softmax: the cost of the choices, and how evenly they are used (AR-Net)."""
 
 import torch
 import torch.nn.functional as F
 
 
 def expected_cost(weights, costs):
-    """What the choices cost on average: a scalar, in the unit of ``costs``.
+    """Compute the average cost of the choices: a scalar, in the unit of ``costs``.
 
     ``(weights.mean((0, 1)) * costs).sum()`` (Meng et al., ECCV 2020).
 
@@ -14,12 +14,12 @@ def expected_cost(weights, costs):
     weights : float tensor ``[N, T, A]``
         Drawn per sample and step, see :func:`dynexec.policy.gumbel_softmax`; gradients reach them.
     costs : float tensor ``[A]`` or sequence of float
-        Per choice. AR-Net: of a backbone its multiply-adds per frame in 1e9, of all else 0.
+        One per choice. In AR-Net: for a backbone its multiply-adds per frame in 1e9, for all other choices 0.
 
     Raises
     ------
     TypeError, ValueError
-        If ``weights`` are no float tensor of three dimensions, or ``costs`` are not one number per choice.
+        If ``weights`` is not a float tensor of three dimensions, or ``costs`` does not have one number per choice.
     """
     _check_weights(weights)
     costs = torch.as_tensor(costs, dtype=weights.dtype, device=weights.device)
@@ -29,10 +29,10 @@ def expected_cost(weights, costs):
 
 
 def usage_imbalance(weights):
-    """How far the choices are from being used equally often: a scalar, 0 if they are (Meng et al., ECCV 2020).
+    """Measure how far the choices are from being used equally often: a scalar, 0 if they are (Meng et al., ECCV 2020).
 
-    The Euclidean norm of ``usage - usage.mean()``, with ``usage`` the share of each choice in the sum of all
-    ``weights``, float ``[N, T, A]``. TypeError or ValueError if they are none, or empty.
+    This is the Euclidean norm of ``usage - usage.mean()``, where ``usage`` is the share of each choice in the sum of
+    all ``weights``, float ``[N, T, A]``. TypeError or ValueError if ``weights`` is not such a tensor, or is empty.
     """
     _check_weights(weights)
     usage = weights.sum((0, 1)) / weights.sum()
@@ -50,7 +50,7 @@ def efficiency_loss(logits, labels, weights, costs, *, accuracy=0.95, efficiency
     weights, costs
         See :func:`expected_cost`.
     accuracy, efficiency, balance : float
-        As published for the ResNet network.
+        Weights of the terms; the defaults are those published for the ResNet network.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def efficiency_loss(logits, labels, weights, costs, *, accuracy=0.95, efficiency
     Raises
     ------
     TypeError, ValueError
-        As :func:`expected_cost`.
+        As in :func:`expected_cost`.
     """
     cost = expected_cost(weights, costs) + balance * usage_imbalance(weights)
     return accuracy * F.cross_entropy(logits, labels) + efficiency * cost

@@ -1,4 +1,4 @@
-"""The Gumbel-softmax estimator: choices that are drawn, and that gradients pass (Jang et al., ICLR 2017)."""
+"""The Gumbel-softmax estimator: random choices that gradients pass through (Jang et al., ICLR 2017)."""
 
 import torch
 
@@ -6,16 +6,16 @@ from dynexec.policy.bernoulli import check_softmax
 
 
 def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
-    """Draw weights over the last dimension; their gradients reach the logits.
+    """Draw weights over the last dimension whose gradients reach the logits.
 
     Parameters
     ----------
     logits : float tensor ``[..., choices]``
         Unnormalised log-probabilities.
     temperature : float
-        Above 0. The lower, the nearer to one-hot.
+        Above 0. The lower, the closer to one-hot.
     hard : bool
-        Give one-hot weights, with the gradient of the soft ones (the straight-through estimator).
+        Return one-hot weights, with the gradient of the soft ones (the straight-through estimator).
     generator : torch.Generator, optional
         On the device of ``logits``; the same state draws the same weights.
 
@@ -23,13 +23,15 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
     -------
     float tensor ``[..., choices]``, adding up to 1
 
-    Equivalent to ``torch.nn.functional.gumbel_softmax(logits, temperature, hard)``, which takes no generator.
-
     Raises
     ------
     TypeError, ValueError
-        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN, inf, or -inf for all choices; or
-        ``temperature`` is not above 0 and finite in their dtype.
+        If ``logits`` is not a floating-point tensor or, on the CPU, holds NaN, inf, or -inf for all choices; or if
+        ``temperature`` is not above 0 and finite in the dtype of ``logits``.
+
+    Notes
+    -----
+    Equivalent to ``torch.nn.functional.gumbel_softmax(logits, temperature, hard)``, which takes no generator.
     """
     check_softmax(logits)
     if not torch.finfo(logits.dtype).tiny <= temperature < float("inf"):
@@ -48,18 +50,18 @@ def gumbel_softmax(logits, temperature, *, hard=False, generator=None):
 def draw(logits, *, generator=None):
     """Draw a choice per row from ``softmax(logits)``: int64 ``[...]`` for logits ``[..., choices]``.
 
-    The same distribution as ``gumbel_softmax(logits, t, hard=True).argmax(-1)`` at any temperature t. ``logits``,
-    ``generator`` and errors as in :func:`gumbel_softmax`.
+    Has the distribution of ``gumbel_softmax(logits, t, hard=True).argmax(-1)`` at any temperature t. ``logits``,
+    ``generator`` and errors are as in :func:`gumbel_softmax`.
     """
     with torch.no_grad():
         return gumbel_softmax(logits, 1.0, generator=generator).argmax(-1)
 
 
 def exponential_temperature(step, *, initial=5.0, decay=0.965):
-    """``initial * decay ** step``: as published, 5 and 0.965 per epoch in AdaShare and AdaMML.
+    """Return ``initial * decay ** step``; the defaults are published for AdaShare and AdaMML, per epoch.
 
     AR-Net's ``5 * exp(-0.045 * epoch)`` is ``decay=math.exp(-0.045)``; SpotTune stays at 5, ``decay=1``. ValueError
-    unless ``step`` is at least 0, ``initial`` above 0 and ``decay`` above 0 and at most 1.
+    unless ``step`` is at least 0, ``initial`` above 0, and ``decay`` above 0 and at most 1.
     """
     if not step >= 0 or not initial > 0 or not 0 < decay <= 1:
         raise ValueError(

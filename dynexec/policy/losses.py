@@ -7,16 +7,16 @@ from dynexec.policy.bernoulli import check_numbers, check_probabilities, clamp_o
 
 
 def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trained=None):
-    """Minus the advantage times the log-probability of the decisions, summed over blocks.
+    """Compute minus the advantage times the log-probability of the decisions, summed over blocks.
 
-    Its gradient, averaged over decisions drawn by :func:`dynexec.policy.sample`, is that of minus the expected
-    reward (Williams, 1992). Any baseline that does not depend on the drawn decisions leaves that average alone and
-    lowers its variance; the self-critical one is the reward of the thresholded policy (Rennie et al., CVPR 2017).
+    Averaged over decisions drawn by :func:`dynexec.policy.sample`, its gradient is that of minus the expected reward
+    (Williams, 1992). A baseline that does not depend on the drawn decisions leaves this average unchanged and lowers
+    its variance; the self-critical baseline is the reward of the thresholded policy (Rennie et al., CVPR 2017).
 
     Parameters
     ----------
     probabilities : float tensor ``[N, L]``
-        What the policy gave, before exploration.
+        The policy's output, before exploration.
     decisions : bool tensor ``[N, L]``
         Drawn from them with the same ``exploration``.
     advantage : float tensor ``[N]``
@@ -33,8 +33,8 @@ def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trai
     Raises
     ------
     TypeError, ValueError
-        As :func:`dynexec.policy.log_probability`, and if ``advantage`` or ``trained`` is not what it should be. Values,
-        NaN among advantages, are checked on the CPU only.
+        As in :func:`dynexec.policy.log_probability`, and if ``advantage`` or ``trained`` is invalid. Values, such as
+        NaN in ``advantage``, are checked on the CPU only.
     """
     _check_two_dimensions(probabilities)
     check_numbers(advantage, "advantage", "[N]")
@@ -45,10 +45,10 @@ def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trai
 
 
 def entropy_term(probabilities, *, exploration=1.0, trained=None):
-    """``-p' log p'`` summed over blocks, with p' the bounded probability.
+    """Compute ``-p' log p'`` summed over blocks, where p' is the bounded probability.
 
-    This is half of a Bernoulli entropy, as published: its largest value is at p' = 1/e, so besides keeping decisions
-    undecided it leans towards dropping.
+    This is half of a Bernoulli entropy, as published. Its maximum is at p' = 1/e, so besides keeping decisions
+    undecided it favours dropping.
 
     Parameters
     ----------
@@ -56,7 +56,8 @@ def entropy_term(probabilities, *, exploration=1.0, trained=None):
     exploration : float
         See :func:`dynexec.policy.explore`.
     trained : bool tensor ``[L]``, optional
-        As in :func:`reinforce_loss`. Without it, blocks that the curriculum has not reached start at 1/e, dropped.
+        As in :func:`reinforce_loss`. Without it, blocks that the curriculum has not reached are driven to 1/e, that is,
+        to being dropped.
 
     Returns
     -------
@@ -65,7 +66,7 @@ def entropy_term(probabilities, *, exploration=1.0, trained=None):
     Raises
     ------
     TypeError, ValueError
-        As :func:`dynexec.policy.explore`, and if ``trained`` is not what it should be.
+        As in :func:`dynexec.policy.explore`, and if ``trained`` is invalid.
     """
     _check_two_dimensions(probabilities)
     bounded = clamp_open(explore(probabilities, exploration))
@@ -74,14 +75,14 @@ def entropy_term(probabilities, *, exploration=1.0, trained=None):
 
 
 def curriculum_loss(probabilities, decisions, advantage, *, exploration=0.8, entropy=0.1, trained=None):
-    """Loss of the first stage, in which only the policy is trained: a scalar, the mean over samples.
+    """Loss of the first stage, which trains only the policy: a scalar, the mean over samples.
 
     ``mean(reinforce_loss - entropy * entropy_term)``.
 
     Parameters
     ----------
     probabilities, decisions, advantage, exploration, trained
-        As in :func:`reinforce_loss`, with its errors.
+        As in :func:`reinforce_loss`, with the same errors.
     entropy : float
         Weight of :func:`entropy_term`, the published code's beta.
     """
@@ -90,15 +91,16 @@ def curriculum_loss(probabilities, decisions, advantage, *, exploration=0.8, ent
 
 
 def finetuning_loss(probabilities, decisions, advantage, logits, labels, *, exploration=0.8):
-    """Loss of the second stage, in which policy and backbone are trained together: a scalar.
+    """Loss of the second stage, which trains policy and backbone together: a scalar.
 
-    The sum over samples of :func:`reinforce_loss`, plus the mean cross-entropy of the sampled path. The two reach
-    different parameters: decisions pass no gradient, so the first moves the policy and the second the backbone.
+    The sum over samples of :func:`reinforce_loss` plus the mean cross-entropy of the sampled path. The two reach
+    different parameters: no gradient passes through decisions, so the first trains the policy and the second the
+    backbone.
 
     Parameters
     ----------
     probabilities, decisions, advantage, exploration
-        As in :func:`reinforce_loss`, with its errors.
+        As in :func:`reinforce_loss`, with the same errors.
     logits : float tensor ``[N, classes]``
         The backbone's output under ``decisions``.
     labels : int64 tensor ``[N]``
@@ -114,7 +116,7 @@ def _check_two_dimensions(probabilities):
 
 
 def _of_trained(terms, trained):
-    """``terms`` ``[N, L]``, those of blocks that are not ``trained`` times 0."""
+    """Return ``terms`` ``[N, L]``, multiplied by 0 for blocks that are not ``trained``."""
     if trained is None:
         return terms
     if not isinstance(trained, torch.Tensor) or trained.dtype != torch.bool:

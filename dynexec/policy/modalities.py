@@ -5,10 +5,10 @@ import torch.nn.functional as F
 
 
 def modality_cost(decisions, correct, costs, *, penalty=10.0):
-    """What decisions cost: much where the prediction is wrong, and otherwise what the selected modalities do.
+    """Compute the cost of decisions: a penalty where the prediction is wrong, else that of the selected modalities.
 
-    ``sum_m costs[m] * mean_n(correct[n] * u[n, m] ** 2) + mean_n((1 - correct[n]) * penalty)``, with ``u`` the share of
-    segments in which a modality is selected. The second term has no gradient: it makes costs comparable, no more.
+    ``sum_m costs[m] * mean_n(correct[n] * u[n, m] ** 2) + mean_n((1 - correct[n]) * penalty)``, where ``u`` is the
+    share of segments in which a modality is selected. The second term has no gradient: it only makes costs comparable.
 
     Parameters
     ----------
@@ -17,10 +17,10 @@ def modality_cost(decisions, correct, costs, *, penalty=10.0):
     correct : bool tensor ``[N]``
         Whether the prediction under these decisions is right.
     costs : sequence of M floats
-        Published are 1.0 and 0.05 for rgb and sound, 1.0 and 1.0 for rgb and flow, and 0.5, 0.05 and 0.8 for rgb, sound
+        Published values: 1.0 and 0.05 for rgb and sound; 1.0 and 1.0 for rgb and flow; 0.5, 0.05 and 0.8 for rgb, sound
         and flow.
     penalty : float
-        Of a wrong prediction.
+        Cost of a wrong prediction.
 
     Returns
     -------
@@ -29,7 +29,7 @@ def modality_cost(decisions, correct, costs, *, penalty=10.0):
     Raises
     ------
     TypeError, ValueError
-        If ``decisions`` or ``correct`` is not what it should be, or ``costs`` are not one number per modality.
+        If ``decisions`` or ``correct`` is invalid, or ``costs`` does not have one number per modality.
     """
     if not isinstance(decisions, torch.Tensor) or not decisions.is_floating_point() or decisions.dim() != 3:
         kind = (
@@ -54,7 +54,7 @@ def modality_cost(decisions, correct, costs, *, penalty=10.0):
 
 
 def modality_loss(logits, labels, decisions=None, costs=None, *, penalty=10.0):
-    """Loss of a training step: cross-entropy and, where the policy is trained, :func:`modality_cost`. A scalar.
+    """Loss of a training step: cross-entropy plus, where the policy is trained, :func:`modality_cost`. A scalar.
 
     Parameters
     ----------
@@ -62,12 +62,12 @@ def modality_loss(logits, labels, decisions=None, costs=None, *, penalty=10.0):
         The network's output with ``soft_decisions=decisions``.
     labels : int64 tensor ``[N]``
     decisions, costs, penalty
-        As :func:`modality_cost`; None while only the main networks are trained.
+        As in :func:`modality_cost`; None while only the main networks are trained.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`modality_cost`, and if only one of ``decisions`` and ``costs`` is given.
+        As in :func:`modality_cost`, and if only one of ``decisions`` and ``costs`` is given.
     """
     if (decisions is None) != (costs is None):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""How much is kept: scalars for a log."""
+"""Keep rates as scalars for a log."""
 
 import torch
 
 
 def keep_rates(decisions):
-    """Shares of samples that keep a block, as scalars by name for TensorBoard or any other log.
+    """Compute the shares of samples that keep a block, as named scalars for TensorBoard or any other log.
 
     Waits for the device once.
 
@@ -21,7 +21,7 @@ def keep_rates(decisions):
     Raises
     ------
     TypeError, ValueError
-        If ``decisions`` is not bool of one or two dimensions, or is empty.
+        If ``decisions`` is not bool with one or two dimensions, or is empty.
     """
     if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.bool:
         kind = decisions.dtype if isinstance(decisions, torch.Tensor) else type(decisions).__name__

@@ -1,4 +1,4 @@
-"""What a policy is rewarded for."""
+"""The reward of a policy."""
 
 import torch
 
@@ -6,7 +6,7 @@ from dynexec.policy.bernoulli import check_drawn
 
 
 def usage_reward(decisions, correct, *, penalty=-1.0):
-    """Reward of a sample's decisions: few blocks if the prediction is right, a penalty if it is wrong.
+    """Reward decisions that keep few blocks if the prediction is right; give a penalty if it is wrong.
 
     ``1 - (kept / L) ** 2`` where ``correct``, else ``penalty`` (BlockDrop, section 3).
 
@@ -14,11 +14,11 @@ def usage_reward(decisions, correct, *, penalty=-1.0):
     ----------
     decisions : bool tensor ``[N, L]``
     correct : bool tensor ``[N]``
-        Whether the prediction under these decisions is right. Agreement with the full network serves as well where
-        there are no labels.
+        Whether the prediction under these decisions is right. Where there are no labels, agreement with the full
+        network can be used instead.
     penalty : float
-        The reward of a wrong prediction, at most 0. The published settings are -1 for the curriculum and -5 or -10
-        for joint fine-tuning: the more negative, the more blocks are kept.
+        The reward of a wrong prediction, at most 0. The published settings are -1 for the curriculum and -5 or -10 for
+        joint fine-tuning: the more negative, the more blocks are kept.
 
     Returns
     -------
@@ -27,7 +27,7 @@ def usage_reward(decisions, correct, *, penalty=-1.0):
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be.
+        If an argument is invalid.
     """
     check_drawn(decisions, (None, None))
     if not isinstance(correct, torch.Tensor):

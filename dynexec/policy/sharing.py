@@ -1,4 +1,4 @@
-"""Losses and curriculum that train decisions of tasks that share a network (AdaShare, Sun et al., NeurIPS 2020)."""
+"""Losses and curriculum for decisions of tasks that share a network (AdaShare, Sun et al., NeurIPS 2020)."""
 
 import torch
 from torch.nn.functional import log_softmax
@@ -7,25 +7,27 @@ from dynexec.policy.bernoulli import check_logits
 
 
 def sparsity_loss(logits, *, trained=None, weighted=False):
-    """Cross-entropy of the logits with "skip", averaged over layers and summed over tasks: a scalar.
+    """Cross-entropy between the logits and "skip", averaged over layers and summed over tasks: a scalar.
 
     Parameters
     ----------
     logits : float tensor ``[T, L, 2]`` or ``[N, T, L, 2]``
-        Per task and layer; column 0 executes, column 1 skips. Samples are averaged.
+        Per task and layer; column 0 executes, column 1 skips. Averaged over samples.
     trained : bool tensor ``[L]``, optional
         Layers that count, at least one: from :func:`dynexec.policy.curriculum_mask`.
     weighted : bool
-        Times 2 (l + 1) / L for layer l from 0: the published setting ``diff_sparsity_weights`` without ``is_sharing``.
-        With both, as in all published configurations, the term is not weighted.
-
-    Equivalent to ``sum(F.cross_entropy(task, torch.ones(L, dtype=torch.int64)) for task in logits)``.
+        Multiply by 2 (l + 1) / L for layer l from 0: the published setting ``diff_sparsity_weights`` without
+        ``is_sharing``. With both, as in all published configurations, the term is not weighted.
 
     Raises
     ------
     TypeError, ValueError
-        If ``logits`` is not a floating-point tensor of such a shape or, on the CPU, holds NaN; or ``trained``
-        is not bool ``[L]``, or all False.
+        If ``logits`` is not a floating-point tensor of such a shape or, on the CPU, holds NaN; or if ``trained`` is not
+        bool ``[L]``, or is all False.
+
+    Notes
+    -----
+    Equivalent to ``sum(F.cross_entropy(task, torch.ones(L, dtype=torch.int64)) for task in logits)``.
     """
     _check(logits)
     loss = -log_softmax(logits, -1)[..., 1]
@@ -40,22 +42,24 @@ def sparsity_loss(logits, *, trained=None, weighted=False):
 
 
 def sharing_loss(logits, *, weighted=True):
-    """How far apart the tasks' logits to execute are, summed over pairs of tasks and over layers: a scalar.
+    """Sum the distances between the tasks' logits to execute, over pairs of tasks and over layers: a scalar.
 
     Parameters
     ----------
     logits : float tensor ``[T, L, 2]`` or ``[N, T, L, 2]``
-        As in :func:`sparsity_loss`. All layers count, whatever the curriculum has reached.
+        As in :func:`sparsity_loss`. All layers count, however far the curriculum is.
     weighted : bool
-        Layer l from 0 counts (l + 1) / L, as in the published code with ``diff_sparsity_weights``; otherwise 1.
-
-    Equivalent, for ``a = logits[..., 0]``, to ``sum((weights * (a[i] - a[j]).abs()).sum() for i in range(T) for j in
-    range(i))``.
+        Weight layer l from 0 by (l + 1) / L, as the published code does with ``diff_sparsity_weights``; otherwise by 1.
 
     Raises
     ------
     TypeError, ValueError
         If ``logits`` is not a floating-point tensor of such a shape or, on the CPU, holds NaN.
+
+    Notes
+    -----
+    Equivalent, with ``a = logits[..., 0]``, to
+    ``sum((weights * (a[i] - a[j]).abs()).sum() for i in range(T) for j in range(i))``.
     """
     _check(logits)
     execute = logits[..., 0]
@@ -68,9 +72,9 @@ def sharing_loss(logits, *, weighted=True):
 
 
 def open_untrained(weights, trained):
-    """Weights of execution with every layer at 1 that the curriculum has not reached yet.
+    """Set the weights of execution to 1 for every layer that the curriculum has not reached yet.
 
-    What :func:`dynexec.policy.force_untrained` is for decisions. The published curriculum adds a layer every
+    The counterpart of :func:`dynexec.policy.force_untrained` for weights. The published curriculum adds a layer every
     ``speed`` policy epochs: ``trained = curriculum_mask(L, epoch // speed)``.
 
     Parameters
@@ -105,6 +109,6 @@ def _check_trained(trained, layers):
 
 
 def _rising(layers):
-    """``(l + 1) / L`` for the last dimension of ``layers``."""
+    """Return ``(l + 1) / L`` for the last dimension of ``layers``."""
     count = layers.shape[-1]
     return torch.arange(1, count + 1, dtype=layers.dtype, device=layers.device) / count
