@@ -1,4 +1,4 @@
-"""What measured times depend on: the processor, and versions of packages."""
+"""The environment that measured times depend on: the processor, and package versions."""
 
 import importlib.metadata
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def processor_name():
-    """The CPU's name as the system tells it, for instance ``"AMD EPYC 7B13"``."""
+    """Return the CPU's name as the system reports it, for instance ``"AMD EPYC 7B13"``."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -19,7 +19,7 @@ def processor_name():
 
 
 def package_version(package):
-    """The version of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -11,17 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image. A multiply-add counts as two; convolutions and matrix products count, nothing else does.
+    """FLOPs of one image. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
     ----------
     fixed : int
-        What every image costs: stem, shortcuts, head.
+        Cost of every image: stem, shortcuts, head.
     block : tuple of int
-        What a True decision adds in each block, by column: its residual branch, or with two sets of weights the
+        What a True decision adds in each block, by column: its residual branch or, with two sets of weights, the
         difference between them.
     policy : int
-        The policy network; 0 without one.
+        Cost of the policy network; 0 without one.
     """
 
     fixed: int
@@ -30,11 +30,11 @@ class Flops:
 
     @property
     def dense(self):
-        """All decisions True, and no policy: the static network."""
+        """FLOPs with all decisions True and without a policy: the static network."""
         return self.fixed + sum(self.block)
 
     def of(self, decisions):
-        """FLOPs that each image needs under ``decisions``, policy included.
+        """Count the FLOPs that each image needs under ``decisions``, policy included.
 
         Parameters
         ----------
@@ -47,7 +47,7 @@ class Flops:
         Raises
         ------
         ValueError
-            If there are not as many columns as blocks.
+            If the number of columns is not the number of blocks.
         """
         if decisions.shape[-1:] != (len(self.block),):
             raise ValueError(f"decisions must be bool [N, {len(self.block)}], got shape {tuple(decisions.shape)}")
@@ -55,31 +55,33 @@ class Flops:
         return self.fixed + self.policy + (decisions * block).sum(-1)
 
     def saving(self, decisions):
-        """Theoretical saving under ``decisions``: the share of :attr:`dense` not needed on average, policy charged: a
-        float, which may be negative."""
+        """Compute the theoretical saving under ``decisions``: a float, which may be negative.
+
+        This is the share of :attr:`dense` that is not needed on average, with the policy charged.
+        """
         return 1.0 - self.of(decisions).double().mean().item() / self.dense
 
 
 def count_flops(model, example_input):
-    """Count the FLOPs of one image, without computing anything: tensors inside are shapes only.
+    """Count the FLOPs of one image without computing anything: tensors inside only have shapes.
 
     Parameters
     ----------
     model : nn.Module
-        A :class:`dynexec.nn.DynamicNetwork`, a converted model, or any other (which has no blocks, all is fixed).
+        A :class:`dynexec.nn.DynamicNetwork`, a converted model, or any other (which has no blocks, so all is fixed).
         Left as it is; counted in evaluation mode.
-    example_input : tensor ``[N, ...]``, or what a network of :mod:`dynexec.models` takes
-        Only its shape, dtype and device matter; N may be anything but 0, one image is counted.
+    example_input : tensor ``[N, ...]``, or the input of a network of :mod:`dynexec.models`
+        Only its shape, dtype and device matter. N may be anything but 0; one image is counted.
 
     Returns
     -------
     Flops
-        Or what the network's own ``count_flops`` gives, with ``dense``, ``policy`` and ``of`` as well.
+        Or the result of the network's own ``count_flops``, which has ``dense``, ``policy`` and ``of`` as well.
 
     Raises
     ------
     TypeError, ValueError
-        If ``example_input`` is no tensor or holds no image, or the model looks at values.
+        If ``example_input`` is not a tensor or holds no image, or if the model reads values.
     """
     if getattr(model, "counts_own_flops", False):  # by an attribute, as its class lives in a layer above this one
         return model.count_flops(example_input)
@@ -98,15 +100,15 @@ def count_flops(model, example_input):
 
 
 def count_call(module, *shape, dtype=torch.float32):
-    """FLOPs of calling ``module``, in evaluation mode, with a tensor of this shape; nothing is computed.
+    """Count the FLOPs of calling ``module`` in evaluation mode with a tensor of this shape, without computing anything.
 
     Parameters
     ----------
     module : nn.Module
     *shape : int
-        Of its only argument.
+        Shape of its only argument.
     dtype : torch.dtype
-        Of its only argument: that of the module's parameters.
+        Dtype of its only argument: that of the module's parameters.
 
     Returns
     -------
@@ -122,7 +124,7 @@ def count_call(module, *shape, dtype=torch.float32):
 
 @contextmanager
 def evaluation_mode(model):
-    """Context manager: ``model`` is in evaluation mode; afterwards each of its submodules is back in its own mode."""
+    """Context manager that puts ``model`` in evaluation mode, and its submodules back in their own modes at the end."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield model.eval()
@@ -132,7 +134,7 @@ def evaluation_mode(model):
 
 
 def _count(model, image):
-    """FLOPs that all samples need, and what a True decision adds in each of the model's dynamic blocks."""
+    """Count the FLOPs that all samples need, and what a True decision adds in each of the model's dynamic blocks."""
     # By its attribute, not its class: blocks live in a layer above this one.
     blocks = [m for m in model.modules() if hasattr(m, "shortcut_layers") and getattr(m, "placement", None) is not None]
     per_block = [0] * len(blocks)

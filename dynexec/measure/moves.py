@@ -1,4 +1,4 @@
-"""Bytes that gathering and scattering rows moves, counted while it happens."""
+"""Counts the bytes that gathering and scattering rows moves, while it happens."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,16 +9,16 @@ _aten, _ours = torch.ops.aten, torch.ops.dynexec
 
 
 class MoveCounter(TorchDispatchMode):
-    """Adds up, inside of its ``with`` statement, what is read and written where rows are gathered and put back.
+    """Within its ``with`` statement, adds up the bytes read and written where rows are gathered and put back.
 
-    Counted are row ops and PyTorch's indexing and joining of rows, of floating-point tensors.
+    It counts row ops and PyTorch's indexing and joining of rows, for floating-point tensors.
 
     Attributes
     ----------
     bytes : int
-        So far.
+        Bytes counted so far.
     paused : bool
-        Whether it counts nothing at present.
+        Whether counting is suspended.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Where the time of a frozen network went: per part, and what is lost by cause."""
+"""Where the time of a frozen network goes: per part, and how much is lost to which cause."""
 
 import json
 from collections import Counter
@@ -28,28 +28,28 @@ ROUTED_LOSSES = ("policy", "fewer rows at once", "parts of unequal speed", "betw
 class Part:
     """A part of a network: a block, a shortcut, a layer that all samples run, the policy, or planning.
 
-    Of a routed network: one of its parts, the policy, or what lies between them.
+    In a routed network: one of its parts, the policy, or what lies between them.
 
     Attributes
     ----------
     name : str
     kind : str
-        As of a :class:`Span`.
+        As in :class:`Span`.
     column : int, optional
-        Of the decisions.
+        Column of the decisions.
     samples : int
-        How many run it; of a routed network how many of its rows.
+        How many samples run it; in a routed network, how many of its rows.
     total : int
-        How many do where everything is kept; where none do, how many could.
+        How many run it when everything is kept; if none do then, how many could.
     flops : int
-        For these. A multiply-add counts as two, a convolution as its direct algorithm.
+        FLOPs for ``samples``. A multiply-add counts as two, a convolution as its direct algorithm.
     roofline : float
-        Seconds for these if the machine did its best: of its arithmetic and its memory traffic, weights, input and
-        output each moved once, the longer one.
+        Least seconds for ``samples`` at the machine's peak rates: the longer of its arithmetic and its memory traffic,
+        with weights, input and output each moved once.
     measured : float
-        Seconds.
+        Measured seconds.
     dense : float
-        Seconds where everything is kept.
+        Measured seconds when everything is kept.
     """
 
     name: str
@@ -64,35 +64,35 @@ class Part:
 
     @property
     def theoretical(self):
-        """The share of its dense time that its samples are of all of them."""
+        """The dense time multiplied by the fraction of samples that run it."""
         return self.dense * self.samples / max(self.total, 1)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What ``profile`` of a frozen network gives; ``print`` shows a table. Times are in seconds.
+    """The result of a frozen network's ``profile``; ``print`` shows a table. Times are in seconds.
 
     Attributes
     ----------
     executor : str
-        Which one ran, "layers", or "routed".
+        The executor that ran, "layers", or "routed".
     samples, num_blocks, threads, rounds : int
-        ``num_blocks`` of a routed network are its parts.
+        In a routed network, ``num_blocks`` is the number of its parts.
     kept : float
-        Share of the (sample, block) pairs that are kept; of a routed network, of the rows of its parts.
+        Share of the (sample, block) pairs that are kept; in a routed network, of the rows of its parts.
     peak, bandwidth : float
-        The machine's FLOP and bytes per second, with all of these threads.
+        FLOP per second and bytes per second of the machine, with all of these threads.
     flops, dense_flops : int
-        Of the batch, as needed (the policy included) and with everything kept (without one).
+        For the batch: as needed (policy included), and with everything kept (without a policy).
     measured, dense : float
-        Of an ordinary call, and of one in which all samples keep all blocks.
+        Time of an ordinary call, and of one in which all samples keep all blocks.
     parts : tuple of Part
         In the order in which they run.
     losses : dict of str to float
         Seconds by cause, see :data:`LOSSES` and :data:`ROUTED_LOSSES`; their sum is ``measured - theoretical``.
     moved : int or None
-        Bytes that gathering and scattering rows reads and writes. The engine moves none; None: not counted, as kernels
-        for GPUs do it.
+        Bytes read and written by gathering and scattering rows. The engine moves none. None: not counted, because
+        kernels for GPUs move them.
     spans : tuple of Span
         One call, for :meth:`chrome_trace`.
     """
@@ -116,22 +116,24 @@ class Profile:
 
     @property
     def theoretical(self):
-        """The dense time times FLOPs needed over dense FLOPs."""
+        """The dense time multiplied by the ratio of needed to dense FLOPs."""
         return self.dense * self.flops / self.dense_flops
 
     def to_dict(self):
-        """Everything but the spans as numbers, texts, lists and dicts, ready for JSON."""
+        """Return everything except the spans as numbers, strings, lists and dicts, ready for JSON."""
         found = asdict(self) | {"theoretical": self.theoretical}
         del found["spans"]
         return found
 
     def write_json(self, path):
-        """Write :meth:`to_dict` to the file ``path``, whole or not at all."""
+        """Write :meth:`to_dict` to the file ``path``, atomically."""
         _write(path, self.to_dict())
 
     @classmethod
     def read_json(cls, path):
-        """What :meth:`write_json` wrote to ``path``, without spans; ValueError names file and entry that are wrong."""
+        """Read what :meth:`write_json` wrote to ``path``, without spans; a ValueError names the file and the invalid
+        entry.
+        """
         try:
             found = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:  # no text, or no JSON
@@ -148,7 +150,7 @@ class Profile:
         return cls(**found | {"parts": tuple(Part(**part) for part in found["parts"]), "spans": ()})
 
     def chrome_trace(self, path):
-        """Write one call to ``path`` as Chrome trace events, for chrome://tracing or Perfetto: whole or not at all."""
+        """Write one call to ``path`` as Chrome trace events, for chrome://tracing or Perfetto, atomically."""
         parts, time, count = {(part.name, part.kind): part for part in self.parts}, Counter(), Counter()
         for span in self.spans:
             time[span.name, span.kind] += span.end - span.begin
@@ -169,7 +171,7 @@ class Profile:
         _write(path, {"traceEvents": events, "displayTimeUnit": "ns"})
 
     def table(self):
-        """Headings and rows of the parts, as texts."""
+        """Return the headings and rows of the table of parts, as strings."""
         headings = ("", "column", "kept", "MFLOP", "roofline ms", "ms", "dense ms")
         rows = []
         for part in self.parts:
@@ -183,7 +185,7 @@ class Profile:
         return headings, tuple(rows)
 
     def summary(self):
-        """What was measured, in two lines."""
+        """Summarise what was measured in two lines."""
         kept = f"{self.num_blocks} blocks, {100 * self.kept:.0f} % kept"
         if self.executor == "routed":
             kept = f"{self.num_blocks} parts, {100 * self.kept:.0f} % of their rows run"
@@ -212,7 +214,7 @@ class Profile:
 
 
 def _check_entries(path, place, found, expected):
-    """Raise ValueError unless ``found`` is a dict of just these entries, each of its type."""
+    """Raise ValueError unless ``found`` is a dict of exactly these entries, each of its type."""
     where = place.rstrip(".") or "the file"
     _check(path, where, found, "an object", lambda value: isinstance(value, dict))
     if found.keys() != expected.keys():
@@ -251,12 +253,12 @@ _KINDS = {
 
 
 def title(part):
-    """What a :class:`Part` or a :class:`Span` is called."""
+    """Return the display name of a :class:`Part` or a :class:`Span`."""
     return f"{part.name} {part.kind}" if part.kind in ("shortcut", "other") else part.name
 
 
 def _align(rows):
-    """Lines of a table whose first column is text and the others are numbers."""
+    """Yield the lines of a table whose first column is text and whose other columns are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]

@@ -1,4 +1,4 @@
-"""Names for what runs: ranges of torch's profiler and, through it, of NVTX; or what a :class:`Recorder` takes down."""
+"""Named ranges for what runs: for torch's profiler and through it NVTX, or for a :class:`Recorder`."""
 
 import threading
 import time
@@ -25,11 +25,11 @@ _active = _Active()
 
 
 class Span(NamedTuple):
-    """That a thread worked on a part of a network, for so many samples, from ``begin`` to ``end`` (nanoseconds).
+    """A period in which a thread worked on a part of a network, for ``samples`` samples.
 
-    ``kind`` is "block" (the branch of samples with a True decision), "other" (the branch of those with a False one, in
-    blocks of two sets of weights), "both" (of these, where one launch runs both), "shortcut", "layer", "policy" or
-    "planning"; in routed networks "part", "policy" or "between".
+    ``begin`` and ``end`` are in nanoseconds. ``kind`` is "block" (the branch of samples with a True decision), "other"
+    (the branch of those with a False one, in blocks with two sets of weights), "both" (of these, where one launch runs
+    both), "shortcut", "layer", "policy" or "planning"; in routed networks "part", "policy" or "between".
     """
 
     thread: int
@@ -41,17 +41,17 @@ class Span(NamedTuple):
 
 
 def profiling():
-    """Whether somebody wants ranges, in this thread. What ``torch.compile`` traces has none."""
+    """Whether ranges are wanted in this thread. Never while ``torch.compile`` is tracing."""
     if torch.compiler.is_compiling():
         return False
     return _active.recorder is not None or torch.autograd._profiler_enabled()
 
 
 def part_range(name, kind, samples, total):
-    """A context around what computes a part of a network for ``samples`` of ``total`` samples.
+    """Return a context for the computation of a part of a network on ``samples`` of ``total`` samples.
 
-    ``kind`` is that of a :class:`Span`; ``samples`` is None where only the device knows them. Where nobody wants ranges
-    it is one that does nothing. It never waits for a device.
+    ``kind`` is that of a :class:`Span`; ``samples`` is None if only the device knows it. If no ranges are wanted the
+    context does nothing. It never waits for a device.
     """
     if not profiling():
         return _NOTHING
@@ -62,12 +62,12 @@ def part_range(name, kind, samples, total):
 
 
 class Recorder:
-    """Takes down the ranges that the thread enters inside of its ``with`` statement.
+    """Records the ranges that the thread enters within its ``with`` statement.
 
     Parameters
     ----------
     device : torch.device
-        Of a GPU its own clock tells the time, by events on the current stream.
+        On a GPU, times are taken by its own clock, with events on the current stream.
     """
 
     def __init__(self, device):
@@ -83,7 +83,7 @@ class Recorder:
         _active.recorder = self._outer
 
     def mark(self):
-        """The present time, for :meth:`add`."""
+        """Return the current time, for :meth:`add`."""
         if not self._on_gpu:
             return time.perf_counter_ns()
         event = torch.cuda.Event(enable_timing=True)
@@ -91,22 +91,22 @@ class Recorder:
         return event
 
     def add(self, span):
-        """Take down a :class:`Span` whose times are marks."""
+        """Record a :class:`Span` whose times are marks."""
         self._found.append(span)
 
     @contextmanager
     def span(self, name, kind, samples):
-        """Take down what runs inside."""
+        """Record what runs inside as a span."""
         begin = self.mark()
         yield
         self.add(Span(0, name, kind, samples, begin, self.mark()))
 
     def spans(self):
-        """All of them, their times since the ``with`` statement was entered; waits for a GPU."""
+        """Return all spans, with times relative to the start of the ``with`` statement; waits for a GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
         return tuple(span._replace(begin=self.since(span.begin), end=self.since(span.end)) for span in self._found)
 
     def since(self, mark):
-        """Nanoseconds from the start to ``mark``."""
+        """Return the nanoseconds from the start to ``mark``."""
         return round(1e6 * self._start.elapsed_time(mark)) if self._on_gpu else mark - self._start

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured: arithmetic and memory."""
+"""Measured peak rates of a device: arithmetic and memory."""
 
 import time
 from functools import cache
@@ -12,12 +12,12 @@ _REPEATS, _BUDGET = 10, 1.0  # runs of which the least time counts, unless they 
 
 
 def matrix_rate(device, dtype):
-    """Floating-point operations per second of a large matrix product, with torch's present number of threads."""
+    """Measure the floating-point operations per second of a large matrix product, with torch's current thread count."""
     return _matrix_rate(device, dtype, torch.get_num_threads())
 
 
 def copy_rate(device):
-    """Bytes per second, read and written together, of a large copy, with torch's present number of threads."""
+    """Measure the bytes per second, read plus written, of a large copy, with torch's current thread count."""
     return _copy_rate(device, torch.get_num_threads())
 
 

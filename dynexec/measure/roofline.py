@@ -1,6 +1,6 @@
-"""What a GPU needs for a network, from its rates: a model, to know what to expect before anything is measured.
+"""Estimates the time that a GPU needs for a network from its rates: a model of what to expect before measuring.
 
-A kernel takes as long as its arithmetic or its memory traffic, whichever is longer, and a fixed time to start and to
+A kernel takes as long as its arithmetic or its memory traffic, whichever is longer, plus a fixed time to start and to
 drain (Williams et al., "Roofline", 2009, with launches and whole tiles on top).
 """
 
@@ -19,19 +19,20 @@ class Gpu:
     ----------
     multiprocessors : int
     flops : float
-        Per second, of large matrix products in 16 bits.
+        FLOP per second of large matrix products in 16 bits.
     bandwidth, cache_bandwidth : float
-        Bytes per second read and written, of the memory and of its cache.
+        Bytes per second, read plus written, of the memory and of its cache.
     cache_bytes : float
-        What of the cache holds.
+        Usable size of the cache.
     launch, dependent_launch : float
-        Seconds between two kernels of a CUDA graph that need each other, plain and with programmatic dependent launch.
+        Seconds between two kernels of a CUDA graph of which one needs the other, plain and with programmatic dependent
+        launch.
     fill : float
-        Seconds that a kernel takes to fill its pipelines and to drain them.
+        Seconds that a kernel takes to fill and drain its pipelines.
     clusters : bool
-        Whether blocks of threads can share a sample.
+        Whether thread blocks can share a sample.
     efficiency : tuple of (int, float)
-        Share of ``flops`` that tiles of at least so many outputs reach, largest first.
+        Share of ``flops`` reached by tiles of at least that many outputs, largest first.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Gpu:
     efficiency: tuple[tuple[int, float], ...]
 
     def resize(self, name, multiprocessors, clusters):
-        """As a GPU of the same kind with more or fewer multiprocessors: a rough guide to other ones."""
+        """Return a GPU of the same kind with more or fewer multiprocessors: a rough guide to other models."""
         share = multiprocessors / self.multiprocessors
         rates = {rate: share * getattr(self, rate) for rate in ("flops", "bandwidth", "cache_bandwidth", "cache_bytes")}
         return replace(self, name=name, multiprocessors=multiprocessors, clusters=clusters, **rates)
@@ -77,15 +78,15 @@ class Layer:
     Attributes
     ----------
     pixels, channels, reduction : int
-        Of the matrix product of one sample: rows, columns, terms of each sum; 0 terms where there is none.
+        Size of one sample's matrix product: rows, columns, and terms of each sum; 0 terms if there is no product.
     traffic, weights : int
-        Bytes read and written per sample, and of weights.
+        Bytes read and written per sample, and bytes of weights.
     tile : (int, int, int), optional
-        Rows and columns of a tile, and how many a multiprocessor works on at once; None: a library's.
+        Rows and columns of a tile, and how many tiles a multiprocessor works on at once; None: a library's choice.
     launched : bool
-        Whether it is a kernel of its own, and not the second part of the one before.
+        Whether it is a kernel of its own rather than the second part of the previous one.
     dependent : bool
-        Whether a kernel of ours is launched with programmatic dependent launch.
+        Whether it is launched with programmatic dependent launch, if it is one of dynexec's kernels.
     """
 
     pixels: int
@@ -99,7 +100,7 @@ class Layer:
 
 
 def layer_seconds(gpu: Gpu, layer: Layer, samples: int) -> float:
-    """Seconds that a layer takes for so many samples, launch included."""
+    """Estimate the seconds that a layer takes for this number of samples, launch included."""
     launch = gpu.dependent_launch if layer.dependent and layer.tile is not None else gpu.launch
     if samples == 0:
         return (launch + _EMPTY) * layer.launched

@@ -1,8 +1,8 @@
 """Times several ways of computing the same thing against each other.
 
-``torch.utils.benchmark`` times one statement at a time: a change in the machine's clock or load meanwhile falls on one
-candidate alone and looks like a difference between them. It also makes two untimed calls before every measurement,
-which would triple the cost of taking turns, and does not see CPU time. So turns are taken here.
+``torch.utils.benchmark`` times one statement at a time: a change in the machine's clock or load during that time
+affects one candidate alone and looks like a difference between them. It also makes two untimed calls before every
+measurement, which would triple the cost of taking turns, and does not measure CPU time. Here, candidates take turns.
 """
 
 import gc
@@ -30,7 +30,7 @@ class Timing:
     wall : tuple of float
         Elapsed time.
     cpu : tuple of float
-        Time that all threads of this process spent computing, averaged over the calls of a turn.
+        Computing time of all threads of this process, averaged over the calls of a turn.
     """
 
     wall: tuple[float, ...]
@@ -65,10 +65,10 @@ class Comparison:
     ----------
     timings : dict of str to Timing
     spread : float
-        The baseline was timed twice, as two candidates; how far its two medians are apart, relative to the smaller.
-        A difference between candidates inside it is noise.
+        The baseline is timed twice, as two candidates: the difference between its two medians, relative to the smaller.
+        A difference between candidates within it is noise.
     rounds : int
-        Turns that every candidate had.
+        Number of turns of every candidate.
     """
 
     timings: dict[str, Timing]
@@ -88,7 +88,7 @@ def compare(
 ) -> Comparison:
     """Time candidates in turns (A B C A B C ...), after a warm-up of each.
 
-    Thread counts are the caller's to set, before.
+    The caller sets thread counts beforehand.
 
     Parameters
     ----------
@@ -97,19 +97,18 @@ def compare(
     baseline : str, optional
         The candidate to time twice for :attr:`Comparison.spread`; default the first.
     device : torch.device, optional
-        Of a GPU: then its own clock takes the time of all calls of a turn, one behind the other, and every call counts
-        with their mean.
+        For a GPU, its own clock times all calls of a turn back to back, and every call counts with their mean.
     seconds : float
-        Rounds start while this has not passed since the first one.
+        New rounds start until this much time has passed since the first one.
     min_rounds, max_rounds : int
-        At least and at most this many rounds, whatever the time.
+        Fewest and most rounds, whatever the time.
     progress : callable, optional
         Called with the share done (0 to 1) and the name of the candidate whose turn it is.
 
     Raises
     ------
     ValueError
-        If there is no candidate, the baseline is none of them, or the rounds are not ``1 <= min <= max``.
+        If there are no candidates, the baseline is not one of them, or the rounds are not ``1 <= min <= max``.
     """
     if not candidates:
         raise ValueError("candidates must hold at least one callable")
@@ -167,13 +166,13 @@ class _Turn:
         self.calls = max(1, min(_MAX_CALLS_PER_TURN, round(_TURN_SECONDS / max(once, 1e-9))))
 
     def again(self):
-        """The same candidate a second time, warm already."""
+        """Return the same candidate a second time, already warm."""
         turn = object.__new__(type(self))
         turn.__dict__.update(self.__dict__, wall=[], cpu=[])
         return turn
 
     def wait(self):
-        """For what was called."""
+        """Wait for what was called."""
 
     def take(self):
         if self.settle:
