@@ -1,4 +1,4 @@
-"""Networks as folders that hold nothing to execute: ``save`` writes one, ``load`` freezes what is in it."""
+"""Networks as folders without executable content: ``save`` writes one, ``load`` freezes what is in it."""
 
 from dynexec.deployment.load import load
 from dynexec.deployment.save import save

@@ -1,4 +1,4 @@
-"""What a network gave for some inputs, to compare with what it gives where it is loaded."""
+"""A network's outputs for some inputs, to compare with its outputs where it is loaded."""
 
 import copy
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ _MARGIN = 0.01
 
 @dataclass
 class Example:
-    """Inputs, decisions, and what the network gave on the CPU when it was saved.
+    """Inputs, decisions, and the outputs of the network on the CPU when it was saved.
 
     Attributes
     ----------
     inputs : tensor or dict of tensors
     decisions : list of tensors
     outputs : list of lists of tensors
-        For each of the decisions, whatever structure the output has.
+        For each of the decisions, the tensors of the output, whatever its structure.
     decided, sure : tensors or None
-        What the policy decides, and where inputs that are a little larger or smaller do not change that: elsewhere
-        another processor's rounding might.
+        The policy's decisions, and where slightly larger or smaller inputs do not change them: elsewhere another
+        processor's rounding might.
     """
 
     inputs: object
@@ -44,7 +44,7 @@ class Example:
     @_without_autocast
     @torch.no_grad()
     def record(cls, net, inputs, error):
-        """Run a network on the first of its inputs; ``error``: what it may differ by where it is loaded, relative."""
+        """Run a network on the first of its inputs. ``error`` is the relative error allowed where it is loaded."""
         net = copy.deepcopy(net).cpu().eval()
         dtype = next((p.dtype for p in net.parameters()), torch.float32)
         inputs = tree_map(lambda tensor: tensor[:_SAMPLES].detach().cpu().to(dtype), inputs)
@@ -63,7 +63,7 @@ class Example:
     @_without_autocast
     @torch.no_grad()
     def misfit(self, net):
-        """Why it cannot have been recorded of a network, which is on the CPU, or None."""
+        """Return why the example cannot have been recorded from ``net``, which is on the CPU, or None."""
         if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(self.inputs)):
             return "its inputs hold NaN or infinity"
         try:
@@ -77,7 +77,7 @@ class Example:
 
     @_without_autocast
     def difference(self, frozen, net, most):
-        """How ``frozen``, made of ``net``, differs by more than ``most`` from what was recorded, or None."""
+        """Return how ``frozen``, made from ``net``, differs by more than ``most`` from what was recorded, or None."""
         inputs = convert_inputs(self.inputs, device=frozen.device)
         for number, (decisions, expected) in enumerate(zip(self.decisions, self.outputs)):
             actual = _leaves(frozen(inputs, decisions.to(frozen.device)))
@@ -90,7 +90,7 @@ class Example:
         return f"the policy decides otherwise {int(wrong.sum())} times of {wrong.numel()}" if wrong.any() else None
 
     def _are_roundings(self, net, decisions, *outputs):
-        """Whether outputs differ from the network's, computed here on the CPU, by what it makes of rounding itself."""
+        """Whether outputs differ from those that the network gives here on the CPU only as rounding affects it."""
         net = copy.deepcopy(net).cpu()
         with torch.no_grad():
             own = _leaves(net(self.inputs, decisions))
@@ -101,11 +101,11 @@ class Example:
         return _leaves(net.double()(convert_inputs(self.inputs, torch.float64), decisions))
 
     def tile(self, samples, device):
-        """The inputs, repeated to so many samples, on a device."""
+        """Return the inputs, repeated to ``samples`` samples, on ``device``."""
         return tree_map(lambda x: x[torch.arange(samples) % len(x)].to(device), self.inputs)
 
     def tensors(self):
-        """All that it holds, by name."""
+        """Return all tensors of the example, by name."""
         inputs = self.inputs if isinstance(self.inputs, dict) else {"": self.inputs}
         found = {f"inputs.{name}": value for name, value in inputs.items()}
         for number, (decisions, outputs) in enumerate(zip(self.decisions, self.outputs)):
@@ -117,7 +117,7 @@ class Example:
 
     @classmethod
     def from_tensors(cls, tensors):
-        """The example that gave these; KeyError where one is missing."""
+        """Rebuild the example from the result of :meth:`tensors`; KeyError if one is missing."""
         inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
         decisions = _numbered(tensors, "decisions")
         outputs = [_numbered(tensors, f"outputs.{number}") for number in range(len(decisions))]
@@ -130,7 +130,7 @@ class Example:
 
 
 def _leaves(output):
-    """The tensors of an output, as a list."""
+    """Return the tensors of an output, as a list."""
     leaves = tree_leaves(output)
     if wrong := [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, torch.Tensor)]:
         raise TypeError(f"model must give tensors, or lists, tuples or dicts of them, got {wrong[0]}")

@@ -1,4 +1,4 @@
-"""The files of a saved network: ``manifest.json``, and two of tensors whose hashes it holds."""
+"""The files of a saved network: ``manifest.json``, and two files of tensors, whose hashes it holds."""
 
 import json
 import re
@@ -24,12 +24,12 @@ EXECUTORS = tuple(dict.fromkeys((*LAYER_EXECUTORS, *ENGINE_EXECUTORS, *KERNEL_EX
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a saved network is, in plain values.
+    """Description of a saved network, in plain values.
 
     Attributes
     ----------
     versions : dict
-        Of ``dynexec`` and ``torch``, with which it was saved.
+        Versions of ``dynexec`` and ``torch`` with which it was saved.
     files : dict
         SHA-256 of each file of tensors.
     network : dict or None
@@ -37,9 +37,9 @@ class Manifest:
     conversion : dict or None
         Arguments of :func:`dynexec.convert`; None: the model needs none, or was converted by the user's Adapter.
     num_blocks : int or None
-        L, where decisions are bool ``[N, L]``.
+        L, if decisions are bool ``[N, L]``.
     batch_size : int
-        To be fast at; at most :data:`LARGEST_BATCH`.
+        Batch size to be fast at; at most :data:`LARGEST_BATCH`.
     options : dict
         ``dtype``, ``executor``, ``winograd`` and ``batch_invariant`` for :func:`dynexec.freeze`.
     """
@@ -53,13 +53,13 @@ class Manifest:
     options: dict
 
     def write(self, path):
-        """Write it as JSON, with a hash of its own."""
+        """Write the manifest as JSON, with its own hash."""
         entries = {"format": _FORMAT, **asdict(self)}
         path.write_text(json.dumps(entries | {"sha256": _digest(entries)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, path):
-        """The manifest in a file; ValueError, which names it and the entry, unless each is as it must be."""
+        """Read and validate the manifest in a file; a ValueError names the file and the invalid entry."""
         data = read_bytes(path)
         try:
             entries = json.loads(data)
@@ -86,7 +86,7 @@ class Manifest:
 
 
 def read_tensors(path, digest):
-    """The tensors in a file, by name; ValueError, which names the file, unless its SHA-256 is ``digest``."""
+    """Read the tensors in a file, by name; ValueError, naming the file, unless its SHA-256 is ``digest``."""
     safetensors, data = import_safetensors(), read_bytes(path)
     if (found := sha256(data).hexdigest()) != digest:
         raise ValueError(f"{path} is damaged or another's: its SHA-256 is {found}, and {MANIFEST} says {digest}")
@@ -97,7 +97,7 @@ def read_tensors(path, digest):
 
 
 def read_bytes(path):
-    """What is in a file; ValueError, which names it, where it cannot be read."""
+    """Read a file; ValueError, naming the file, if it cannot be read."""
     try:
         if path.exists() and not path.is_file():  # a pipe might never end
             raise ValueError(f"{path} is not a file: dynexec.save writes such files")
@@ -107,7 +107,7 @@ def read_bytes(path):
 
 
 def import_safetensors():
-    """``safetensors.torch``."""
+    """Import ``safetensors.torch``."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -126,7 +126,7 @@ def _is_count(value):
 
 
 def _has(value, **kinds):
-    """Whether ``value`` is an object of exactly these entries, each of one of its kinds."""
+    """Whether ``value`` is a dict of exactly these entries, each of its kind."""
     return (
         isinstance(value, dict)
         and value.keys() == kinds.keys()
@@ -135,7 +135,7 @@ def _has(value, **kinds):
 
 
 def are_plain(arguments):
-    """Whether a manifest may hold these arguments of a network, which bounds what somebody else's can build here."""
+    """Whether a manifest may hold these network arguments, which limits what a foreign manifest can build here."""
     values, rest = [], list(arguments.values())
     while rest:
         value = rest.pop()

@@ -1,4 +1,4 @@
-"""``load``: a network that was saved, frozen for this machine."""
+"""``load``: freeze a saved network for this machine."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -14,21 +14,22 @@ from dynexec.executors.proof import tolerance
 
 
 def load(folder, model=None, *, policy=None, device="cpu", **options):
-    """Freeze for this machine what :func:`save` wrote, and compare it with what was saved.
+    """Freeze for this machine what :func:`save` wrote, and compare the result with what was saved.
 
-    Nothing in the folder is executed. Hashes say whether its files are whole, not who wrote them.
+    Nothing in the folder is executed. Hashes show whether its files are intact, not who wrote them.
 
     Parameters
     ----------
     folder : path
     model : nn.Module, optional
-        Of the code that was saved, with any weights, which are not used; converted or not. It is not changed. Needed
-        unless the network was one of :func:`dynexec.models.create_model`.
+        Built from the code of the saved model, with any weights (they are not used); converted or not. It is not
+        changed. Required unless the network was one of :func:`dynexec.models.create_model`.
     policy : nn.Module, optional
-        Of the code that was given as ``policy`` when saving, with any weights.
+        Built from the code of the ``policy`` passed to :func:`save`, with any weights.
     device : torch.device or str
     **options
-        For :func:`dynexec.freeze`, in place of what was saved; ``cost_cache``, ``measure`` and ``keep_memory``, too.
+        Arguments of :func:`dynexec.freeze` that override what was saved, and also ``cost_cache``, ``measure`` and
+        ``keep_memory``.
 
     Returns
     -------
@@ -36,11 +37,13 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
 
     Raises
     ------
+    TypeError
+        If ``model`` or ``policy`` is not an nn.Module.
     ValueError
-        If a file is missing, damaged, or not what it must be, naming the file and what is wrong; or if the model is
-        not the one whose weights these are, naming them all; or if it does not run on the example, on the CPU.
+        If a file is missing, damaged or invalid, naming the file and the problem; if ``model`` does not match the saved
+        weights, listing all differences; or if it does not run on the example, on the CPU.
     RuntimeError
-        If it cannot be frozen here, or does not give what the saved network gave.
+        If the network cannot be frozen here, or its results are not those of the saved network.
     ImportError
         If the package safetensors is not installed.
     """

@@ -1,4 +1,4 @@
-"""A network as one module, and how to build one like it."""
+"""A network as one module, and how to build another like it."""
 
 import copy
 import json
@@ -15,26 +15,26 @@ from dynexec.nn.residual import count_blocks, dynamic_blocks
 
 
 def join(model, policy):
-    """The model with the policy that decides for it, as one module: a RoutedNetwork, or a DynamicNetwork."""
+    """Combine a model and the policy that decides for it in one module: a RoutedNetwork or a DynamicNetwork."""
     if isinstance(model, RoutedNetwork) or (isinstance(model, DynamicNetwork) and policy is None):
         return model
     return DynamicNetwork(model.backbone if isinstance(model, DynamicNetwork) else model, policy)
 
 
 def num_columns(net):
-    """L, or None where decisions are of another kind."""
+    """Return L, or None if decisions are of another kind."""
     return None if isinstance(net, RoutedNetwork) else count_blocks(net.backbone)
 
 
 def describe(net):
-    """The manifest's entries ``network``, ``conversion`` and ``num_blocks``."""
+    """Return the manifest's entries ``network``, ``conversion`` and ``num_blocks``."""
     name, arguments = getattr(net, "created_by", (None, None))
     conversion = None if isinstance(net, RoutedNetwork) else recall(net.backbone)
     return {"network": _recipe(net, name, arguments), "conversion": conversion, "num_blocks": num_columns(net)}
 
 
 def _recipe(net, name, arguments):
-    """Name and arguments as they come back from a file, or None where they do not build such a network."""
+    """Return name and arguments as they come back from a file, or None if they do not build such a network."""
     try:
         recipe = json.loads(json.dumps({"name": name, "arguments": arguments}))
         state = outline(recipe)
@@ -45,15 +45,15 @@ def _recipe(net, name, arguments):
 
 
 def outline(recipe):
-    """The state of a network that ``create_model`` builds, without memory: names and shapes."""
+    """Return the state that ``create_model`` would give a network, on the meta device: names and shapes."""
     with torch.device("meta"):
         return create_model(recipe["name"], **recipe["arguments"]).state_dict()
 
 
 def build(manifest, path, state, model, policy):
-    """The network of a manifest, in ``path``, with the weights ``state``, on the CPU.
+    """Build the network of the manifest in ``path``, with the weights ``state``, on the CPU.
 
-    ``model`` and ``policy``, the user's, are copied; None: as the manifest says.
+    ``model`` and ``policy``, the user's, are copied; None: built as the manifest says.
     """
     if model is None:
         net = _create(manifest, path, state)

@@ -1,4 +1,4 @@
-"""``save``: a network as a folder."""
+"""``save``: write a network to a folder."""
 
 import errno
 import os
@@ -28,30 +28,30 @@ from dynexec.executors.routed import tensors_of
 
 
 def save(model, folder, example_input, *, policy=None, dtype=None, executor=None, winograd=True, batch_invariant=False):
-    """Write a network to a folder from which :func:`load` freezes it, on this machine or on another one.
+    """Write a network to a folder from which :func:`load` freezes it, on this or another machine.
 
-    A frozen network belongs to its processor, so what is saved is what :func:`dynexec.freeze` makes it of. The folder
-    holds ``weights.safetensors``, ``example.safetensors`` (up to eight samples of the example input, and what the
-    network gives for them) and ``manifest.json``. There is no code in it, and no pickle.
+    A frozen network belongs to its processor, so the model that :func:`dynexec.freeze` makes it from is saved. The
+    folder holds ``weights.safetensors``, ``example.safetensors`` (up to eight samples of the example input, with the
+    network's outputs for them) and ``manifest.json``. It contains no code and no pickle.
 
-    Writing is atomic: the folder is made beside its place and then renamed. One that this function wrote before is
-    replaced, and so is an empty one; any other is left alone.
+    Writing is atomic: the folder is created next to its final place and then renamed. An existing folder is replaced if
+    this function wrote it or if it is empty; any other is left alone.
 
     Parameters
     ----------
     model : nn.Module
-        As for :func:`dynexec.freeze`; not changed. One of :func:`dynexec.models.create_model` is loaded without code
-        as long as its arguments are texts, numbers or lists of them.
+        As in :func:`dynexec.freeze`; not changed. A network of :func:`dynexec.models.create_model` can be loaded
+        without its code if its arguments are strings, numbers or lists of them.
     folder : path
         Its parent must exist.
-    example_input : tensor ``[N, C, H, W]``, or what a RoutedNetwork takes
+    example_input : tensor ``[N, C, H, W]``, or the input of a RoutedNetwork
     policy, dtype, executor, winograd, batch_invariant
-        As for :func:`dynexec.freeze`, which gets them when the network is loaded.
+        As in :func:`dynexec.freeze`, to which they are passed when the network is loaded.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be.
+        If an argument is invalid.
     FileExistsError
         If ``folder`` exists and holds anything else.
     ImportError
@@ -92,7 +92,7 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
 
 
 def _is_ours(folder):
-    """Whether there is nothing in a folder but what :func:`save` writes, or no folder: it may be replaced."""
+    """Whether a folder may be replaced: it does not exist, is empty, or holds only what :func:`save` writes."""
     try:
         with os.scandir(folder) as entries:
             found = {entry.name: entry.is_file() for entry in entries}
@@ -108,7 +108,7 @@ def _foreign(folder):
 
 
 def _plain(tensors):
-    """Tensors by name as safetensors takes them: on the CPU, contiguous, none in the memory of another."""
+    """Return tensors by name as safetensors accepts them: on the CPU, contiguous, none sharing memory."""
     found, taken = {}, set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -121,7 +121,7 @@ def _plain(tensors):
 
 
 def _put_in_place(made, folder):
-    """Rename a folder whose files are on the disk to ``folder``, whose old one, if any, is removed then."""
+    """Flush the files of ``made`` to disk and rename it to ``folder``; an old ``folder`` is then removed."""
     for path in (*made.iterdir(), made):
         _sync(path)
     while True:
@@ -143,7 +143,7 @@ def _put_in_place(made, folder):
 
 
 def _take_away(folder, old):
-    """Rename ``folder`` to ``old``, if it is there and what :func:`save` wrote; what it is called then, or None."""
+    """Rename ``folder`` to ``old`` and return ``old``, or None if there is none; raise unless :func:`save` wrote it."""
     try:
         folder.rename(old)
     except FileNotFoundError:
