@@ -1,4 +1,4 @@
-"""The dynamic networks of the literature, ready made."""
+"""Ready-made dynamic networks from the literature."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ _MODELS |= {name: partial(build_arnet, **arguments) for name, arguments in arnet
 
 
 def list_models():
-    """Names that :func:`create_model` knows, sorted."""
+    """Return the names that :func:`create_model` knows, sorted."""
     return sorted(_MODELS)
 
 
@@ -60,7 +60,7 @@ def create_model(name, **arguments):
     name : str
         One of :func:`list_models`.
     **arguments
-        Passed to the network's constructor; they override what the name stands for.
+        Passed to the network's constructor; they override what the name implies.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def create_model(name, **arguments):
 
     Notes
     -----
-    The network remembers both as ``created_by``, for :func:`dynexec.save`.
+    Name and arguments are stored on the network as ``created_by``, for :func:`dynexec.save`.
     """
     if name not in _MODELS:
         raise ValueError(f"name must be one of {', '.join(list_models())}; got {name!r}")

@@ -1,4 +1,4 @@
-"""AdaMML: videos, segments of which are seen in those modalities that help (Panda et al., ICCV 2021, section 3)."""
+"""AdaMML: videos whose segments are seen only in the modalities that help (Panda et al., ICCV 2021, section 3)."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ FRAMES = (1, 2, 4, 8)  # the policy halves them once by leaving some out, and po
 class VideoResNet(ResNet):
     """A residual network that pools the frames of a clip before each of its last three stages, until one is left.
 
-    Clips ``[rows, frames, C, H, W]`` to ``[rows, classes]``; arguments as :class:`ResNet`.
+    Maps clips ``[rows, frames, C, H, W]`` to ``[rows, classes]``; arguments as in :class:`ResNet`.
     """
 
     def __init__(self, depth, frames, *, in_channels, num_classes, dropout):
@@ -47,7 +47,7 @@ class SoundNet(MobileNetV2):
 
 
 class LateFusion(nn.Module):
-    """A network per modality, ``nets``, and how much the logits of each weigh: ``lf_weights`` and what they leave of 1.
+    """One network per modality, ``nets``, and the weights of their logits: ``lf_weights``, and what remains to 1.
 
     Without learnable weights all weigh the same.
     """
@@ -59,7 +59,7 @@ class LateFusion(nn.Module):
         self.lf_weights = nn.Parameter(initial) if learnable else None
 
     def weights(self, like):
-        """Weights ``[M]``; ``like``: a tensor of their dtype and device."""
+        """Return the weights ``[M]``, with the dtype and device of the tensor ``like``."""
         if self.lf_weights is None:
             return like.new_full((len(self.nets),), 1 / len(self.nets))
         return torch.cat([self.lf_weights, 1 - self.lf_weights.sum(0, keepdim=True)])
@@ -67,18 +67,18 @@ class LateFusion(nn.Module):
 
 @dataclass(frozen=True)
 class ModalityFlops:
-    """FLOPs of one video. A multiply-add counts as two; convolutions and matrix products count, nothing else does.
+    """FLOPs of one video. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
     ----------
     segments : int
         S.
     main : tuple of int
-        Per segment, of each modality's network.
+        Each modality's network, per segment.
     glance : tuple of int
-        Per segment, of each of the policy's networks.
+        Each of the policy's networks, per segment.
     head : int
-        Per video, what else the policy computes: joint layers, LSTM, decision layers.
+        The rest of the policy, per video: joint layers, LSTM, decision layers.
     """
 
     segments: int
@@ -88,7 +88,7 @@ class ModalityFlops:
 
     @property
     def dense(self):
-        """All modalities of all segments, and no policy."""
+        """All modalities of all segments, without a policy."""
         return self.segments * sum(self.main)
 
     @property
@@ -97,7 +97,7 @@ class ModalityFlops:
         return self.segments * sum(self.glance) + self.head
 
     def of(self, decisions):
-        """FLOPs that each video needs under ``decisions``, policy included.
+        """Count the FLOPs that each video needs under ``decisions``, policy included.
 
         Parameters
         ----------
@@ -118,15 +118,18 @@ class ModalityFlops:
         return self.policy + (decisions * main).sum((-2, -1))
 
     def saving(self, decisions):
-        """Theoretical saving: the share of :attr:`dense` not needed on average, policy charged; may be negative."""
+        """Compute the theoretical saving: the share of :attr:`dense` not needed on average; may be negative.
+
+        The policy is charged.
+        """
         return 1.0 - self.of(decisions).mean().item() / self.dense
 
 
 class AdaMML(RoutedNetwork):
-    """Classifies videos from segments, each in the modalities that decisions select.
+    """A network that classifies videos from segments, each in the modalities that decisions select.
 
-    ``net(inputs)`` follows the policy, ``net(inputs, decisions)`` replays bool ``[N, S, M]``, columns in the order of
-    ``modalities``. The logits are the selected ones' weighted sum over modalities, summed over segments and divided by
+    ``net(inputs)`` follows the policy, ``net(inputs, decisions)`` replays bool ``[N, S, M]``, with columns in the order
+    of ``modalities``. The logits are the weighted sum over the selected modalities, summed over segments and divided by
     S, however many are selected: a video of which nothing is selected has logits of exactly zero.
 
     ``inputs`` is a dict: ``[N, S, F, C, H, W]`` for each visual modality, with 3 channels for "rgb", 10 for "flow" and
@@ -138,16 +141,16 @@ class AdaMML(RoutedNetwork):
         M different ones of "rgb", "sound", "flow" and "rgbdiff", but not the last two together.
     num_classes : int
     num_segments : int
-        S as published for evaluation (training: 5). Told, not imposed.
+        S, as published for evaluation (training: 5). For information only: calls may have another S.
     num_frames : {1, 2, 4, 8}
         F, per segment.
     depth : {18, 34, 50, 101}
-        Of the residual networks.
+        Depth of the residual networks.
     learnable_weights : bool
-        Learn how much each modality's logits weigh, as published; otherwise their mean is taken.
+        Learn the weight of each modality's logits, as published; otherwise their mean is taken.
     flow_policy : {"rgbdiff", "flow"}
-        What the policy looks at in place of flow. Differences of frames cost next to nothing to make; ``inputs`` then
-        hold them too.
+        What the policy looks at in place of flow. Differences of frames are almost free to compute; ``inputs`` must
+        then contain them, too.
     policy_size : int
         Height and width of the frames that the policy looks at.
     dropout : float
@@ -189,7 +192,7 @@ class AdaMML(RoutedNetwork):
         self.policy = AdaMMLPolicy(looked_at, num_frames, policy_size)
 
     def forward(self, inputs, decisions=None, *, return_decisions=False, soft_decisions=None):
-        """Logits of the videos.
+        """Compute the logits of the videos.
 
         Parameters
         ----------
@@ -199,9 +202,9 @@ class AdaMML(RoutedNetwork):
             Which segments to look at in which modality; only these are computed. None: the policy decides,
             deterministically, see :meth:`AdaMMLPolicy.decide`.
         return_decisions : bool
-            Also return the decisions, or what was given as soft ones.
+            Also return the decisions, or the given soft decisions.
         soft_decisions : float tensor ``[N, S, M]``, optional
-            Instead of decisions: everything is computed, and weighted. Gradients reach them.
+            In place of decisions: everything is computed, and weighted. Gradients reach them.
 
         Returns
         -------
@@ -210,7 +213,7 @@ class AdaMML(RoutedNetwork):
         Raises
         ------
         TypeError, ValueError
-            If an argument does not fit, or decisions are given in both ways.
+            If an argument is invalid, or both kinds of decisions are given.
         """
         self.check_inputs(inputs)
         if soft_decisions is not None:
@@ -253,23 +256,23 @@ class AdaMML(RoutedNetwork):
         return total.unflatten(0, (samples, segments)).mean(1)
 
     def part_names(self):
-        """Each modality's network, and what the policy looks at it with."""
+        """Return the names of each modality's network, and of the network by which the policy looks at it."""
         columns = range(len(self.modalities))
         return [f"{nets}.{column}" for nets in ("main_net.nets", "policy.joint_net.nets") for column in columns]
 
     def example_decisions(self, inputs):
-        """All, what the policy decides, and a pattern of each modality that selects a part of the segments."""
+        """Return decisions that select everything, those of the policy, and two patterns that select a part."""
         decided = self.policy.decide(inputs)  # runs the policy's networks, which decisions do not
         number = torch.arange(decided.numel(), device=decided.device).view(decided.shape)
         return [torch.ones_like(decided), decided, number % 3 == 0, number % 5 > 1]
 
     def run_dense(self, inputs):
-        """All modalities of all segments."""
+        """Compute all modalities of all segments."""
         first = inputs[self.modalities[0]]
         return self(inputs, soft_decisions=first.new_ones(*first.shape[:2], len(self.modalities)))
 
     def check_inputs(self, inputs):
-        """Raise TypeError or ValueError unless ``inputs`` hold what the class says, and nothing else."""
+        """Raise TypeError or ValueError unless ``inputs`` contains what the class describes, and nothing else."""
         expected = [*self.modalities, *(name for name in self.policy.modalities if name not in self.modalities)]
         check_clips(inputs, expected, self.num_frames, self.policy.lstm.weight_ih.dtype)
         if unknown := [name for name in inputs if name not in expected]:
@@ -289,7 +292,7 @@ class AdaMML(RoutedNetwork):
             )
 
     def count_flops(self, inputs):
-        """FLOPs of a video like ``inputs``, which are not looked at.
+        """Count the FLOPs of a video like ``inputs``, whose values are not read.
 
         Returns
         -------
@@ -310,17 +313,17 @@ class AdaMML(RoutedNetwork):
         return ModalityFlops(segments, tuple(main), tuple(glance), self.policy.count_head(segments))
 
     def read_official(self, checkpoint, given):
-        """What a mapping of any published layout holds; see :func:`dynexec.models.load_official`.
+        """Read the checkpoint in a mapping of any published layout; see :func:`dynexec.models.load_official`.
 
         Trained networks (``state_dict`` with the names ``policy_net.*`` and ``main_net.*``; one of them may be
         missing), and networks of one modality (``state_dict`` with the names of a residual network or MobileNetV2),
-        which are told by the channels that they take. Or the ``state_dict`` alone.
+        which are recognised by their input channels. Or the ``state_dict`` alone.
         """
         return read_checkpoint(self, checkpoint, given)
 
 
 def _check_modalities(modalities):
-    """As a tuple; ValueError unless they are known, different, and fit each other."""
+    """Return modalities as a tuple; ValueError unless they are known, different, and compatible."""
     modalities = tuple(modalities)
     unknown = [name for name in modalities if name not in CHANNELS]
     if not modalities or unknown or len(set(modalities)) < len(modalities):

@@ -1,4 +1,4 @@
-"""What AdaMML's authors published: trained networks, and networks of one modality."""
+"""Reads what AdaMML's authors published: trained networks, and networks of one modality."""
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ def read_checkpoint(net, checkpoint, given):
 
 
 def _split(checkpoint, given):
-    """The parameters in a checkpoint without prefixes, and everything else that it says."""
+    """Return the parameters in a checkpoint without prefixes, and its other entries."""
     if "state_dict" in checkpoint:
         check_mapping(checkpoint["state_dict"], "network", f"{given}['state_dict']", given)
         info = {key: value for key, value in checkpoint.items() if key != "state_dict"}
@@ -60,7 +60,7 @@ def _read_unimodal(net, state, info, given):
 
 
 def _in_order(state, modalities):
-    """A policy's state with its networks in the order of ``modalities``, which the published code lets differ.
+    """Return a policy's state with its networks in the order of ``modalities``, which may differ in the published code.
 
     There they follow the command line, where "rgbdiff" need not stand in the place of "flow".
     """

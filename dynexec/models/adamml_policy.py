@@ -15,12 +15,12 @@ JOINT = 2048  # features of all modalities together
 
 
 def pool_frames(x, frames):
-    """The largest of each three neighbouring frames, every second time: halves the frames of each clip.
+    """Take the maximum over three neighbouring frames at every second one, which halves the frames of each clip.
 
     Parameters
     ----------
     x : tensor ``[rows * frames, C, H, W]``
-        The frames of a clip follow each other.
+        The frames of a clip are consecutive.
     frames : int
         Per clip; even.
 
@@ -32,7 +32,7 @@ def pool_frames(x, frames):
     Notes
     -----
     Equivalent to ``F.max_pool3d`` of clips ``[rows, C, frames, H, W]`` with kernel (3, 1, 1), stride (2, 1, 1) and
-    padding (1, 0, 0), which takes several times as long, because it keeps indices too.
+    padding (1, 0, 0), which takes several times as long because it also keeps indices.
     """
     clips = x.unflatten(0, (-1, frames))
     odd = clips[:, 1::2]
@@ -57,9 +57,10 @@ class PooledResidual(InvertedResidual):
 
 
 class PolicyMobileNet(nn.Module):
-    """MobileNetV2 that pools frames where it comes to 64 and to 160 channels, until one is left.
+    """MobileNetV2 that pools frames at the first blocks with 64 and with 160 channels, until one is left.
 
-    ``features.0 .. features.17`` and ``conv``, flat names: clips ``[rows, frames, C, H, W]`` to ``[rows, 1280]``.
+    ``features.0 .. features.17`` and ``conv``, with flat names: maps clips ``[rows, frames, C, H, W]`` to
+    ``[rows, 1280]``.
 
     Parameters
     ----------
@@ -91,7 +92,7 @@ class PolicyMobileNet(nn.Module):
 
 
 class JointFeatures(nn.Module):
-    """One network per modality, ``nets``, and two layers over what they found together, ``joint``.
+    """One network per modality, ``nets``, and two layers over their joined features, ``joint``.
 
     Parameters
     ----------
@@ -106,23 +107,23 @@ class JointFeatures(nn.Module):
         )
 
     def forward(self, clips):
-        """One tensor ``[rows, frames, C, H, W]`` per network to ``[rows, 2048]``."""
+        """Map one tensor ``[rows, frames, C, H, W]`` per network to ``[rows, 2048]``."""
         return self.joint(torch.cat([net(x) for net, x in zip(self.nets, clips, strict=True)], 1))
 
 
 class AdaMMLPolicy(nn.Module):
     """Decision logits for every segment and modality, from a glance at all of them.
 
-    Of visual modalities it sees every second frame, resized to ``size``. Segments are looked at all at once; only the
-    LSTM goes from one to the next. Besides the features it reads the previous segment's logits, and not what was
-    decided: the logits do not depend on how decisions are drawn.
+    Of visual modalities it sees every second frame, resized to ``size``. All segments are looked at together; only the
+    LSTM goes from one to the next. Besides the features it reads the previous segment's logits rather than its
+    decisions, so the logits do not depend on how decisions are drawn.
 
     Parameters
     ----------
     modalities : sequence of str
-        Keys of :data:`CHANNELS`: what is looked at, one per column of the decisions.
+        Keys of :data:`CHANNELS`: what the policy looks at, one per column of the decisions.
     num_frames : int
-        Of a visual segment, before every second one is left out.
+        Frames of a visual segment, before every second one is left out.
     size : int
         Height and width.
     """
@@ -138,24 +139,26 @@ class AdaMMLPolicy(nn.Module):
         self.fcs = nn.ModuleList(nn.Linear(HIDDEN, 2) for _ in self.modalities)
 
     def forward(self, inputs):
-        """Logits ``[N, S, M, 2]`` of leaving a modality out, and of running it.
+        """Compute logits ``[N, S, M, 2]``, of leaving a modality out and of running it.
 
         Parameters
         ----------
         inputs : dict
-            As :class:`AdaMML` takes it; what other modalities it holds is ignored.
+            As for :class:`AdaMML`; other modalities in it are ignored.
 
         Raises
         ------
         TypeError, ValueError
-            If ``inputs`` do not fit.
+            If ``inputs`` is invalid.
         """
         samples, segments = check_clips(inputs, self.modalities, self.num_frames, self.lstm.weight_ih.dtype)
         features = self.joint_net([self.glance(name, inputs[name]) for name in self.modalities])
         return self._recur(features.unflatten(0, (samples, segments))).unflatten(2, (len(self.modalities), 2))
 
     def glance(self, name, clips):
-        """What is looked at: ``[N, S, F, C, H, W]`` to ``[N * S, ceil(F / 2), C, size, size]``; sound as it is."""
+        """Reduce ``[N, S, F, C, H, W]`` to what is looked at, ``[N * S, ceil(F / 2), C, size, size]``; keep sound as it
+        is.
+        """
         clips = clips.flatten(0, 1)
         if name == "sound":
             return clips
@@ -166,7 +169,7 @@ class AdaMMLPolicy(nn.Module):
         return frames.unflatten(0, (rows, -1))
 
     def _recur(self, features):
-        """Features ``[N, S, 2048]`` to logits ``[N, S, 2 * M]``: the LSTM, and the decision layers after it."""
+        """Map features ``[N, S, 2048]`` to logits ``[N, S, 2 * M]``: the LSTM, and the decision layers after it."""
         lstm = self.lstm
         weight, bias = (torch.cat([getattr(fc, name) for fc in self.fcs]) for name in ("weight", "bias"))
         from_features, from_logits = lstm.weight_ih.split([JOINT, 2 * len(self.fcs)], 1)
@@ -184,13 +187,13 @@ class AdaMMLPolicy(nn.Module):
         return torch.stack(found, 1)
 
     def decide(self, inputs):
-        """Decisions bool ``[N, S, M]``: a modality runs where its second logit is the larger one, not where they tie.
+        """Return decisions bool ``[N, S, M]``: a modality runs if its second logit is strictly greater than its first.
 
         Raises
         ------
         TypeError, ValueError
-            As :meth:`forward`; and if a logit is NaN. That is checked on the CPU only, because elsewhere it would wait
-            for the device; there NaN runs nothing.
+            As in :meth:`forward`; and if a logit is NaN. NaN is checked on the CPU only, because elsewhere the check
+            would wait for the device; there NaN runs nothing.
         """
         logits = self(inputs)
         check_logits(logits)
@@ -199,13 +202,13 @@ class AdaMMLPolicy(nn.Module):
     def sample(self, inputs, *, generator=None):
         """Draw decisions bool ``[N, S, M]``, each with its probability ``softmax(logits)[..., 1]``.
 
-        The published code draws them so, in training and in tests. ``generator`` is on the device of the inputs; the
-        same state draws the same decisions.
+        The published code draws decisions this way, in training and in tests. ``generator`` is on the device of the
+        inputs; the same state draws the same decisions.
         """
         return draw(self(inputs), generator=generator).bool()
 
     def count_head(self, segments):
-        """FLOPs of what follows the networks, per video: joint layers, LSTM and decision layers."""
+        """Count the FLOPs of what follows the networks, per video: joint layers, LSTM and decision layers."""
         recurrent = self.lstm.weight_hh.numel() + 4 * HIDDEN * 2 * len(self.fcs)  # not in the first segment
         each = [*self.joint_net.joint[::2], *self.fcs]
         each = sum(layer.weight.numel() for layer in each) + 4 * HIDDEN * JOINT
@@ -213,7 +216,7 @@ class AdaMMLPolicy(nn.Module):
 
 
 def check_clips(inputs, modalities, num_frames, dtype):
-    """N and S of ``inputs``; TypeError or ValueError unless they hold clips of all these modalities that fit."""
+    """Return N and S of ``inputs``; TypeError or ValueError unless it holds valid clips of all these modalities."""
     if not isinstance(inputs, dict):
         raise TypeError(f"inputs must be a dict of a tensor per modality, got {type(inputs).__name__}")
     if missing := [name for name in modalities if name not in inputs]:

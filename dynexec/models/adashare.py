@@ -23,18 +23,18 @@ DEPTHS = {
 
 @dataclass(frozen=True)
 class AdaShareFlops:
-    """FLOPs of one image. A multiply-add counts as two; convolutions and matrix products count, nothing else does.
+    """FLOPs of one image. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
     ----------
     stem : int
     block, shortcut : tuples of L ints
-        The residual branch of each block, and its shortcut, which every row needs whether it runs the block or not:
-        0 for an identity.
+        The residual branch of each block, and its shortcut, which every row needs whether it runs the block or not: 0
+        for an identity.
     head : tuple of T ints
         Per task.
     policy : int
-        The policy network of the instance variant; 0 for logits that are parameters.
+        The policy network of the instance variant; 0 if the logits are parameters.
     """
 
     stem: int
@@ -45,16 +45,16 @@ class AdaShareFlops:
 
     @property
     def one_pass(self):
-        """The backbone once, with all blocks: what hard sharing costs, without heads."""
+        """The backbone once, with all blocks and without heads: the cost of hard sharing."""
         return self.stem + sum(self.block) + sum(self.shortcut)
 
     @property
     def dense(self):
-        """The backbone once per task, with all blocks, and the heads; without policy."""
+        """The backbone once per task, with all blocks, and the heads; without the policy."""
         return len(self.head) * self.one_pass + sum(self.head)
 
     def of(self, decisions):
-        """FLOPs that each image needs under ``decisions``: shared rows once, heads, and policy.
+        """Count the FLOPs that each image needs under ``decisions``: shared rows once, heads, and policy.
 
         Parameters
         ----------
@@ -67,7 +67,7 @@ class AdaShareFlops:
         return self.backbone(decisions) + sum(self.head) + self.policy
 
     def backbone(self, decisions, *, shared=True):
-        """As :meth:`of`, for the backbone alone; ``shared`` False: once per task, without the blocks it skips."""
+        """:meth:`of` for the backbone alone; with ``shared`` False once per task, without the blocks that it skips."""
         check_task_decisions(decisions)
         tasks, blocks = len(self.head), len(self.block)
         if decisions.shape[-2:] != (tasks, blocks):
@@ -87,20 +87,20 @@ class AdaShareFlops:
 
 
 class AdaShare(RoutedNetwork):
-    """Dense predictions for T tasks: which blocks of the backbone run is decided per task.
+    """A network for dense predictions of T tasks, which decides per task which blocks of the backbone run.
 
-    ``net(images)`` gives a list of T maps ``[N, C_t, h, w]``, an eighth of the images' size and not upsampled.
+    ``net(images)`` returns a list of T maps ``[N, C_t, h, w]``, at an eighth of the images' size and not upsampled.
     ``decisions`` are bool ``[T, L]``, for all images, or ``[N, T, L]``: True runs the block. A skipped block is its
-    shortcut without a ReLU. Where tasks decided alike from the first block on, they share features, which are computed
+    shortcut without a ReLU. Tasks whose decisions agree from the first block on share features, which are computed
     once; published code runs the whole backbone once per task.
 
-    ``soft_decisions`` are the weights of running, float of the same shapes; those of skipping are 1 less them. The
-    backbone then runs once per task with all blocks, as published.
+    ``soft_decisions`` are the weights of running, float of the same shapes; the weights of skipping are 1 minus these.
+    The backbone then runs once per task with all blocks, as published.
 
-    Without either the policy decides: it runs a block where that is at least as probable as skipping it.
+    If neither is given, the policy decides: it runs a block if that is at least as probable as skipping it.
 
-    In training, hard decisions give BatchNorm the rows that run together; soft ones, like published code, each task's
-    pass.
+    In training, BatchNorm sees the rows that run together under hard decisions, and each task's own pass under soft
+    ones, as in the published code.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ class AdaShare(RoutedNetwork):
     heads : sequence of modules
         One per task.
     policy : TaskPolicy or InstancePolicy
-        For as many tasks and blocks.
+        For the same numbers of tasks and blocks.
     """
 
     def __init__(self, backbone, heads, policy):
@@ -125,26 +125,26 @@ class AdaShare(RoutedNetwork):
         self.in_channels = backbone.stem.conv1.in_channels
 
     def forward(self, images, decisions=None, *, return_decisions=False, soft_decisions=None):
-        """A map per task.
+        """Compute a map per task.
 
         Parameters
         ----------
         images : float tensor ``[N, C, H, W]``
         decisions : bool tensor ``[T, L]`` or ``[N, T, L]``, optional
-            None, and no soft decisions: the policy decides.
+            If neither these nor soft decisions are given, the policy decides.
         return_decisions : bool
-            Also give the decisions, or weights, that were used.
+            Also return the decisions, or weights, that were used.
         soft_decisions : float tensor ``[T, L]`` or ``[N, T, L]``, optional
-            Instead of decisions: the weights of running each block.
+            In place of decisions: the weights of running each block.
 
         Returns
         -------
-        list of T float tensors ``[N, C_t, h, w]``, or a pair of it and the decisions
+        list of T float tensors ``[N, C_t, h, w]``, or ``(output, decisions)``
 
         Raises
         ------
         TypeError, ValueError
-            If an argument is not what it should be, or both kinds of decisions are given.
+            If an argument is invalid, or both kinds of decisions are given.
         """
         self.check_inputs(images)
         if soft_decisions is not None:
@@ -162,7 +162,7 @@ class AdaShare(RoutedNetwork):
         return (maps, used) if return_decisions else maps
 
     def part_names(self):
-        """See :class:`dynexec.nn.RoutedNetwork`. An instance policy is none: it runs as it is."""
+        """Return the names of the parts. An instance policy is not one of them: it runs as it is."""
         names = ["backbone.stem"]
         for segment, (blocks, shortcut) in enumerate(zip(self.backbone.blocks, self.backbone.ds)):
             names += [] if shortcut is None else [f"backbone.ds.{segment}"]
@@ -170,14 +170,14 @@ class AdaShare(RoutedNetwork):
         return names + [f"heads.{task}" for task in range(self.num_tasks)]
 
     def example_decisions(self, inputs):
-        """All blocks; every task others; every image others."""
+        """Return decisions with all blocks, with different blocks per task, and with different blocks per image."""
         size = self.num_tasks, self.num_blocks
         alternating = torch.arange(size[0])[:, None] + torch.arange(size[1]) // 2
         drawn = torch.rand(len(inputs), *size, generator=torch.Generator().manual_seed(0)) < 0.5
         return [torch.ones(size, dtype=torch.bool), alternating % 2 == 0, drawn]
 
     def run_dense(self, inputs):
-        """The backbone once per task, with all blocks."""
+        """Run the backbone once per task, with all blocks."""
         return self(inputs, soft_decisions=inputs.new_ones(self.num_tasks, self.num_blocks))
 
     def check_inputs(self, inputs):
@@ -194,7 +194,7 @@ class AdaShare(RoutedNetwork):
             raise TypeError(f"images must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
-        """:class:`AdaShareFlops` of one image like those of ``inputs``, of which only shape and dtype matter."""
+        """Count the FLOPs of one image like those of ``inputs``, of which only shape and dtype matter."""
         self.check_inputs(inputs)
         shape, dtype = tuple(inputs.shape[1:]), inputs.dtype
         shapes = self.backbone.input_shapes(*shape[1:])
@@ -208,14 +208,13 @@ class AdaShare(RoutedNetwork):
         )
 
     def read_official(self, checkpoint, given):
-        """The :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
+        """Read the :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
 
-        ``{'mtl-net': parameters, ...}``, or the parameters by name. Of the instance variant's policy network the
-        parallel blocks, which never did any work, are dropped. The states of its two optimizers are left out of
-        ``info``.
+        ``{'mtl-net': parameters, ...}``, or the parameters by name. The parallel blocks of the instance variant's
+        policy network have no function and are dropped. The states of its two optimizers are left out of ``info``.
 
-        The logits in a re-trained checkpoint are not what it was re-trained with: that is in the policy file beside
-        it, see :func:`read_policy`.
+        A re-trained checkpoint was not re-trained with the logits that it contains, but with the decisions of the
+        policy file beside it, see :func:`read_policy`.
         """
         info = {}
         if "mtl-net" in checkpoint:
@@ -251,7 +250,7 @@ class AdaShare(RoutedNetwork):
 
 
 def _own_name(key):
-    """Our name of an official parameter."""
+    """Return dynexec's name of an official parameter."""
     key = re.sub(r"^backbone\.(conv1|bn1)\.", r"backbone.stem.\1.", key)
     key = re.sub(r"^task(\d+)_fc1_c(\d+)\.", lambda m: f"heads.{int(m[1]) - 1}.branches.{m[2]}.", key)
     return re.sub(r"^(?:(task\d+_logits)$|policynet\.(.+))", lambda m: f"policy.{m[1] or m[2]}", key)
@@ -268,21 +267,21 @@ def adashare_resnet(
     instance_policy=False,
     policy_widths=(32, 64, 128, 256),
 ):
-    """An AdaShare network of any size.
+    """Build an AdaShare network of any size.
 
     Parameters
     ----------
     depth : {18, 34, 101}
-        Which blocks and how many.
+        Type and number of the blocks.
     num_classes : sequence of int
         Channels of each task's map.
     blocks, widths : sequences of int
-        Per segment; default ``blocks`` is what ``depth`` says.
+        Per segment; ``blocks`` defaults to that of ``depth``.
     head_width : int
         Channels inside the heads.
     in_channels : int
     instance_policy : bool
-        Whether a policy network decides per image. Otherwise decisions are parameters, equal for all images.
+        Whether a policy network decides per image. Otherwise decisions are parameters, the same for all images.
     policy_widths : sequence of int
         Channels of the policy network: stem, then one block each.
 
@@ -294,7 +293,7 @@ def adashare_resnet(
     Raises
     ------
     ValueError
-        If ``depth`` or ``num_classes`` is not what it should be.
+        If ``depth`` or ``num_classes`` is invalid.
     """
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {tuple(DEPTHS)}, got {depth!r}")

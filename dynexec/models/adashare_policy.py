@@ -1,4 +1,4 @@
-"""Policies of AdaShare, and what was published of them."""
+"""Policies of AdaShare, and the published decisions."""
 
 import io
 import os
@@ -32,7 +32,7 @@ PUBLISHED_POLICIES = {
 
 
 def published_policy(name):
-    """Decisions bool ``[T, L]`` of a published network.
+    """Return the decisions, bool ``[T, L]``, of a published network.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def published_policy(name):
     Raises
     ------
     ValueError
-        If it is none; the message lists them.
+        If the name is unknown; the message lists the known ones.
     """
     if name not in PUBLISHED_POLICIES:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED_POLICIES)}; got {name!r}")
@@ -50,7 +50,7 @@ def published_policy(name):
 
 
 class SharingPolicy(nn.Module):
-    """Base: ``policy(images)`` gives logits ``[..., T, L, 2]``, of which column 0 runs the block and 1 skips it."""
+    """Base class: ``policy(images)`` returns logits ``[..., T, L, 2]``; column 0 runs the block, column 1 skips it."""
 
     per_image = False
 
@@ -59,12 +59,12 @@ class SharingPolicy(nn.Module):
         self.num_tasks, self.num_blocks = num_tasks, num_blocks
 
     def probabilities(self, images=None):
-        """Probability ``[..., T, L]`` of running each block."""
+        """Return the probability ``[..., T, L]`` of running each block."""
         return self(images).softmax(-1)[..., 0]
 
     @torch.no_grad()
     def decide(self, images=None):
-        """Decisions bool ``[..., T, L]``: run where that is at least as probable as not."""
+        """Return decisions bool ``[..., T, L]``: run a block if that is at least as probable as skipping it."""
         logits = self(images)
         check_logits(logits)
         return logits[..., 0] >= logits[..., 1]
@@ -78,7 +78,7 @@ class SharingPolicy(nn.Module):
 class TaskPolicy(SharingPolicy):
     """Logits that are parameters, ``task1_logits`` and so on, ``[L, 2]`` each: the same decisions for all images.
 
-    They start equal, as published, which runs all blocks. Images are not looked at, and need not be given.
+    They start equal, as published, which runs all blocks. Images are not used and need not be given.
     """
 
     def __init__(self, num_tasks, num_blocks):
@@ -87,7 +87,7 @@ class TaskPolicy(SharingPolicy):
             self.register_parameter(f"task{task + 1}_logits", nn.Parameter(torch.full((num_blocks, 2), 0.5)))
 
     def forward(self, images=None):
-        """Logits ``[T, L, 2]``."""
+        """Return logits ``[T, L, 2]``."""
         return torch.stack([getattr(self, f"task{task + 1}_logits") for task in range(self.num_tasks)])
 
 
@@ -98,7 +98,7 @@ class InstancePolicy(SharingPolicy):
     ----------
     num_tasks, num_blocks : int
     widths : sequence of int
-        Channels of the stem, and of its blocks, each of which halves the size.
+        Channels of the stem and of its blocks, each of which halves the size.
     in_channels : int
     """
 
@@ -127,22 +127,23 @@ class InstancePolicy(SharingPolicy):
 
 
 def read_policy(source):
-    """Decisions bool ``[T, L]`` of a policy file, which is published beside a re-trained checkpoint.
+    """Read the decisions, bool ``[T, L]``, of a policy file, which is published beside a re-trained checkpoint.
 
     Parameters
     ----------
     source : path or mapping
-        A pickle of ``{'task1_policy': tensor [L, 2], ...}``, or that mapping. Column 0 runs a block, column 1 skips
-        it. Reading a file never executes code from it.
+        A pickle of ``{'task1_policy': tensor [L, 2], ...}``, or that mapping. Column 0 runs a block, column 1 skips it.
+        Reading a file never executes code from it.
 
     Raises
     ------
     TypeError
-        If ``source`` is of another kind.
+        If ``source`` has the wrong type.
     OSError
-        If there is no such file, or it may not be read.
+        If the file does not exist or cannot be read.
     ValueError
-        If it is damaged, holds anything but tensors, or does not say for every task and block which of both.
+        If it is damaged, contains anything but tensors, or does not say for every task and block whether to run or
+        skip.
     """
     given = "source"
     if isinstance(source, (str, os.PathLike)):
@@ -175,7 +176,7 @@ def _unpickle(path, given):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads tensors and plain containers of them; anything else could run code."""
+    """Reads tensors and plain containers of them; refuses everything else, which could run code."""
 
     def find_class(self, module, name):
         allowed = {

@@ -1,4 +1,4 @@
-"""AR-Net: per video frame a resolution and a backbone, or a jump over frames (Meng et al., ECCV 2020, section 3)."""
+"""AR-Net: a resolution and a backbone, or a skip, per video frame (Meng et al., ECCV 2020, section 3)."""
 
 import re
 
@@ -20,26 +20,26 @@ class ARNet(RoutedNetwork):
     """A video network that chooses per frame: one of K backbones, the policy's lite prediction, or to skip frames.
 
     ``net(frames)`` follows the policy (the likeliest action, no noise); ``net(frames, decisions)`` replays int64
-    ``[N, T]``: backbone 0 to K - 1, K for lite, K + 1 and on for ``skips``. A skip of k leaves out its frame and the
-    next k - 1, whose own entries are without effect. ``return_decisions=True`` also gives the actions as they took
-    effect (the skip again in the rows that it ignores), or the weights that did.
+    ``[N, T]``: 0 to K - 1 for a backbone, K for lite, K + 1 and up for ``skips``. A skip of k leaves out its frame and
+    the next k - 1, whose own entries are ignored. ``return_decisions=True`` also returns the actions that took effect,
+    with a skip repeated for the frames that it ignores, or the weights that did.
 
-    The output is the sum of the chosen predictions over the number of frames that have one, or zero where none has.
+    The output is the sum of the chosen predictions divided by the number of frames that have one, or zero if none has.
 
-    ``soft_decisions`` are float weights ``[N, T, A]``: everything is computed, the output is the weighted sum of
-    predictions over the sum of their weights or 1, whichever is greater. An action of a skip that weighs more than 0.5
-    begins that skip; in the rows that it ignores its own row stands again.
+    ``soft_decisions`` are float weights ``[N, T, A]``: everything is computed, and the output is the weighted sum of
+    predictions divided by the sum of their weights or by 1, whichever is greater. A skip that weighs more than 0.5
+    begins; in the frames that it ignores, the weights of its first frame are repeated.
 
     Parameters
     ----------
     backbones : sequence of nn.Module
-        Images ``[rows, 3, H, W]`` to features ``[rows, num_features]``, with an attribute ``num_features``.
+        Map images ``[rows, 3, H, W]`` to features ``[rows, num_features]``, with an attribute ``num_features``.
     policy : ARNetPolicy
     num_classes, num_frames : int
     resolutions : sequence of int
-        Of the images: one per backbone, and the policy's. Frames come in the first.
+        Image sizes: one per backbone, and the policy's. Frames are given at the first.
     dropout : float
-        Of the features, in training.
+        Applied to the features, in training.
     """
 
     def __init__(self, backbones, policy, num_classes, num_frames, resolutions, dropout):
@@ -54,27 +54,27 @@ class ARNet(RoutedNetwork):
             nn.init.zeros_(linear.bias)
 
     def forward(self, frames, decisions=None, *, return_decisions=False, soft_decisions=None):
-        """Logits ``[N, classes]`` of frames ``[N, T, 3, H, W]``.
+        """Compute logits ``[N, classes]`` of frames ``[N, T, 3, H, W]``.
 
         Parameters
         ----------
         frames : float tensor ``[N, T, 3, H, W]``
             H and W are the first of ``resolutions``.
         decisions : int64 tensor ``[N, T]``, optional
-            None, and no soft decisions: the policy decides.
+            If neither these nor soft decisions are given, the policy decides.
         return_decisions : bool
-            Also give the decisions, or weights, as they took effect.
+            Also return the decisions, or weights, that took effect.
         soft_decisions : float tensor ``[N, T, A]``, optional
-            Instead of decisions: what each action weighs.
+            In place of decisions: the weight of each action.
 
         Returns
         -------
-        float tensor ``[N, classes]``, or a pair of it and the decisions
+        float tensor ``[N, classes]``, or ``(output, decisions)``
 
         Raises
         ------
         TypeError, ValueError
-            If an argument is not what it should be, or both kinds of decisions are given.
+            If an argument is invalid, or both kinds of decisions are given.
         """
         self.check_inputs(frames)
         if soft_decisions is not None:
@@ -90,7 +90,7 @@ class ARNet(RoutedNetwork):
         return (logits, taken.to(frames.device)) if return_decisions else logits
 
     def _route(self, frames, decisions, hidden):
-        """Compute what ``decisions``, on the CPU, choose; ``hidden`` as the policy found it, or None."""
+        """Compute what ``decisions``, on the CPU, choose; ``hidden`` are the policy's hidden states, or None."""
         actions, skipped = rule(decisions, self.policy.spans)
         lite = actions == len(self.base_model_list)
         images, rows, outputs, idle = frames.flatten(0, 1), [], [], nn.ModuleList()
@@ -119,7 +119,7 @@ class ARNet(RoutedNetwork):
         return with_zero_gradients(logits, idle) if idle else logits, actions
 
     def _weigh(self, frames, weights):
-        """The masked network: see ``soft_decisions``."""
+        """Run the masked network; see ``soft_decisions``."""
         policy, shape = self.policy, (*frames.shape[:2], self.policy.num_actions)
         if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
             raise TypeError(f"soft_decisions must be a floating-point tensor {shape}, got {kind_of(weights)}")
@@ -142,18 +142,18 @@ class ARNet(RoutedNetwork):
         return (outputs * used[..., None]).sum((1, 2)) / used.sum((1, 2)).clamp(min=1)[:, None], weights
 
     def _predict(self, number, images):
-        """Logits ``[rows, classes]`` of one backbone for images of the first resolution."""
+        """Compute the logits ``[rows, classes]`` of one backbone for images of the first resolution."""
         features = self.base_model_list[number](resize(images, self.resolutions[number]))
         return self.new_fc_list[number](F.dropout(features, self.dropout, self.training))
 
     def part_names(self):
-        """The backbones, their heads, and the policy's features and head."""
+        """Return the names of the backbones, their heads, and the policy's features and head."""
         numbers = range(len(self.base_model_list))
         heads = [f"{name}.{number}" for name in ("base_model_list", "new_fc_list") for number in numbers]
         return [*heads, "policy.lite_backbone", "policy.lite_fc"]
 
     def example_decisions(self, inputs):
-        """All predictions in turn, until each had a frame; then all actions, in two orders."""
+        """Return all predictions in turn, until each had a frame; then all actions, in two orders."""
         shape, policy = inputs.shape[:2], self.policy
         numbers = torch.arange(shape.numel()).view(shape)
         turns = [
@@ -163,7 +163,7 @@ class ARNet(RoutedNetwork):
         return [decisions.to(inputs.device) for decisions in (*turns, every, every.flip(1))]
 
     def run_dense(self, inputs):
-        """Every prediction of every frame, of which the first backbone's counts."""
+        """Compute every prediction of every frame; only the first backbone's have a weight."""
         weights = inputs.new_zeros(*inputs.shape[:2], self.policy.num_actions)
         weights[..., 0] = 1.0
         return self(inputs, soft_decisions=weights)
@@ -176,7 +176,7 @@ class ARNet(RoutedNetwork):
             raise TypeError(f"frames must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
-        """The :class:`ARNetFlops` of one video of ``inputs``, of which only the shape matters."""
+        """Count the FLOPs of one video of ``inputs``, of which only the shape matters: :class:`ARNetFlops`."""
         self._check_shape(inputs)
         return count_arnet(self)
 
@@ -184,11 +184,12 @@ class ARNet(RoutedNetwork):
         check_frames(frames, ("N", self.num_frames, 3, self.resolutions[0], self.resolutions[0]))
 
     def read_official(self, checkpoint, given):
-        """The :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
+        """Read the :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
 
-        ``state_dict`` or parameters by name, of the whole network, or of a network of one resolution that its parts are
-        trained as first (``base_model.*, new_fc.*``): that goes to the backbone which it fits; a MobileNetV2 becomes
-        the policy's, without its head. MobileNetV2's blocks may have nested (``conv.0.0``) or flat (``conv.0``) names.
+        ``state_dict`` or parameters by name, either of the whole network or of a single-resolution network
+        (``base_model.*, new_fc.*``), as its parts are trained first. The latter is loaded into the backbone that it
+        matches; a MobileNetV2 becomes the policy's, without its head. MobileNetV2's blocks may have nested
+        (``conv.0.0``) or flat (``conv.0``) names.
         """
         state, entry, info = checkpoint, given, {}
         if "state_dict" in checkpoint:
@@ -229,13 +230,13 @@ class ARNet(RoutedNetwork):
 
 
 def _shapes(state):
-    """What a state holds, to be compared; counters of batches may be missing."""
+    """Return names and shapes of a state for comparison, without batch counters, which may be missing."""
     shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
     return {item for item in shapes.items() if not item[0].endswith("num_batches_tracked")}
 
 
 def _nest_blocks(state, prefix):
-    """The state with MobileNetV2's flat blocks (``conv.4``) under the names of nested ones (``conv.1.1``)."""
+    """Return the state with MobileNetV2's flat blocks (``conv.4``) renamed to nested ones (``conv.1.1``)."""
     if not any(key.startswith(f"{prefix}features.1.conv.4.") for key in state):
         return state
 
@@ -262,25 +263,25 @@ def build_arnet(
     hidden=512,
     dropout=0.5,
 ):
-    """An AR-Net of any backbones.
+    """Build an AR-Net with any backbones.
 
     Parameters
     ----------
     backbones : sequence of int, str or nn.Module
-        Depth of a ResNet, variant of an EfficientNet ("b0"), or a module that gives features, with ``num_features``.
+        Depth of a ResNet, variant of an EfficientNet ("b0"), or a module that returns features, with ``num_features``.
     num_classes, num_frames : int
     resolutions : sequence of int
-        One per backbone, and the policy's. Frames come in the first.
+        One per backbone, and the policy's. Frames are given at the first.
     skips : sequence of int
-        Frames that each skip leaves out, its own included.
+        Number of frames that each skip leaves out, its own included.
     policy_mode : {"exact", "cheap"}
         Whether the policy sees the frames that a running skip ignores: see :class:`ARNetPolicy`.
     lite_backbone : nn.Module, optional
-        The policy's features, with ``num_features``; default a MobileNetV2.
+        Computes the policy's features, with ``num_features``; default a MobileNetV2.
     hidden : int
         Size of the LSTM's state.
     dropout : float
-        Of all features, in training.
+        Applied to all features, in training.
 
     Returns
     -------
@@ -290,7 +291,7 @@ def build_arnet(
     Raises
     ------
     ValueError
-        If ``resolutions``, ``skips`` or ``policy_mode`` do not fit.
+        If ``resolutions``, ``skips``, ``policy_mode`` or a number is invalid.
     """
     resolutions, skips = tuple(resolutions), tuple(skips)
     if len(resolutions) != len(backbones) + 1 or not all(_is_count(size) for size in resolutions):

@@ -19,17 +19,17 @@ class ARNetFlops:
     Attributes
     ----------
     backbone : tuple of int
-        Per backbone, its head included: of a frame that chose it.
+        Each backbone with its head, per frame that chose it.
     lite : int
-        The linear layer of a lite prediction, of a frame that chose it.
+        The linear layer of a lite prediction, per frame that chose it.
     features, choice : int
-        The policy's features with the LSTM, and its choice among actions, of a frame that it sees.
+        The policy's features with the LSTM, and its choice among actions, per frame that it sees.
     skips : tuple of int
     num_frames : int
     cheap : bool
         Whether the policy leaves out skipped frames.
     published_gmac : tuple of float
-        What the authors' tables charge per frame, in 1e9 multiply-adds: each backbone, then the policy with its LSTM.
+        Charge of the authors' tables per frame, in 1e9 multiply-adds: each backbone, then the policy with its LSTM.
     """
 
     backbone: tuple[int, ...]
@@ -43,7 +43,7 @@ class ARNetFlops:
 
     @property
     def dense(self):
-        """Every prediction of every frame: all backbones, and the lite one with the features that it is made of."""
+        """Every prediction of every frame: all backbones, and the lite one with the features that it is made from."""
         return self.num_frames * (sum(self.backbone) + self.features + self.lite)
 
     @property
@@ -53,11 +53,11 @@ class ARNetFlops:
 
     @property
     def costs(self):
-        """Per action, for :func:`dynexec.policy.efficiency_loss`: 1e9 multiply-adds of the backbones, else 0."""
+        """Cost per action, for :func:`dynexec.policy.efficiency_loss`: 1e9 multiply-adds for backbones, otherwise 0."""
         return tuple(flops / 2e9 for flops in self.backbone) + (0.0,) * (1 + len(self.skips))
 
     def of(self, decisions):
-        """FLOPs that each video needs under its ``decisions``, int64 ``[N, T]``: float64 ``[N]``.
+        """Count the FLOPs that each video needs under its ``decisions``, int64 ``[N, T]``: float64 ``[N]``.
 
         The policy is charged for every frame that it sees: in exact mode all, in cheap mode all that are not skipped.
         """
@@ -68,14 +68,14 @@ class ARNetFlops:
         return chosen + seen.sum(1) * float(self.features + self.choice)
 
     def saving(self, decisions):
-        """Theoretical saving: the share of :attr:`dense` not needed on average; may be negative."""
+        """Compute the theoretical saving: the share of :attr:`dense` not needed on average; may be negative."""
         return 1.0 - self.of(decisions).mean().item() / self.dense
 
     def published(self, decisions):
-        """What the authors' accounting makes of ``decisions``: 1e9 multiply-adds per frame, a float.
+        """Compute the cost of ``decisions`` by the authors' accounting: 1e9 multiply-adds per frame, a float.
 
-        A skip of k charges the policy for a k-th of each frame that it rules, also where the video ends before the skip
-        does; ``choice`` and lite predictions are free; constants are those of ``published_gmac``.
+        A skip of k charges 1/k of the policy to each frame that it rules, even if the video ends before the skip does;
+        ``choice`` and lite predictions are free; constants are those of ``published_gmac``.
         """
         actions, _ = self._ruled(decisions)
         *backbones, policy = self.published_gmac
@@ -88,7 +88,7 @@ class ARNetFlops:
 
 
 def count_arnet(net):
-    """The :class:`ARNetFlops` of an :class:`dynexec.models.arnet.ARNet`."""
+    """Count the :class:`ARNetFlops` of an :class:`dynexec.models.arnet.ARNet`."""
     policy, backbone, published, dtype = net.policy, [], [], net.policy.linear.weight.dtype
     for model, head, size in zip(net.base_model_list, net.new_fc_list, net.resolutions):
         backbone.append(count_call(model, 1, 3, size, size, dtype=dtype) + 2 * head.weight.numel())

@@ -9,12 +9,12 @@ from dynexec.policy.bernoulli import check_logits
 
 
 def ruling_frames(spans):
-    """The frame whose decision rules each frame: itself, or the one at which a running skip began.
+    """Return the frame whose decision rules each frame: itself, or the one at which a running skip began.
 
     Parameters
     ----------
     spans : int64 tensor ``[N, T]``
-        Frames that the frame's own decision would rule, itself included: k for a skip of k, 1 for any other.
+        Number of frames that the frame's own decision would rule, itself included: k for a skip of k, otherwise 1.
 
     Returns
     -------
@@ -30,34 +30,35 @@ def ruling_frames(spans):
 
 
 def rule(decisions, spans):
-    """Actions as they take effect, int64 ``[N, T]``, and bool ``[N, T]``: the frames that a running skip ignores.
+    """Return the actions that take effect, int64 ``[N, T]``, and which frames a running skip ignores, bool ``[N, T]``.
 
-    ``spans`` are the frames that each action rules. All on the CPU.
+    ``spans`` is the number of frames that each action rules. All on the CPU.
     """
     start = ruling_frames(torch.tensor(spans)[decisions])
     return decisions.gather(1, start), start != torch.arange(decisions.shape[1])
 
 
 def resize(images, size):
-    """The nearest pixels of ``[rows, C, H, W]``, as published: ``[rows, C, size, size]``."""
+    """Resize ``[rows, C, H, W]`` to ``[rows, C, size, size]`` by nearest pixels, as published."""
     return images if images.shape[2:] == (size, size) else F.interpolate(images, size=(size, size), mode="nearest")
 
 
 class ARNetPolicy(nn.Module):
-    """Decides frame by frame, and gives predictions of its own: small features, an LSTM over them, two linear layers.
+    """Decides frame by frame, and makes predictions of its own: a small backbone, an LSTM, and two linear layers.
 
     Parameters
     ----------
     lite_backbone : nn.Module
-        Images ``[rows, 3, resolution, resolution]`` to features ``[rows, num_features]``.
+        Maps images ``[rows, 3, resolution, resolution]`` to features ``[rows, num_features]``.
     num_features, num_backbones, num_classes, resolution, hidden : int
     skips : sequence of int
     dropout : float
-        Of the features, in training.
+        Applied to the features, in training.
     cheap : bool
-        What happens on frames that a running skip ignores. Exact, as published: the LSTM sees them, its hidden state is
-        restored after them, and its cell state is not, so the policy's features are needed of every frame. Cheap, which
-        the published cost assumes: nothing is computed on them and both states stay; other outputs.
+        What happens on frames that a running skip ignores. False ("exact"), as published: the LSTM sees them; its
+        hidden state is restored afterwards but its cell state is not, so the policy's features are needed for every
+        frame. True ("cheap"), which the published cost assumes: nothing is computed on them and both states stay;
+        outputs differ.
     """
 
     def __init__(
@@ -74,22 +75,22 @@ class ARNetPolicy(nn.Module):
         self.spans = (1,) * self.num_predictions + self.skips
 
     def forward(self, frames):
-        """Frames ``[N, T, 3, H, W]`` to log-probabilities ``[N, T, A]``, each after the likeliest actions before it.
+        """Map frames ``[N, T, 3, H, W]`` to log-probabilities ``[N, T, A]``, each after the likeliest earlier actions.
 
-        Inside of a running skip nothing is decided: whatever stands there is without effect.
+        During a running skip nothing is decided, and the entries have no effect.
         """
         return self._unroll(frames, _likeliest)[1]
 
     def decide(self, frames):
-        """The likeliest actions, int64 ``[N, T]``, and the hidden states ``[N, T, hidden]`` that lite predictions need.
+        """Return the likeliest actions, int64 ``[N, T]``, and hidden states ``[N, T, hidden]`` for lite predictions.
 
-        In the rows that a running skip ignores stands the skip again.
+        In the frames that a running skip ignores, the skip is repeated.
         """
         weights, _, hidden = self._unroll(frames, _likeliest)
         return weights.argmax(-1), hidden
 
     def sample(self, frames, *, generator=None):
-        """Draw actions, int64 ``[N, T]``, each after the drawn ones before it."""
+        """Draw actions, int64 ``[N, T]``, each following the actions drawn before it."""
 
         def choose(log_probabilities):
             return _one_hot(draw(log_probabilities, generator=generator), log_probabilities)
@@ -99,8 +100,8 @@ class ARNetPolicy(nn.Module):
     def relax(self, frames, temperature, *, hard=True, generator=None):
         """Draw weights ``[N, T, A]`` for ``soft_decisions``, whose gradients reach the policy.
 
-        Arguments as in :func:`dynexec.policy.gumbel_softmax`; published: hard, and as temperature 5 * exp(-0.045 *
-        epoch).
+        Arguments as in :func:`dynexec.policy.gumbel_softmax`. Published settings: hard, and temperature 5 * exp(-0.045
+        * epoch).
         """
 
         def choose(log_probabilities):
@@ -109,13 +110,13 @@ class ARNetPolicy(nn.Module):
         return self._unroll(frames, choose)[0]
 
     def hidden_states(self, frames, needed, skipped):
-        """Hidden state after each frame, float ``[N, T, hidden]``; zero where not needed.
+        """Compute the hidden state after each frame, float ``[N, T, hidden]``; zero where not needed.
 
         Parameters
         ----------
         frames : tensor ``[N, T, 3, H, W]``
         needed : bool tensor ``[N, T]``, on the CPU
-            Not all False. In exact mode a video's first frames.
+            Not all False. In exact mode, a prefix of the frames of each video.
         skipped : bool tensor ``[N, T]``, on the CPU
             Frames that a running skip ignores.
         """
@@ -134,19 +135,19 @@ class ARNetPolicy(nn.Module):
         return hidden.index_copy(0, rows, torch.cat(outputs)).unflatten(0, needed.shape)
 
     def _project(self, images):
-        """What the LSTM's gates get of the images ``[rows, 3, H, W]``: all rows at once, only the recurrence waits."""
+        """Compute what the LSTM's gates get of images ``[rows, 3, H, W]``, all at once; the recurrence is serial."""
         features = self.lite_backbone(resize(images, self.resolution))
         features = F.dropout(features, self.dropout, self.training)
         return F.linear(features, self.rnn.weight_ih, self.rnn.bias_ih)
 
     def _step(self, gates, h, c):
-        """The rest of ``nn.LSTMCell``: new hidden and cell state."""
+        """Compute the rest of ``nn.LSTMCell``: the new hidden and cell states."""
         enter, forget, cell, leave = (gates + F.linear(h, self.rnn.weight_hh, self.rnn.bias_hh)).chunk(4, 1)
         c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
         return leave.sigmoid() * c.tanh(), c
 
     def spans_of(self, weights):
-        """Frames that each row of weights ``[..., A]`` rules: those of a skip that weighs above one half, else 1."""
+        """Return how many frames each row of weights ``[..., A]`` rules: those of a skip weighing above 0.5, else 1."""
         spans = torch.ones(weights.shape[:-1], dtype=torch.int64, device=weights.device)
         for number, skip in reversed(list(enumerate(self.skips, self.num_predictions))):
             spans = torch.where(weights[..., number] > 0.5, skip, spans)
@@ -155,7 +156,7 @@ class ARNetPolicy(nn.Module):
     def _unroll(self, frames, choose):
         """Decide with ``choose(log_probabilities [n, A]) -> weights [n, A]``.
 
-        Returns weights and log-probabilities ``[N, T, A]`` and hidden states ``[N, T, hidden]``.
+        Returns weights and log-probabilities ``[N, T, A]``, and hidden states ``[N, T, hidden]``.
         """
         check_frames(frames, ("N", "T", 3, "H", "W"))
         shape, device = frames.shape[:2], frames.device
@@ -184,9 +185,10 @@ class ARNetPolicy(nn.Module):
 
 
 def pack(needed):
-    """Rows of flattened ``[N, T]``, the first needed frame of each video, then the second of each, and so on.
+    """Return the rows of flattened ``[N, T]``: first the first needed frame of each video, then the second, and so on.
 
-    Videos with more needed frames come first in each group, so that a group's videos are the first of the one before.
+    Videos with more needed frames come first in each group, so that a group's videos are the leading ones of the
+    previous group.
 
     Parameters
     ----------
@@ -204,7 +206,7 @@ def pack(needed):
 
 
 def check_frames(frames, shape):
-    """Raise unless ``frames`` are of a floating-point type and of ``shape``, with letters for any positive number."""
+    """Raise unless ``frames`` are floating-point and of ``shape``, in which letters stand for any positive number."""
     text = _text(shape)
     if not isinstance(frames, torch.Tensor) or not frames.is_floating_point():
         raise TypeError(f"frames must be a floating-point tensor {text}, got {kind_of(frames)}")
@@ -213,7 +215,7 @@ def check_frames(frames, shape):
 
 
 def check_decisions(decisions, shape, num_actions):
-    """``decisions`` on the CPU; raise unless they are int64, name actions, and fit ``shape`` as in check_frames."""
+    """Return ``decisions`` on the CPU; raise unless they are int64, name actions, and match ``shape``."""
     text = _text(shape)
     if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.int64:
         raise TypeError(f"decisions must be an int64 tensor {text}, got {kind_of(decisions)}")
@@ -235,7 +237,7 @@ def _fits(shape, expected):
 
 
 def kind_of(value):
-    """A tensor's dtype, or what else it is: for errors."""
+    """Return a tensor's dtype, or the type name of any other value: for errors."""
     return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
 
 

@@ -14,7 +14,7 @@ from dynexec.policy import sample
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions; the first one strides."""
+    """Two 3x3 convolutions; the first has the stride."""
 
     expansion = 1
 
@@ -30,7 +30,7 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3, 1x1 convolutions, four times as many channels out as inside; the 3x3 one strides."""
+    """1x1, 3x3 and 1x1 convolutions, with four times as many channels out as inside; the 3x3 one has the stride."""
 
     expansion = 4
 
@@ -62,23 +62,23 @@ class PadChannels(nn.Module):
 
 
 def pool_shortcut(in_channels, channels, stride):
-    """Shortcut of the CIFAR networks: average pooling, then channels of zeros; nothing to learn."""
+    """Return the shortcut of the CIFAR networks: average pooling, then channels of zeros; it has no parameters."""
     if stride == 1 and channels == in_channels:
         return nn.Sequential()
     return nn.Sequential(nn.AvgPool2d(stride), PadChannels(channels - in_channels))
 
 
 def conv_shortcut(in_channels, channels, stride):
-    """Shortcut of the ImageNet networks: 1x1 convolution and batch norm."""
+    """Return the shortcut of the ImageNet networks: 1x1 convolution and batch norm."""
     if stride == 1 and channels == in_channels:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
 
 class SegmentedResNet(nn.Module):
-    """A residual network as segments of blocks, with the parameter names of the published checkpoints.
+    """A residual network made of segments of blocks, with the parameter names of the published checkpoints.
 
-    ``conv1, bn1, blocks.{segment}.{block}.*, ds.{segment}.*, fc``. The shortcut of a segment's first block is
+    These are ``conv1, bn1, blocks.{segment}.{block}.*, ds.{segment}.*, fc``. The shortcut of a segment's first block is
     registered in ``ds``; all other shortcuts are identities. Segments after the first halve height and width.
 
     Parameters
@@ -130,7 +130,7 @@ class SegmentedResNet(nn.Module):
 
 
 class BlockDropPolicy(nn.Module):
-    """Keep probabilities for all blocks from one look at the image, before the network runs.
+    """Predicts keep probabilities for all blocks from the image, before the network runs.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class BlockDropPolicy(nn.Module):
         self.halve = halve
 
     def forward(self, images):
-        """Images ``[N, C, H, W]`` to keep probabilities ``[N, L]``."""
+        """Map images ``[N, C, H, W]`` to keep probabilities ``[N, L]``."""
         if self.halve:
             images = F.avg_pool2d(images, 2)
         return torch.sigmoid(self.logit(self.features(images)))
@@ -164,9 +164,9 @@ class BlockDropPolicy(nn.Module):
 class BlockDrop(DynamicNetwork):
     """A residual network whose blocks are kept or dropped per image.
 
-    ``net(images)`` follows the policy (probability at least 0.5 keeps a block, and none need be kept);
-    ``net(images, decisions=...)`` replays bool ``[N, L]`` or ``[L]``. A dropped block is its shortcut without the
-    ReLU: the identity, except in a segment's first block.
+    ``net(images)`` follows the policy (a block is kept if its probability is at least 0.5, and none need be kept);
+    ``net(images, decisions=...)`` replays bool ``[N, L]`` or ``[L]``. A dropped block is its shortcut without the ReLU:
+    the identity, except in a segment's first block.
 
     Parameters
     ----------
@@ -190,11 +190,11 @@ class BlockDrop(DynamicNetwork):
         Parameters
         ----------
         images : float tensor ``[N, C, H, W]``
-            Where shortcuts pool (CIFAR), of height and width that every segment but the first can halve.
+            With pooling shortcuts (CIFAR), every segment but the first must be able to halve height and width.
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
-            None, and no soft decisions: the policy decides.
+            If neither these nor soft decisions are given, the policy decides.
         return_decisions, soft_decisions, mode
-            As of :class:`dynexec.nn.DynamicNetwork`.
+            As in :class:`dynexec.nn.DynamicNetwork`.
 
         Returns
         -------
@@ -203,7 +203,7 @@ class BlockDrop(DynamicNetwork):
         Raises
         ------
         TypeError, ValueError
-            If ``images`` are of another kind or size; and as :class:`dynexec.nn.DynamicNetwork`.
+            If ``images`` has the wrong type or size; also as in :class:`dynexec.nn.DynamicNetwork`.
         """
         backbone = getattr(self.backbone, "module", self.backbone)  # in a wrapper that trains it on several devices
         pools = any(isinstance(layer, nn.AvgPool2d) and not layer.ceil_mode for layer in backbone.ds.modules())
@@ -212,11 +212,11 @@ class BlockDrop(DynamicNetwork):
         return super().forward(images, decisions, **options)
 
     def read_official(self, checkpoint, given):
-        """The :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
+        """Read the :class:`Checkpoint` in a mapping of any published layout; see :func:`dynexec.models.load_official`.
 
-        Fine-tuned (``agent`` and ``resnet``), curriculum (``agent`` only: the backbone is left alone), oldest (``net``
-        for ``agent``), and base networks (``state_dict``, or the bare mapping that torchvision publishes, with
-        ``layer1.0.downsample.0`` style names). The unused ``features.fc`` of old policies is dropped.
+        Layouts: fine-tuned (``agent`` and ``resnet``), curriculum (``agent`` only: the backbone is left alone), oldest
+        (``net`` for ``agent``), and base networks (``state_dict``, or the bare mapping that torchvision publishes, with
+        names like ``layer1.0.downsample.0``). The unused ``features.fc`` of old policies is dropped.
         """
         states, info = _split(checkpoint, given)
         parts, dropped = {}, []
@@ -230,7 +230,7 @@ class BlockDrop(DynamicNetwork):
 
 
 def _split(checkpoint, given):
-    """The state of each part of the network, and everything else that the checkpoint says; ``given`` is for errors."""
+    """Return the state of each part of the network, and the checkpoint's other entries; ``given`` is for errors."""
     parts = {}
     if "state_dict" in checkpoint or "resnet" in checkpoint:
         parts["backbone"] = "state_dict" if "state_dict" in checkpoint else "resnet"
@@ -253,7 +253,7 @@ def _split(checkpoint, given):
 
 
 def _rename(state, part):
-    """The state under our names, and the names that are dropped."""
+    """Return the state under dynexec's names, and the names that are dropped."""
     if part == "policy":
         dropped = [key for key in state if key.startswith("features.fc")]
         return {key: value for key, value in state.items() if key not in dropped}, dropped
@@ -277,12 +277,12 @@ def blockdrop_resnet(
     in_channels=3,
     num_classes=10,
 ):
-    """A BlockDrop network of any size.
+    """Build a BlockDrop network of any size.
 
     Parameters
     ----------
     blocks, widths : sequences of int
-        Residual blocks, and channels of their 3x3 convolutions, per segment.
+        Number of residual blocks, and channels of their 3x3 convolutions, per segment.
     block : type
         :class:`BasicBlock` or :class:`Bottleneck`.
     policy_widths : sequence of int, optional
@@ -299,7 +299,7 @@ def blockdrop_resnet(
     Raises
     ------
     ValueError
-        If ``blocks`` and ``widths`` are not of one length, or a number of blocks is below 1.
+        If ``blocks`` and ``widths`` differ in length, or a number of blocks is below 1.
     """
     backbone = SegmentedResNet(
         block, blocks, widths, large_images=large_images, in_channels=in_channels, num_classes=num_classes

@@ -1,4 +1,4 @@
-"""What reading published checkpoints has in common: files, names, and how a state differs from what is expected."""
+"""What readers of published checkpoints share: files, names, and how a state differs from the expected one."""
 
 import os
 import pickle
@@ -22,11 +22,11 @@ class Checkpoint:
     parts : dict
         Name of a part of the network -> (the module, its state under the module's names).
     absent : tuple of str
-        Parts that the checkpoint does not hold.
+        Parts that the checkpoint does not contain.
     dropped : list of str
-        Names in it that are not used.
+        Names in the checkpoint that are not used.
     info : dict
-        What else it says of itself.
+        Its other entries.
     """
 
     parts: dict[str, tuple[nn.Module, Mapping]]
@@ -36,9 +36,9 @@ class Checkpoint:
 
 
 def read_file(path, weights_only, *, inert=False):
-    """The mapping that a file holds.
+    """Read the mapping in a file.
 
-    ``weights_only`` as for ``torch.load``; with ``inert`` pickled modules are read all the same, see :mod:`inert`.
+    ``weights_only`` is as in ``torch.load``; with ``inert``, pickled modules are read nonetheless, see :mod:`inert`.
     """
     with open(path, "rb"):
         pass  # where that is not possible it says why
@@ -64,7 +64,7 @@ def read_file(path, weights_only, *, inert=False):
 
 
 def _zip_damage(path):
-    """What is wrong with a zip file, whose checksums torch.load does not look at; None for other files."""
+    """Return what is wrong with a zip file, whose checksums torch.load does not check; None for other files."""
     if not zipfile.is_zipfile(path):
         return None
     try:
@@ -89,7 +89,7 @@ def _check_file(checkpoint, path):
 
 
 def _reason(error):
-    """What is wrong, from an error of torch.load, whose text is mostly advice."""
+    """Extract what is wrong from an error of torch.load, whose text is mostly advice."""
     text = str(error).split("WeightsUnpickler error:")[-1]
     for advice in ("Check the documentation", "Please use", "In PyTorch 2.6"):
         text = text.split(advice)[0]
@@ -97,7 +97,7 @@ def _reason(error):
 
 
 def mismatches(part, expected, state):
-    """Sentences saying how ``state`` differs from the names, shapes and kinds of tensors in ``expected``."""
+    """Return messages on how ``state`` differs from the names, shapes and kinds of the tensors in ``expected``."""
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
     misshapen, mistyped = [], []
@@ -118,14 +118,14 @@ def mismatches(part, expected, state):
 
 
 def _can_be_copied(given, expected):
-    """Whether values can go from one tensor to the other, with no more than rounding."""
+    """Whether values can be copied from one tensor to the other with no loss but rounding."""
     dense = given.layout == torch.strided and given.device.type != "meta" and not given.is_quantized
     same = given.is_floating_point() == expected.is_floating_point() and given.is_complex() == expected.is_complex()
     return dense and same
 
 
 def check_mapping(state, part, entry, given):
-    """Raise ValueError unless ``state``, the ``entry`` of a checkpoint for ``part``, maps names to something."""
+    """Raise ValueError unless ``state``, the ``entry`` of a checkpoint for ``part``, is a mapping from names."""
     if not isinstance(state, Mapping):
         raise ValueError(f"{entry} must map names to tensors, got {type(state).__name__}")
     if wrong := [key for key in state if not isinstance(key, str)]:
@@ -133,12 +133,12 @@ def check_mapping(state, part, entry, given):
 
 
 def without_prefix(state):
-    """``state`` without the ``module.`` before its names, which ``DataParallel`` puts there."""
+    """Return ``state`` without the prefix ``module.`` that ``DataParallel`` adds to names."""
     return rename(state, lambda key: key.removeprefix("module."))
 
 
 def rename(state, name_of):
-    """``state`` under the names ``name_of(name)``; ValueError where two of its names become one."""
+    """Return ``state`` under the names ``name_of(name)``; ValueError if two names become the same."""
     found = {}
     for key in state:
         found.setdefault(name_of(key), []).append(key)
@@ -148,7 +148,7 @@ def rename(state, name_of):
 
 
 def shorten(items):
-    """The first dozen of ``items`` as one text, and how many more there are."""
+    """Join the first dozen of ``items`` into one text that also says how many more there are."""
     items = [str(item) for item in items]
     more = f" and {len(items) - 12} more" if len(items) > 12 else ""
     return ", ".join(items[:12]) + more

@@ -1,7 +1,7 @@
-"""The dilated residual network and the heads of DeepLab, as multi-task networks use them.
+"""The dilated residual network and the heads of DeepLab, as used by multi-task networks.
 
 Parameter names are those of the published AdaShare checkpoints: ``blocks.{segment}.{block}.*, ds.{segment}.*``, and
-``stem.*`` for what they call ``conv1`` and ``bn1``.
+``stem.*`` for their ``conv1`` and ``bn1``.
 """
 
 import torch
@@ -17,10 +17,10 @@ RATES = (6, 12, 18, 24)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, both dilated; the first one strides.
+    """Two 3x3 convolutions, both dilated; the first has the stride.
 
-    ``relu(residual(x) + x)``; or ``residual(x)`` alone, where the shortcut is not the identity. That one belongs to
-    the segment, because rows that skip the block need it, too.
+    Computes ``relu(residual(x) + x)``, or ``residual(x)`` alone if the shortcut is not the identity. Such a shortcut
+    belongs to the segment, because rows that skip the block need it, too.
     """
 
     expansion = 1
@@ -39,9 +39,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, dilated 3x3 and 1x1 convolutions, four times as many channels out as inside; the first 1x1 strides.
+    """1x1, dilated 3x3 and 1x1 convolutions, with four times as many channels out as inside; the first has the stride.
 
-    Otherwise as :class:`BasicBlock`. Weights and biases of its BatchNorms start frozen (``requires_grad`` False), as
+    Otherwise like :class:`BasicBlock`. Weights and biases of its BatchNorms start frozen (``requires_grad`` False), as
     published.
     """
 
@@ -80,7 +80,7 @@ class Stem(nn.Module):
 
 
 class DilatedResNet(nn.Module):
-    """Segments of residual blocks, of which only the second strides; the last two are dilated.
+    """Segments of residual blocks, of which only the second has a stride; the last two are dilated.
 
     Parameters
     ----------
@@ -114,20 +114,20 @@ class DilatedResNet(nn.Module):
         initialize_convolutions(self)
 
     def chain(self):
-        """Pairs of block and shortcut, in the order of execution; None for a shortcut that is the identity."""
+        """Yield pairs of block and shortcut in the order of execution; None for a shortcut that is the identity."""
         for segment, shortcut in zip(self.blocks, self.ds):
             for number, block in enumerate(segment):
                 yield block, None if number else shortcut
 
     def forward(self, images):
-        """Images ``[N, C, H, W]`` to features, with all blocks."""
+        """Map images ``[N, C, H, W]`` to features, with all blocks."""
         x = self.stem(images)
         for block, shortcut in self.chain():
             x = block(x) if shortcut is None else torch.relu(block(x) + shortcut(x))
         return x
 
     def run_shared(self, images, plan):
-        """Features of each task, a list of T tensors, under a :class:`dynexec.nn.tasks.SharingPlan`.
+        """Compute the features of each task, a list of T tensors, under a :class:`dynexec.nn.tasks.SharingPlan`.
 
         A row that runs a block becomes ``relu(residual(x) + shortcut(x))``, one that skips it ``shortcut(x)``.
         """
@@ -147,9 +147,9 @@ class DilatedResNet(nn.Module):
         return [plan.take(x, rows) for rows in plan.tasks]
 
     def run_soft(self, images, weights):
-        """Features of one task that runs all blocks and mixes: ``w * relu(residual(x) + s) + (1 - w) * s``.
+        """Compute the features of one task with all blocks, mixing ``w * relu(residual(x) + s) + (1 - w) * s``.
 
-        ``weights`` is float ``[L]`` or ``[N, L]``, ``s`` is ``shortcut(x)``.
+        ``weights`` is float ``[L]`` or ``[N, L]``, and ``s`` is ``shortcut(x)``.
         """
         x = self.stem(images)
         weights = weights.to(x)
@@ -161,7 +161,7 @@ class DilatedResNet(nn.Module):
         return x
 
     def input_shapes(self, height, width):
-        """``[C, H, W]`` of the input of each block, and of the features, for images of that size."""
+        """Return ``[C, H, W]`` of the input of each block, and of the features, for images of that size."""
         size = [((pixels - 1) // 2 + 1) // 2 + 1 for pixels in (height, width)]
         shapes = [(self.stem.conv1.out_channels, *size)]
         for block, _ in self.chain():
@@ -173,7 +173,7 @@ class DilatedResNet(nn.Module):
 
 
 class Branch(nn.Module):
-    """One of a head's dilated branches; ``conv1, conv2, conv3`` with biases, and dropout between them."""
+    """One of a head's dilated branches: ``conv1, conv2, conv3`` with biases, and dropout between them."""
 
     def __init__(self, in_channels, width, outputs, rate):
         super().__init__()
@@ -203,5 +203,5 @@ class Head(nn.Module):
 
 
 def conv_shortcut(in_channels, channels, stride):
-    """1x1 convolution and batch norm."""
+    """Return a 1x1 convolution with batch norm."""
     return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))

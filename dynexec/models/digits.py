@@ -1,7 +1,7 @@
 """BlockDrop on scikit-learn's handwritten digits: a small network of the family, trained from scratch on a CPU.
 
-8x8 images, ten classes, 1,797 of them: small enough to train network and policy in half a minute, real enough that
-dropping the wrong blocks costs accuracy.
+There are 1,797 images of 8x8 pixels in ten classes: few enough to train network and policy in half a minute, real
+enough that dropping the wrong blocks costs accuracy.
 """
 
 import copy
@@ -42,7 +42,7 @@ class Digits:
 
 
 def load_digits(seed=0):
-    """The data of scikit-learn's ``load_digits`` as :class:`Digits`; needs scikit-learn."""
+    """Load the data of scikit-learn's ``load_digits`` as :class:`Digits`; requires scikit-learn."""
     from sklearn.datasets import load_digits as load
 
     raw = load()
@@ -56,7 +56,7 @@ def load_digits(seed=0):
 
 
 def digits_network():
-    """The untrained network: 12 blocks, 0.14 million parameters; a policy of 6 % of its FLOPs."""
+    """Build the untrained network: 12 blocks, 0.14 million parameters, and a policy with 6 % of its FLOPs."""
     net = blockdrop_resnet(BLOCKS, WIDTHS, policy_widths=POLICY_WIDTHS, in_channels=1)
     for segment in net.backbone.blocks:
         for block in segment:  # start as the shortcut alone: deep and narrow networks learn faster so
@@ -73,7 +73,7 @@ class TrainedDigits:
     net : BlockDrop
         With its policy, fine-tuned.
     dense : BlockDrop
-        Before the policy's training: what "all blocks on" is measured with.
+        Before the policy's training: used to measure "all blocks on".
     seconds : dict
         Time per stage.
     """
@@ -84,12 +84,12 @@ class TrainedDigits:
 
 
 def train_digits(data, seed=0, *, on_epoch=None):
-    """Train network, policy, and both together; about half a minute on one core.
+    """Train network, policy, and both together; takes about half a minute on one core.
 
-    The method is the paper's; four settings suit a thousand easy images instead. There are fewer epochs, so each adds
+    The method is the paper's; four settings are adapted to a thousand easy images. There are fewer epochs, so each adds
     half a block to the curriculum. The entropy weighs 0.02. A mistake costs 0.3: where nearly everything is right, a
     larger penalty buys no accuracy, only blocks. Exploration is 0.9, and 0.98 in fine-tuning: with 0.8 there, the
-    network learns to bear any random dropping, and nothing is left to decide.
+    network learns to tolerate any random dropping, and nothing is left to decide.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def train_digits(data, seed=0, *, on_epoch=None):
 
 
 def compare_digits(trained, data, *, seed=0, draws=10, train_control=True):
-    """Measure the policy on the test set against all blocks on and against dropping without looking.
+    """Measure the policy on the test set against all blocks on and against dropping blocks without looking.
 
     Parameters
     ----------
@@ -141,8 +141,8 @@ def compare_digits(trained, data, *, seed=0, draws=10, train_control=True):
     Returns
     -------
     list of dict
-        ``name``; ``accuracy`` and its standard deviation over draws ``spread``; ``kept``, blocks per image;
-        ``saving``, the theoretical share of FLOPs saved, with the policy charged where it is needed.
+        ``name``; ``accuracy`` and its standard deviation over draws ``spread``; ``kept``, blocks per image; ``saving``,
+        the theoretical share of FLOPs saved, with the policy charged where it is needed.
     """
     net, dense = trained.net, trained.dense
     images, labels = data.test

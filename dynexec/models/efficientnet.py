@@ -21,13 +21,13 @@ VARIANTS = {"b0": (1.0, 1.0, 224), "b1": (1.0, 1.1, 240), "b2": (1.1, 1.2, 260),
 
 
 def same_padding(size, kernel, stride):
-    """Zeros before and after ``size`` pixels such that a convolution gives ``ceil(size / stride)`` of them."""
+    """Return the zeros before and after ``size`` pixels for a convolution to output ``ceil(size / stride)`` pixels."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
 def padded_conv(in_channels, channels, kernel, stride, size, groups=1):
-    """A padding module and a convolution: together a "same" convolution of images of ``size`` pixels."""
+    """Return a padding module and a convolution that together are a "same" convolution of images of ``size`` pixels."""
     before, after = same_padding(size, kernel, stride)
     even = before == after
     pad = nn.Identity() if even else nn.ZeroPad2d((before, after, before, after))
@@ -36,7 +36,7 @@ def padded_conv(in_channels, channels, kernel, stride, size, groups=1):
 
 
 def batch_norm(channels):
-    """BatchNorm with the constants of the published networks."""
+    """Return a BatchNorm with the constants of the published networks."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
@@ -47,7 +47,7 @@ class MBConv(nn.Module):
     ----------
     in_channels, channels, kernel, stride, expansion : int
     size : int
-        The image size that its padding is made for.
+        The image size that its padding is computed for.
     drop : float
         Probability that a sample loses the residual in training (stochastic depth).
     """
@@ -84,22 +84,22 @@ class MBConv(nn.Module):
 class EfficientNet(nn.Module):
     """``_conv_stem, _bn0, _blocks.{i}.*, _conv_head, _bn1``: images ``[N, C, H, W]`` to pooled features.
 
-    Convolutions that stride pad for the nominal size of the variant (b0 224, b1 240, b2 260, b3 300), whatever the size
-    of the images: trained weights expect that.
+    Convolutions with stride pad for the nominal size of the variant (b0 224, b1 240, b2 260, b3 300), whatever the size
+    of the images, as trained weights expect.
 
     Parameters
     ----------
     variant : {"b0", "b1", "b2", "b3"}
     padding_by : {"layer", "image"}
-        What a layer's padding is made for: its own input if the network's has the nominal size, as in versions from 0.7
-        of the package on, or the nominal size itself, as in those before. The same for b0; on b1 and b3 one or two
-        layers differ by a pixel. Weights do not tell which version they were trained with.
+        What a layer's padding is computed for: its own input when the network's input has the nominal size, as in the
+        package from version 0.7 on, or the nominal size itself, as in earlier versions. Both are the same for b0; on b1
+        and b3 one or two layers differ by a pixel. Weights do not tell which version they were trained with.
     in_channels : int
 
     Raises
     ------
     ValueError
-        If there is no such variant or padding.
+        If the variant or padding is unknown.
     """
 
     def __init__(self, variant="b0", *, padding_by="layer", in_channels=3):
@@ -140,6 +140,6 @@ class EfficientNet(nn.Module):
 
 
 def _round(channels):
-    """The nearest multiple of 8, but no less than nine tenths of ``channels``."""
+    """Round to the nearest multiple of 8, but to no less than nine tenths of ``channels``."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

@@ -16,14 +16,14 @@ from dynexec.route import Route
 
 @dataclass(frozen=True, eq=False)
 class SharingFlops:
-    """FLOPs of one image. A multiply-add counts as two; convolutions and matrix products count, nothing else does.
+    """FLOPs of one image. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
     ----------
     dense : int
         T separate networks, one per task, that share nothing.
     parts : tuple of int
-        Of each part, in the order of ``part_names()``.
+        Each part, in the order of ``part_names()``.
     needs : bool tensor ``[T, parts]``
         Which parts each task needs.
     stages : tuple of int
@@ -44,7 +44,7 @@ class SharingFlops:
         return sum(self.parts)
 
     def of(self, decisions):
-        """FLOPs that the wanted tasks need.
+        """Count the FLOPs that the wanted tasks need.
 
         Parameters
         ----------
@@ -63,14 +63,14 @@ class SharingFlops:
 class FeatureSharing(RoutedNetwork):
     """A sequential network whose layers are shared by groups of tasks, in a tree.
 
-    ``net(images)`` gives a list of T tensors ``[N, C_t]``, one per task. Each trunk, the layers between two
-    branchings, runs once on the images that need it. So do the heads; those that read the same column are one product
-    where they can be.
+    ``net(images)`` returns a list of T tensors ``[N, C_t]``, one per task. Each trunk, the layers between two
+    branchings, runs once on the images that need it. So do the heads; where possible, those that read the same column
+    run as one matrix product.
 
-    Decisions say which tasks are wanted: bool ``[T]``, or ``[N, T]`` for each image its own. What no wanted task needs
-    does not run, and the rows of an unwanted task are zeros. They come from the caller: the tree is the same for all
-    images and the network decides nothing, so it has no policy, and all tasks are wanted by default. Tasks are wanted
-    or not, ``soft_decisions`` have no meaning.
+    Decisions say which tasks are wanted: bool ``[T]``, or ``[N, T]`` to choose for each image. What no wanted task
+    needs does not run, and the rows of an unwanted task are zeros. Decisions come from the caller: the tree is the same
+    for all images and the network decides nothing, so it has no policy, and by default all tasks are wanted. A task is
+    wanted or not, so ``soft_decisions`` have no meaning.
 
     In training mode BatchNorm's statistics are those of the images that run through a column.
 
@@ -80,13 +80,14 @@ class FeatureSharing(RoutedNetwork):
     Parameters
     ----------
     stages : sequence of L entries
-        The layers from the images on. An entry is a module, of which each further column gets a copy, or a sequence
-        (list, tuple or ``ModuleList``) of one module per column. None may change its input in place: siblings read it.
+        The layers, starting at the images. An entry is a module, of which each further column gets a copy, or a
+        sequence (list, tuple or ``ModuleList``) of one module per column. None may change its input in place: siblings
+        read it.
     heads : sequence of T modules
         From the last layer's output to ``[N, C_t]``, by at least one ``Linear``, of which the last one has C_t outputs.
         None may change its input in place either.
-    tree : SharingTree or what makes one, optional
-        Per layer the groups of tasks. Default: all tasks share all layers.
+    tree : SharingTree or its argument, optional
+        Groups of tasks per layer. Default: all tasks share all layers.
 
     Attributes
     ----------
@@ -100,7 +101,7 @@ class FeatureSharing(RoutedNetwork):
     Raises
     ------
     TypeError, ValueError
-        If the entries are no modules, or there are more or fewer of them than the tree has layers, columns or tasks.
+        If an entry is not a module, or their numbers do not match the layers, columns or tasks of the tree.
     """
 
     def __init__(self, stages, heads, tree=None):
@@ -142,11 +143,11 @@ class FeatureSharing(RoutedNetwork):
 
     @property
     def num_tasks(self):
-        """T."""
+        """T, the number of tasks."""
         return len(self.num_classes)
 
     def columns(self, depth):
-        """The modules of layer ``depth``, one per column."""
+        """Return the modules of layer ``depth``, one per column."""
         self.tree.check_depth(depth)
         found = {}
         for trunk in self._trunks:
@@ -156,12 +157,12 @@ class FeatureSharing(RoutedNetwork):
         return [found[column] for column in range(len(found))]
 
     def task_heads(self):
-        """The heads, one module per task."""
+        """Return the heads, one module per task."""
         found = {task: head for _, tasks in self._leaves for task, head in zip(tasks, self.heads[str(tasks[0])])}
         return [found[task] for task in range(self.num_tasks)]
 
     def forward(self, inputs, decisions=None, *, return_decisions=False, soft_decisions=None):
-        """Outputs of the wanted tasks.
+        """Compute the outputs of the wanted tasks.
 
         Parameters
         ----------
@@ -170,17 +171,17 @@ class FeatureSharing(RoutedNetwork):
         decisions : bool tensor ``[T]`` or ``[N, T]``, optional
             The wanted tasks; default all.
         return_decisions : bool
-            Also give the decisions taken.
+            Also return the decisions.
         soft_decisions : None
 
         Returns
         -------
-        list of T tensors ``[N, C_t]``, zero where not wanted; with ``return_decisions`` a tuple of it and the decisions
+        list of T tensors ``[N, C_t]``, zero where not wanted; or ``(output, decisions)``
 
         Raises
         ------
         TypeError, ValueError
-            If an argument is not what it should be.
+            If an argument is invalid.
         """
         self.check_inputs(inputs)
         if soft_decisions is not None:
@@ -200,7 +201,7 @@ class FeatureSharing(RoutedNetwork):
         return (outputs, decisions) if return_decisions else outputs
 
     def _run_trunk(self, number, x, held, route, wanted, outputs):
-        """Run a trunk and all above it; ``x`` has the rows ``held`` of the batch, None: all."""
+        """Run a trunk and everything above it; ``x`` has the rows ``held`` of the batch (None: all)."""
         rows = route.group(number)
         if len(rows) == 0:
             return
@@ -223,18 +224,18 @@ class FeatureSharing(RoutedNetwork):
                     outputs[task] = output
 
     def part_names(self):
-        """Trunks, then heads."""
+        """Return the names of the trunks, then of the heads."""
         return [f"trunks.{name}" for name in self.trunks] + [f"heads.{name}" for name in self.heads]
 
     def example_decisions(self, inputs):
-        """All tasks; none; a third of them, others from image to image; and the other two thirds."""
+        """Return all tasks; none; a third of them, which differs from image to image; and the other two thirds."""
         everything = torch.ones(self.num_tasks, dtype=torch.bool, device=inputs.device)
         samples, tasks = (torch.arange(count, device=inputs.device) for count in (len(inputs), self.num_tasks))
         third = (samples[:, None] + tasks) % 3 == 0
         return [everything, ~everything, third, ~third]
 
     def run_dense(self, inputs):
-        """One task after the other, sharing nothing."""
+        """Run one task after the other, sharing nothing."""
         tasks = torch.eye(self.num_tasks, dtype=torch.bool, device=inputs.device)
         return [self(inputs, wanted)[task] for task, wanted in enumerate(tasks)]
 
@@ -252,9 +253,9 @@ class FeatureSharing(RoutedNetwork):
             raise TypeError(f"inputs must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
-        """FLOPs of one image as :class:`SharingFlops`; only the shape of ``inputs`` matters.
+        """Count the FLOPs of one image as :class:`SharingFlops`; only the shape of ``inputs`` matters.
 
-        ``dense`` is T separate networks, ``of(decisions)`` what the tree runs for the wanted tasks.
+        ``dense`` is T separate networks; ``of(decisions)`` is what the tree runs for the wanted tasks.
         """
         self.check_inputs(inputs)
         stages, parts, outputs = {}, [], []
@@ -283,7 +284,7 @@ class FeatureSharing(RoutedNetwork):
 
 
 def _take(x, held, rows):
-    """The ``rows`` of the batch out of ``x``, which has those of ``held`` (ascending; None: all)."""
+    """Take the ``rows`` of the batch out of ``x``, which has the rows ``held`` (ascending; None: all)."""
     if len(rows) == len(x):
         return x
     return x[rows if held is None else torch.searchsorted(held, rows)]
@@ -294,7 +295,7 @@ def _name(trunk):
 
 
 def _columns(stage, depth, count):
-    """The modules of one layer."""
+    """Return the modules of one layer."""
     if isinstance(stage, nn.Module) and not isinstance(stage, nn.ModuleList):
         return [stage, *(copy.deepcopy(stage) for _ in range(count - 1))]
     columns = list(stage) if isinstance(stage, (list, tuple, nn.ModuleList)) else []

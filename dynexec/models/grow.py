@@ -1,8 +1,9 @@
-"""A growing tree of shared trunks (Lu et al., CVPR 2017): the affinity of tasks, and splits from the top down.
+"""Grows a tree of shared trunks (Lu et al., CVPR 2017): the affinity of tasks, and splits from the top down.
 
 The network starts thin and shared by all tasks, see :mod:`dynexec.models.thin`. Then, from the last layer to the first,
-each layer gets one column per group of the columns above it (of the tasks, in the last layer), as many as a price per
-column and the affinity of the tasks say, until one group is left: what lies below stays shared.
+each layer gets one column per group of the columns above it (of the tasks, for the last layer). The number of groups
+follows from a price per column and the affinity of the tasks. Growing ends when one group is left: all layers below
+stay shared.
 """
 
 import copy
@@ -13,14 +14,14 @@ from dynexec.models.feature_sharing import FeatureSharing
 
 
 def error_margins(outputs, targets):
-    """How far each prediction is from right: 1 minus the probability of the right class.
+    """Compute how far each prediction is from right: 1 minus the probability of the right class.
 
     Parameters
     ----------
     outputs : list of T float tensors ``[N, C_t]``
         Logits.
     targets : int64 tensor ``[N, T]``
-        Classes; negative where not known.
+        Classes; negative if not known.
 
     Returns
     -------
@@ -34,7 +35,7 @@ def error_margins(outputs, targets):
 
 
 def task_affinity(margins):
-    """How often two tasks find the same samples difficult, or the same ones easy: float64 ``[T, T]`` from 0 to 1.
+    """Compute how often two tasks find the same samples difficult, or the same ones easy: float64 ``[T, T]``, 0 to 1.
 
     A sample is difficult for a task if its margin is at least the task's mean. The affinity of two tasks is the share
     of samples that are difficult for both or easy for both, among those where both are known (0.5 if there are none).
@@ -56,9 +57,9 @@ def task_affinity(margins):
 
 
 def group_affinity(affinity, groups):
-    """Affinity of groups of tasks, float64 ``[groups, groups]``; on the diagonal of each with itself.
+    """Compute the affinity of groups of tasks, float64 ``[groups, groups]``; on the diagonal, of each with itself.
 
-    Each task's least affinity with the tasks of the other group, averaged over the group; then the mean of both
+    This is each task's least affinity with the tasks of the other group, averaged over the group; then the mean of both
     directions.
     """
     pairs = torch.stack(
@@ -68,17 +69,19 @@ def group_affinity(affinity, groups):
 
 
 def separation_cost(affinity, clusters):
-    """What it costs to keep together units that do not belong together: 1 minus each unit's least affinity in its
-    cluster, averaged over the cluster, then over clusters."""
+    """Compute the cost of keeping together units that do not belong together.
+
+    This is 1 minus each unit's least affinity in its cluster, averaged over the cluster, then over clusters.
+    """
     return sum(1 - affinity[c][:, c].amin(1).mean().item() for c in map(list, clusters)) / len(clusters)
 
 
 def find_groups(tree, depth, affinity, *, column_cost, alpha=1.0, max_columns=None, repeats=5, seed=0):
-    """The groups into which the one column of a layer is best split.
+    """Find the groups into which the single column of a layer is best split.
 
-    For each number of groups C, spectral clustering of what the layer above holds (the tasks, for the last layer)
-    makes the groups; the least ``(C - 1) * column_cost + alpha * separation_cost`` wins, on a tie the smaller C.
-    Needs scikit-learn where C is neither 1 nor all.
+    For each number of groups C, the groups come from spectral clustering of the columns of the layer above (of the
+    tasks, for the last layer). The least ``(C - 1) * column_cost + alpha * separation_cost`` wins; on a tie, the
+    smaller C. Requires scikit-learn unless C is 1 or the number of columns or tasks.
 
     Parameters
     ----------
@@ -88,13 +91,13 @@ def find_groups(tree, depth, affinity, *, column_cost, alpha=1.0, max_columns=No
     affinity : float tensor ``[T, T]``
         Symmetric, not negative.
     column_cost : float
-        Price of a further column here.
+        Price of an additional column here.
     alpha : float
         Weight of separation; the larger, the more columns.
     max_columns : int, optional
-        Most groups.
+        Largest number of groups.
     repeats : int
-        How often clustering is repeated from other starts; the groups with the least separation cost stay.
+        How often clustering is repeated from other starts; the groups with the least separation cost are used.
     seed : int
         The same seed gives the same groups.
 
@@ -108,7 +111,7 @@ def find_groups(tree, depth, affinity, *, column_cost, alpha=1.0, max_columns=No
     ImportError
         If scikit-learn is needed and missing.
     ValueError
-        If an argument is not what it should be.
+        If an argument is invalid.
     """
     tree.check_depth(depth)
     if len(tree.layers[depth]) != 1:
@@ -139,7 +142,7 @@ def find_groups(tree, depth, affinity, *, column_cost, alpha=1.0, max_columns=No
 
 
 def _cluster(affinity, count, repeats, seed):
-    """Units in ``count`` clusters, a list of lists; None if clustering finds fewer."""
+    """Group units into ``count`` clusters, a list of lists; None if clustering finds fewer."""
     units = len(affinity)
     if count == 1:
         return [list(range(units))]
@@ -160,9 +163,9 @@ def _cluster(affinity, count, repeats, seed):
 
 
 def widen(network, depth, groups):
-    """The network with one column per group at layer ``depth``, copies of the columns that held the tasks before.
+    """Return the network with one column per group at layer ``depth``, copied from the columns that held its tasks.
 
-    The outputs stay what they were; only training makes the columns differ.
+    The outputs stay the same; only training makes the columns differ.
 
     Parameters
     ----------
@@ -179,7 +182,7 @@ def widen(network, depth, groups):
     Raises
     ------
     ValueError
-        If the groups do not fit.
+        If the groups do not match the tree.
     """
     tree = network.tree.replace(depth, groups)
     stages = []
@@ -193,7 +196,7 @@ def widen(network, depth, groups):
 
 
 def split(network, depth, affinity, **options):
-    """:func:`widen` by the groups of :func:`find_groups`, which takes ``options``; the network itself if it is one."""
+    """:func:`widen` by the groups of :func:`find_groups`, which takes ``options``; ``network`` itself for one group."""
     groups = find_groups(network.tree, depth, affinity, **options)
     return network if len(groups) == 1 else widen(network, depth, groups)
 
@@ -206,12 +209,12 @@ def grow(network, affinity_of, column_costs, *, max_columns=None, on_split=None,
     network : FeatureSharing
         Usually with one column per layer; not changed.
     affinity_of : callable
-        ``affinity_of(network)`` gives the affinity ``[T, T]`` before each split: train the network in it, and measure
-        by :func:`task_affinity`.
+        ``affinity_of(network)`` returns the affinity ``[T, T]`` before each split: it should train the network and
+        measure :func:`task_affinity`.
     column_costs : sequence of L float
-        Price of a further column per layer.
+        Price of an additional column per layer.
     max_columns : sequence of L int, optional
-        Most columns per layer.
+        Largest number of columns per layer.
     on_split : callable, optional
         Called as ``on_split(depth, network)`` after each split, with the new network.
     **options
@@ -220,7 +223,7 @@ def grow(network, affinity_of, column_costs, *, max_columns=None, on_split=None,
     Returns
     -------
     FeatureSharing
-        After the last split, not trained since.
+        As after the last split, not trained since.
     """
     layers = network.tree.num_layers
     max_columns = [None] * layers if max_columns is None else max_columns

@@ -1,7 +1,7 @@
-"""Files of pickled modules, read without any of their code: tensors come out, and stand-ins for everything else.
+"""Reads files of pickled modules without running any of their code: returns tensors, and stand-ins for all else.
 
-Neither ``torch.load`` nor the classes and functions that a file names take part. Both of torch's formats are read here,
-for as much as parameters need: pickles of containers, numbers, texts and tensors, and the tensors' values.
+Neither ``torch.load`` nor the classes and functions that a file names are used. Both of torch's formats are read, as
+far as parameters require: pickles of containers, numbers, strings and tensors, and the tensors' values.
 """
 
 import collections
@@ -30,7 +30,7 @@ _MOST_MODULES = 10_000  # of a file
 
 
 class Inert:
-    """Stands for an object whose class is not loaded: ``attributes`` are its own, and it does nothing."""
+    """Stand-in for an object whose class is not loaded: it has the object's ``attributes``, and does nothing."""
 
     def __init__(self):
         self.attributes = {}
@@ -48,7 +48,7 @@ class Inert:
 
 
 class _Name:
-    """Stands for a class or function; a call gives what a few of them make of data, and an Inert for all others."""
+    """Stand-in for a class or function; calls return data for a few that only build data, otherwise an Inert."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -65,7 +65,7 @@ class _Name:
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one in Python, of which every step that could reach an object's own code is another."""
+    """The Python unpickler, with every step replaced that could reach an object's own code."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -102,9 +102,9 @@ class _Unpickler(pickle._Unpickler):
 
 
 def load_inert(path):
-    """What ``torch.load`` gives for a file, with :class:`Inert` objects in place of all but containers and tensors.
+    """Read a file like ``torch.load``, with :class:`Inert` objects in place of all but containers and tensors.
 
-    What is raised for a damaged file depends on where the damage is.
+    The exception raised for a damaged file depends on where the damage is.
     """
     with open(path, "rb") as file:
         return _load_zip(file) if zipfile.is_zipfile(file) else _load_stream(file)
@@ -162,12 +162,12 @@ def _load_stream(file):
 
 
 def state_of(module):
-    """Parameters and buffers by name, of an ``nn.Module`` or of what :class:`Inert` made of a pickled one; else None.
+    """Return parameters and buffers by name, of an ``nn.Module`` or of the :class:`Inert` of a pickled one; else None.
 
     Raises
     ------
     ValueError
-        If the pickled one holds itself, or is not made as modules are.
+        If the pickled module contains itself, or is not built like a module.
     """
     if isinstance(module, nn.Module):
         return module.state_dict()

@@ -18,11 +18,11 @@ class LesionStudy:
     Attributes
     ----------
     error : float
-        Of the whole network.
+        Error of the whole network.
     by_block : tuple of float
-        With one block deleted, by column.
+        Errors with one block deleted, by column.
     by_count : tuple of tuple of float
-        Entry k holds one error per random set of k deleted blocks (one entry only where there is one set: 0 and L).
+        Entry k holds one error per random set of k deleted blocks (a single one if there is only one set: 0 and L).
     """
 
     error: float
@@ -31,7 +31,7 @@ class LesionStudy:
 
 
 def delete_blocks(model, blocks):
-    """Decisions that keep every block but the given ones, for every sample.
+    """Return decisions that keep every block but the given ones, for every sample.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def delete_blocks(model, blocks):
     Raises
     ------
     TypeError
-        If ``blocks`` are not column numbers; a bool mask is none.
+        If ``blocks`` are not column numbers; a bool mask is not accepted.
     ValueError
         If a column does not exist, or ``model`` has none.
     """
@@ -81,7 +81,7 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
     Parameters
     ----------
     model : nn.Module
-        A :class:`dynexec.nn.DynamicNetwork` or a converted model; evaluated as it is, its policy is not asked.
+        A :class:`dynexec.nn.DynamicNetwork` or a converted model; evaluated without using its policy.
     images : float tensor ``[N, C, H, W]``
     labels : tensor of integers ``[N]``
     max_deleted : int, optional
@@ -99,7 +99,7 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
     Raises
     ------
     TypeError, ValueError
-        If images and labels are not what :func:`evaluate` takes, ``draws`` is below 1, ``max_deleted`` not from 0 to
+        If images and labels are not what :func:`evaluate` takes, ``draws`` is below 1, ``max_deleted`` is not from 0 to
         L, or ``model`` has no dynamic block with a column.
     """
     net = model if isinstance(model, DynamicNetwork) else DynamicNetwork(model)
@@ -125,13 +125,13 @@ def lesion_study(model, images, labels, *, max_deleted=None, draws=10, seed=0, b
 
 
 def plot_lesion(study, path=None):
-    """Draw a :class:`LesionStudy` as two panels; needs matplotlib.
+    """Draw a :class:`LesionStudy` as two panels; requires matplotlib.
 
     Parameters
     ----------
     study : LesionStudy
     path : path, optional
-        Also saved there, in the format of its suffix.
+        File to save the figure to, in the format of its suffix.
 
     Returns
     -------

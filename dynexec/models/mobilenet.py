@@ -17,7 +17,7 @@ NUM_FEATURES = 1280
 
 
 def conv_bn_relu6(in_channels, channels, kernel, stride=1, groups=1):
-    """The layers of a convolution with BatchNorm and ReLU6."""
+    """Return the layers of a convolution with BatchNorm and ReLU6."""
     conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(channels), nn.ReLU6()]
 
@@ -29,8 +29,8 @@ class InvertedResidual(nn.Module):
     ----------
     in_channels, channels, stride, expansion : int
     flat : bool
-        Parameter names: ``conv.0, conv.1, conv.3, ...`` in one sequence; otherwise ``conv.0.0, conv.0.1, conv.1.0``, as
-        torchvision nests them.
+        Parameter names: ``conv.0, conv.1, conv.3, ...`` in one sequence; otherwise ``conv.0.0, conv.0.1, conv.1.0``,
+        nested as in torchvision.
     """
 
     def __init__(self, in_channels, channels, stride, expansion, *, flat=False):
@@ -79,7 +79,7 @@ class MobileNetV2(nn.Module):
 
 
 def initialize(module):
-    """Weights for training from scratch."""
+    """Initialise weights for training from scratch."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")

@@ -1,4 +1,4 @@
-"""Read checkpoints that the authors of the systems published."""
+"""Reads the checkpoints published by the authors of the systems."""
 
 import os
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from dynexec.models.checkpoints import mismatches, read_file
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_official` did.
+    """The result of :func:`load_official`.
 
     Attributes
     ----------
     loaded, absent : tuple of str
-        Parts of the network ("backbone", "policy") that were replaced, and that the checkpoint does not hold and
-        that were therefore left as they were.
+        Parts of the network ("backbone", "policy") that were replaced, and those that the checkpoint does not contain
+        and that were left as they were.
     dropped : tuple of str
         Names in the checkpoint that are not used.
     info : dict
-        What else the checkpoint says of itself, such as epoch, accuracy and reward.
+        Other entries of the checkpoint, such as epoch, accuracy and reward.
     """
 
     loaded: tuple[str, ...]
@@ -35,21 +35,21 @@ class LoadReport:
 
 
 def load_official(net, source, *, weights_only=True):
-    """Load a published checkpoint into a network, all of it or nothing.
+    """Load a published checkpoint into a network, completely or not at all.
 
-    See ``read_official`` of each system's class for the layouts that are understood. ``module.``
-    prefixes are stripped, and ``num_batches_tracked``, which PyTorch 0.3 did not have, may be missing.
+    See ``read_official`` of each system's class for the supported layouts. ``module.`` prefixes are stripped, and
+    ``num_batches_tracked``, which PyTorch 0.3 did not have, may be missing.
 
     Parameters
     ----------
     net : BlockDrop, SpotTune, AdaShare, ARNet or AdaMML
         Changed in place.
     source : path or mapping
-        The file, or what ``torch.load`` gave for it.
+        The file, or the result of ``torch.load`` for it.
     weights_only : bool
-        True never executes code from the file; of SpotTune's pickled modules it takes the tensors alone. BlockDrop's
+        True never executes code from the file; of SpotTune's pickled modules only the tensors are read. BlockDrop's
         ``.t7`` files come from PyTorch 0.3 under Python 2 and may need False, which runs whatever the file's pickle
-        says: only for files that you trust.
+        says: use it only for files that you trust.
 
     Returns
     -------
@@ -58,12 +58,13 @@ def load_official(net, source, *, weights_only=True):
     Raises
     ------
     TypeError
-        If ``net`` or ``source`` is of another kind.
+        If ``net`` or ``source`` has the wrong type.
     OSError
-        If there is no such file, or it may not be read.
+        If the file does not exist or cannot be read.
     ValueError
-        If the file is none of torch's, is damaged, or cannot be read safely; its layout is unknown; or it does not fit
-        the network: every missing, unexpected and misshapen parameter is listed, and the network is left untouched.
+        If the file is not one of torch's, is damaged, or cannot be read safely; if its layout is unknown; or if it does
+        not match the network: every missing, unexpected and misshapen parameter is listed, and the network is left
+        unchanged.
     """
     if not hasattr(net, "read_official"):
         raise TypeError(
@@ -92,7 +93,7 @@ def load_official(net, source, *, weights_only=True):
 
 
 def _unwritable(name, module):
-    """Sentences about parameters and buffers that take no values, of which the first would end a load half-way."""
+    """Return messages on parameters and buffers that cannot be written, which would end a load half-way."""
     groups = {}
     for key, value in module.state_dict().items():
         if hasattr(value, "device_mesh"):  # a DTensor

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the first one strides."""
+    """Two 3x3 convolutions; the first has the stride."""
 
     expansion = 1
 
@@ -24,7 +24,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions, four times as many channels out as inside; the 3x3 one strides."""
+    """1x1, 3x3 and 1x1 convolutions, with four times as many channels out as inside; the 3x3 one has the stride."""
 
     expansion = 4
 
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         initialize_convolutions(self)
 
     def stem(self, images):
-        """Images to the input of ``layer1``, a fourth of their size."""
+        """Map images to the input of ``layer1``, at a quarter of their size."""
         return self.maxpool(torch.relu(self.bn1(self.conv1(images))))
 
     def forward(self, images):
@@ -114,7 +114,7 @@ def check_images(images, channels, step):
 
 
 def initialize_convolutions(module):
-    """Weights of convolutions for training from scratch (He et al., ICCV 2015)."""
+    """Initialise the weights of convolutions for training from scratch (He et al., ICCV 2015)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

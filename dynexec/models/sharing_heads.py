@@ -18,8 +18,9 @@ _STATELESS = {
 class Heads(nn.ModuleList):
     """Heads of tasks that read the same column, as one: ``[rows, ...]`` to ``[rows, sum of C_t]``.
 
-    Several are one matrix product: each is a ``Sequential`` that ends in a ``Linear``, and what precedes that is the
-    same in all and has nothing to learn, see :func:`can_join`. Not while a hook wants to see one of them run.
+    Several heads run as one matrix product: each is a ``Sequential`` that ends in a ``Linear``, and the layers before
+    that are the same in all and have no parameters, see :func:`can_join`. They run separately while a hook observes one
+    of them.
     """
 
     def forward(self, x):
@@ -35,7 +36,7 @@ class Heads(nn.ModuleList):
 
 
 def can_join(heads):
-    """Whether heads may run as one :class:`Heads` of several."""
+    """Whether several heads may run as one :class:`Heads`."""
     if not all(type(head) is nn.Sequential and type(head[-1]) is nn.Linear for head in heads):
         return False
     before = [[_settings(m) for _, m in head[:-1].named_modules(remove_duplicate=False)] for head in heads]
@@ -45,12 +46,12 @@ def can_join(heads):
 
 
 def _settings(layer):
-    """The type of a layer, and what its arguments were."""
+    """Return the type of a layer and its arguments."""
     return type(layer), {name: getattr(layer, name) for name in getattr(layer, "__constants__", ())}
 
 
 def count_classes(head, task):
-    """How many outputs the head of a task has; TypeError if it has no linear layer that says so."""
+    """Return how many outputs the head of a task has; TypeError if it has no linear layer to tell."""
     linear = [m for m in head.modules() if isinstance(m, nn.Linear)] if isinstance(head, nn.Module) else []
     if not linear:
         raise TypeError(f"heads[{task}] must be a module with a Linear layer, got {type(head).__name__}")

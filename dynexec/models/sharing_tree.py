@@ -14,7 +14,7 @@ class Trunk:
     column : int
         Its number among the columns of layer ``start``.
     tasks : tuple of int
-        Those that need it.
+        The tasks that need it.
     parent : int or None
         The trunk whose output it reads, as a number in :meth:`SharingTree.trunks`; None: it reads the images.
     """
@@ -28,10 +28,10 @@ class Trunk:
 
 @dataclass(frozen=True)
 class SharingTree:
-    """Per layer, the groups of tasks that share a column of it.
+    """For each layer, the groups of tasks that share a column of it.
 
-    Each layer partitions the tasks and refines the partition of the layer below it: tasks that have parted never meet
-    again. A column reads the column of the layer below that holds its tasks.
+    Each layer partitions the tasks and refines the partition of the layer below it: tasks that have separated never
+    meet again. A column reads the column of the layer below that holds its tasks.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class SharingTree:
     Raises
     ------
     ValueError
-        If a layer is no partition of the tasks 0 to T - 1, or does not refine the one below.
+        If a layer is not a partition of the tasks 0 to T - 1, or does not refine the one below.
     """
 
     layers: tuple[tuple[tuple[int, ...], ...], ...]
@@ -66,7 +66,7 @@ class SharingTree:
 
     @classmethod
     def shared(cls, num_layers, num_tasks):
-        """The tree with which growing begins: all ``num_tasks`` tasks share each of ``num_layers`` layers."""
+        """Return the tree from which growing starts: ``num_tasks`` tasks share all of ``num_layers`` layers."""
         return cls([[range(num_tasks)]] * num_layers)
 
     @property
@@ -80,11 +80,11 @@ class SharingTree:
         return sum(len(group) for group in self.layers[0])
 
     def column_of(self, depth, task):
-        """The column of layer ``depth`` that holds ``task``."""
+        """Return the column of layer ``depth`` that holds ``task``."""
         return next(column for column, group in enumerate(self.layers[depth]) if task in group)
 
     def replace(self, depth, groups):
-        """The tree with other ``groups`` at layer ``depth``; ValueError if the layers around it do not fit them."""
+        """Return the tree with other ``groups`` at layer ``depth``; ValueError if adjacent layers do not match them."""
         self.check_depth(depth)
         return type(self)([*self.layers[:depth], groups, *self.layers[depth + 1 :]])
 
@@ -94,8 +94,10 @@ class SharingTree:
             raise ValueError(f"depth must be from 0 to {self.num_layers - 1}, got {depth}")
 
     def trunks(self):
-        """The maximal chains of columns that nothing branches off inside, parents first, depth first: list of
-        :class:`Trunk`."""
+        """Return the maximal chains of columns without a branching inside, parents first, depth first.
+
+        A list of :class:`Trunk`.
+        """
         trunks = []
         for column in range(len(self.layers[0])):
             self._add_trunks(trunks, 0, column, None)
@@ -112,14 +114,14 @@ class SharingTree:
             self._add_trunks(trunks, stop, child, number)
 
     def _above(self, depth, column):
-        """Columns of the next layer that read this one."""
+        """Return the columns of the next layer that read this one."""
         if depth + 1 == self.num_layers:
             return []
         held = self.layers[depth][column]
         return [number for number, group in enumerate(self.layers[depth + 1]) if group[0] in held]
 
     def format(self, names=None):
-        """The tree as text, a line per trunk; ``names``: of the tasks, default their numbers."""
+        """Return the tree as text, one line per trunk; ``names`` of the tasks default to their numbers."""
         names = _names(self, names)
         trunks = self.trunks()
         lines = []
@@ -143,14 +145,14 @@ class SharingTree:
         return self.format()
 
     def draw(self, path=None, names=None):
-        """Draw the tree, a dot per column and the images at the bottom; needs matplotlib.
+        """Draw the tree, with a dot per column and the images at the bottom; requires matplotlib.
 
         Parameters
         ----------
         path : path, optional
-            Also saved there, in the format of its suffix.
+            File to save the figure to, in the format of its suffix.
         names : sequence of str, optional
-            Of the tasks; default their numbers.
+            Names of the tasks; default their numbers.
 
         Returns
         -------
@@ -184,7 +186,7 @@ class SharingTree:
         return figure
 
     def _drawing_order(self):
-        """Groups of the last layer, sorted such that no two lines cross."""
+        """Return the groups of the last layer, sorted so that no two lines cross."""
         columns = range(self.num_layers)
         return sorted(self.layers[-1], key=lambda group: [self.column_of(depth, group[0]) for depth in columns])
 

@@ -1,4 +1,4 @@
-"""SpotTune: per image and block, the pre-trained weights or fine-tuned ones (Guo et al., CVPR 2019)."""
+"""SpotTune: pre-trained or fine-tuned weights, per image and block (Guo et al., CVPR 2019)."""
 
 import re
 
@@ -18,13 +18,13 @@ STEM_WIDTH = 32
 
 
 class Branch(nn.Module):
-    """``relu(residual(x) + shortcut(x))`` of two 3x3 convolutions, with the published parameter names.
+    """``relu(residual(x) + shortcut(x))`` with two 3x3 convolutions, under the published parameter names.
 
     Parameters
     ----------
     in_channels, channels, stride : int
     shortcut : nn.Module, optional
-        Has no parameters; None is the identity.
+        Without parameters; None is the identity.
     """
 
     def __init__(self, in_channels, channels, stride, shortcut=None):
@@ -46,7 +46,7 @@ class SpotBlock(ExpertBlock, Branch):
     Parameters
     ----------
     fine_tuned : Branch
-        Referenced, not registered: published checkpoints keep it elsewhere.
+        Referenced, not registered: published checkpoints store it elsewhere.
     """
 
     def __init__(self, *arguments, fine_tuned):
@@ -60,8 +60,8 @@ class SpotBlock(ExpertBlock, Branch):
 class SpotTuneResNet(nn.Module):
     """The residual network of SpotTune: ``conv1, bn1, blocks.{s}.{b}.*, bn2.0, linear`` and ``parallel_blocks``.
 
-    No ReLU follows the stem. Every segment halves the image, by average pooling in the shortcut, with channels of zeros
-    behind it. BatchNorm and ReLU follow the last block.
+    No ReLU follows the stem. Every segment halves the image; its shortcut does so by average pooling, and then appends
+    channels of zeros. BatchNorm and ReLU follow the last block.
 
     Parameters
     ----------
@@ -106,12 +106,12 @@ class SpotTuneResNet(nn.Module):
 
 
 class SpotTunePolicy(nn.Module):
-    """Per image and block, the probability that the fine-tuned weights run (section 3.2).
+    """Predicts the probability that the fine-tuned weights run, per image and block (section 3.2).
 
     Parameters
     ----------
     network : SpotTuneResNet
-        With two outputs per block: for the pre-trained and for the fine-tuned weights.
+        With two outputs per block: one for the pre-trained and one for the fine-tuned weights.
     """
 
     def __init__(self, network):
@@ -119,11 +119,11 @@ class SpotTunePolicy(nn.Module):
         self.network = network
 
     def logits(self, images):
-        """Images to ``[N, L, 2]``; the second column is that of the fine-tuned weights."""
+        """Map images to logits ``[N, L, 2]``; the second column is that of the fine-tuned weights."""
         return self.network(images).unflatten(1, (-1, 2))
 
     def forward(self, images):
-        """Images to probabilities ``[N, L]``: ``softmax(logits)[..., 1]``."""
+        """Map images to probabilities ``[N, L]``: ``softmax(logits)[..., 1]``."""
         y = self.network(images)
         return torch.sigmoid(y[:, 1::2] - y[:, 0::2])
 
@@ -134,16 +134,16 @@ class SpotTunePolicy(nn.Module):
     def sample_soft(self, images, *, temperature=5.0, generator=None):
         """Draw 0 or 1 per image and block as float ``[N, L]``, for ``soft_decisions``: gradients reach the policy.
 
-        The straight-through Gumbel-softmax; the published temperature is 5 throughout.
+        This is the straight-through Gumbel-softmax; the published temperature is 5 throughout.
         """
         return gumbel_softmax(self.logits(images), temperature, hard=True, generator=generator)[..., 1]
 
 
 class SpotTune(DynamicNetwork):
-    """Every block runs its pre-trained or its fine-tuned weights, per image, and never both.
+    """A residual network in which every block runs either its pre-trained or its fine-tuned weights, per image.
 
-    ``net(images)`` follows the policy, fine-tuned where its probability is at least 0.5; ``net(images, decisions=...)``
-    replays bool ``[N, L]`` or ``[L]``, True for fine-tuned. Training passes gradients to the policy through
+    ``net(images)`` follows the policy: fine-tuned where its probability is at least 0.5. ``net(images, decisions=...)``
+    replays bool ``[N, L]`` or ``[L]``, True for fine-tuned. In training, gradients reach the policy through
     ``net(images, soft_decisions=net.policy.sample_soft(images))``.
 
     Parameters
@@ -163,16 +163,16 @@ class SpotTune(DynamicNetwork):
         self.num_blocks = num_blocks
 
     def forward(self, images, decisions=None, *, return_decisions=False, soft_decisions=None, mode="exact"):
-        """Run one of both sets of weights in every block.
+        """Run one of the two sets of weights in every block.
 
         Parameters
         ----------
         images : float tensor ``[N, C, H, W]``
-            Of height and width that every segment can halve.
+            Every segment must be able to halve height and width.
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
-            True: the fine-tuned weights. None, and no soft decisions: the policy decides.
+            True: the fine-tuned weights. If neither these nor soft decisions are given, the policy decides.
         return_decisions, soft_decisions, mode
-            As of :class:`dynexec.nn.DynamicNetwork`.
+            As in :class:`dynexec.nn.DynamicNetwork`.
 
         Returns
         -------
@@ -181,7 +181,7 @@ class SpotTune(DynamicNetwork):
         Raises
         ------
         TypeError, ValueError
-            If ``images`` are of another kind or size.
+            If ``images`` has the wrong type or size; also as in :class:`dynexec.nn.DynamicNetwork`.
         """
         backbone = getattr(self.backbone, "module", self.backbone)  # in a wrapper that trains it on several devices
         check_images(images, backbone.conv1.in_channels, 2 ** len(backbone.blocks))
@@ -189,20 +189,20 @@ class SpotTune(DynamicNetwork):
         return super().forward(images, decisions, **options)
 
     def freeze_pretrained(self, batch_norm=False):
-        """Stop training the pre-trained branches: their convolutions, and if asked for their BatchNorms' parameters.
+        """Stop training the pre-trained branches: their convolutions and, on request, the parameters of BatchNorm.
 
         The published code freezes the convolutions only; scales, biases and running statistics of the pre-trained
-        BatchNorms go on changing.
+        BatchNorms keep changing.
 
         Parameters
         ----------
         batch_norm : bool
-            Also freeze their scales and biases.
+            Also freeze the scales and biases.
 
         Returns
         -------
         list of Parameter
-            What was frozen.
+            The frozen parameters.
         """
         kinds = (nn.Conv2d, nn.BatchNorm2d) if batch_norm else (nn.Conv2d,)
         layers = [m for block in dynamic_blocks(self.backbone) for m in block.modules() if isinstance(m, kinds)]
@@ -211,12 +211,12 @@ class SpotTune(DynamicNetwork):
     saved_as_modules = True
 
     def read_official(self, checkpoint, given):
-        """The :class:`Checkpoint` in a published file; see :func:`dynexec.models.load_official`.
+        """Read the :class:`Checkpoint` in a published file; see :func:`dynexec.models.load_official`.
 
         The authors saved whole modules, ``{"net": net, "agent": agent}``, and pre-trained networks under other names as
-        ``{"net": net}`` alone; mappings of parameters in their places are taken as well. The ``parallel_blocks`` of the
-        agent never did any work and are dropped. A pre-trained network goes into both sets of weights, but for its
-        classifier, as in the published code.
+        ``{"net": net}`` alone; mappings of parameters are accepted in place of modules. The ``parallel_blocks`` of the
+        agent have no function and are dropped. A pre-trained network is loaded into both sets of weights, except for
+        its classifier, as in the published code.
         """
         if "net" not in checkpoint:
             raise ValueError(
@@ -243,7 +243,7 @@ class SpotTune(DynamicNetwork):
 
 
 def _state(entry, part, name, given):
-    """The parameters of an entry: of a module, or a mapping of them."""
+    """Return the parameters of an entry, which is a module or a mapping of them."""
     state = state_of(entry)
     if state is None:
         check_mapping(entry, part, name, given)
@@ -264,7 +264,7 @@ _PRETRAINED_NAMES = (
 
 
 def _name_of_pretrained(key):
-    """Our name of a parameter of the pre-training code, whose layers are numbered from 1."""
+    """Return dynexec's name of a parameter of the pre-training code, whose layers are numbered from 1."""
     for pattern, ours in _PRETRAINED_NAMES:
         if match := re.match(pattern, key):
             key = match.expand(ours) + key[match.end() :]
@@ -273,7 +273,7 @@ def _name_of_pretrained(key):
 
 
 def spottune_resnet26(*, num_classes=10, blocks=(4, 4, 4), widths=WIDTHS, stem_width=STEM_WIDTH, in_channels=3):
-    """SpotTune's ResNet-26 with its policy network, or a smaller one of its kind; images ``[N, 3, H, W]``.
+    """Build SpotTune's ResNet-26 with its policy network, or a smaller one of its kind; images ``[N, 3, H, W]``.
 
     Parameters
     ----------
@@ -290,7 +290,7 @@ def spottune_resnet26(*, num_classes=10, blocks=(4, 4, 4), widths=WIDTHS, stem_w
     Raises
     ------
     ValueError
-        If ``blocks`` and ``widths`` are not of one length, or a number is below 1.
+        If ``blocks`` and ``widths`` differ in length, or a number is below 1.
     """
     if len(blocks) != len(widths) or min((*blocks, *widths, num_classes)) < 1:
         raise ValueError(

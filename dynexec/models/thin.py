@@ -1,4 +1,4 @@
-"""A thin network from the filters of a wide one: where fully-adaptive feature sharing starts (Lu et al., CVPR 2017)."""
+"""Makes a thin network from the filters of a wide one, where feature sharing starts (Lu et al., CVPR 2017)."""
 
 import copy
 
@@ -11,11 +11,11 @@ from dynexec.nn.structure import CONVOLUTIONS
 
 
 def select_filters(weight, count):
-    """Choose the filters of which all filters of a layer are best made, by simultaneous orthogonal matching pursuit.
+    """Select the filters that best represent all filters of a layer, by simultaneous orthogonal matching pursuit.
 
-    One filter is chosen after the other: that onto which the residuals of all filters project most, in the sum of
-    squares; the residuals are what is then left of the filters beside the span of the chosen ones. Greedy for
-    ``min over S of min over A of ||W - A W_S||``.
+    Filters are selected one by one: always the one onto which the residuals of all filters project most, by the sum of
+    squares. The residuals are what is left of the filters outside the span of the selected ones. This is a greedy
+    solution of ``min over S of min over A of ||W - A W_S||``.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def select_filters(weight, count):
     Returns
     -------
     int64 tensor ``[count]``
-        In the order chosen. Where fewer filters span all of them, the first of the others fill it up.
+        In the order of selection. If fewer filters span all of them, it is filled up with the first of the others.
 
     Raises
     ------
@@ -53,18 +53,18 @@ def select_filters(weight, count):
 
 
 def thin(network, widths):
-    """A thinner network of the filters that :func:`select_filters` chooses, layer by layer.
+    """Build a thinner network from the filters that :func:`select_filters` selects, layer by layer.
 
-    A layer's filters are chosen by their weights for the inputs that the layer below has kept; BatchNorm keeps what
-    belongs to them. Biases and BatchNorm have no part in the choice.
+    A layer's filters are selected by their weights for the inputs that the layer below has kept; BatchNorm keeps the
+    entries of these filters. Biases and BatchNorm do not affect the selection.
 
     Parameters
     ----------
     network : FeatureSharing
         With one column per layer; not changed. Its layers are sequences of convolutions, linear layers, BatchNorm and
-        what acts on each channel alone.
+        layers that act on each channel alone.
     widths : sequence of L int
-        Outputs of the last convolution or linear layer of each stage; others in a stage stay as wide as they are.
+        Outputs of the last convolution or linear layer of each stage; others in a stage keep their width.
 
     Returns
     -------
@@ -73,8 +73,8 @@ def thin(network, widths):
     Raises
     ------
     ValueError
-        If the tree has branches; there is not one width per layer, of 1 to what the layer has; a convolution has
-        groups; or there are other layers with parameters.
+        If the tree has branches; if there is not one width per layer, from 1 to the layer's own; if a convolution has
+        groups; or if there are other layers with parameters.
     """
     if any(len(layer) > 1 for layer in network.tree.layers):
         raise ValueError(f"network must have one column per layer, got the tree\n{network.tree}")
@@ -93,7 +93,7 @@ def thin(network, widths):
 
 
 def _thin_layers(module, kept, width, name):
-    """Thin the layers of ``module`` in place; ``kept``: of how many input channels which ones are left, None: all."""
+    """Thin the layers of ``module`` in place; ``kept``: (number of input channels, those that are left); None: all."""
     layers = [m for m in module.modules() if _has_size(m)]
     weighted = [m for m in layers if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
     for layer in layers:
@@ -122,14 +122,14 @@ def _thin_layers(module, kept, width, name):
 
 
 def _has_size(module):
-    """Whether a layer has numbers of its own for channels or a number of groups."""
+    """Whether a layer stores values per channel, or a number of groups."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     kinds = (*CONVOLUTIONS, nn.Linear, _BatchNorm, nn.GroupNorm)
     return isinstance(module, kinds) or any(values.numel() > 1 for values in own)
 
 
 def _keep_inputs(layer, before, kept):
-    """Keep the weights for some of ``before`` channels; a linear layer may read several numbers of each channel."""
+    """Keep the weights of some of ``before`` channels; a linear layer may read several values of each channel."""
     weight = layer.weight.data
     inputs = weight.shape[1]
     if inputs % before:
@@ -147,7 +147,7 @@ def _keep_outputs(layer, kept):
 
 
 def _keep_norm(norm, before, kept):
-    """The same for BatchNorm: behind a ``Flatten`` it has several numbers of each channel."""
+    """:func:`_keep_inputs` for BatchNorm, which after a ``Flatten`` has several values of each channel."""
     if norm.num_features % before:
         raise ValueError(f"network must be a sequence of layers: {norm} does not read the {before} channels before it")
     kept = torch.arange(norm.num_features, device=kept.device).unflatten(0, (before, -1))[kept].flatten()

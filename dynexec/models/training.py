@@ -1,10 +1,10 @@
-"""Training of dynamic networks on tensors in memory: dense, then policy by curriculum, then both together.
+"""Training of dynamic networks on tensors in memory: first dense, then the policy by curriculum, then both together.
 
-The recipe of BlockDrop (Wu et al., CVPR 2018, section 3) for any :class:`dynexec.nn.DynamicNetwork`. Where there are
-no labels, the full network's predictions serve in their place: the reward is then agreement with it.
+The recipe of BlockDrop (Wu et al., CVPR 2018, section 3) for any :class:`dynexec.nn.DynamicNetwork`. Without labels,
+the full network's predictions can be used in their place: the reward is then agreement with it.
 
-Several processes train one network, each on its own images, if backbone and policy are wrapped apart:
-``DynamicNetwork(DistributedDataParallel(backbone), DistributedDataParallel(policy))``. What is reported is then the
+Several processes can train one network, each on its own images, if backbone and policy are wrapped separately:
+``DynamicNetwork(DistributedDataParallel(backbone), DistributedDataParallel(policy))``. Reported values are then the
 mean over processes.
 """
 
@@ -40,7 +40,7 @@ class Evaluation:
     accuracy : float
         Share of right predictions.
     kept : float
-        Blocks kept per image.
+        Mean number of blocks kept per image.
     decisions : bool tensor ``[N, L]``
         The decisions taken.
     """
@@ -69,7 +69,7 @@ def evaluate(net, images, labels, decisions=None, *, batch_size=512):
     Raises
     ------
     TypeError, ValueError
-        If images, labels and decisions are not tensors, not as many as each other, or none.
+        If images, labels or decisions are not tensors, differ in number, or are empty.
     """
     _check_data(images, labels, batch_size)
     if decisions is not None:
@@ -98,10 +98,10 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
     Parameters
     ----------
     net, images, labels, epochs, batch_size, learning_rate
-        As in :func:`train_policy`, but for the optimizer.
+        As in :func:`train_policy`, except for the optimizer.
     keep : float
-        Below 1, blocks are dropped at random with this keep rate in every step: the control for what a policy
-        gains over a network that merely got used to missing blocks.
+        Below 1, blocks are dropped at random with this keep rate in every step: the control for what a policy gains
+        over a network that merely got used to missing blocks.
     **options
         ``generator``, ``augment``, ``on_epoch`` and ``checkpoint``, see :func:`train_policy`.
 
@@ -113,7 +113,7 @@ def train_dense(net, images, labels, *, epochs, keep=1.0, batch_size=128, learni
     Raises
     ------
     TypeError, ValueError
-        As :func:`train_policy`; no policy is needed.
+        As in :func:`train_policy`; no policy is needed.
     """
     _check_network(net)
     settings = dict(
@@ -156,30 +156,31 @@ def train_policy(
     labels : tensor of integers ``[N]``
     epochs : int
     blocks_per_epoch : float
-        Epoch e decides for the last ``1 + e * blocks_per_epoch`` blocks; the earlier ones are on.
+        In epoch e the policy decides for the last ``1 + e * blocks_per_epoch`` blocks; the earlier ones are on.
     penalty, exploration, entropy : float
         See :func:`dynexec.policy.usage_reward`, :func:`dynexec.policy.explore` and
         :func:`dynexec.policy.curriculum_loss`.
     batch_size, learning_rate
-        Of Adam.
+        For Adam.
     **options
         ``generator``: a CPU torch.Generator for the order of images and the sampling; ``augment(images, generator)``:
-        applied to every batch; ``on_epoch(record)``: called after each epoch with what is returned; ``checkpoint``:
-        path of a file that is written after each epoch, in one step. Where it exists already, the training goes on from
-        it bit for bit as if it had not been interrupted, and one that was finished is not repeated. It holds network,
-        optimizer, schedule, epoch and the states of ``generator`` and of PyTorch's own; give the same arguments again.
+        applied to every batch; ``on_epoch(record)``: called after each epoch with that epoch's entry of the result;
+        ``checkpoint``: path of a file that is written atomically after each epoch. If the file exists already, training
+        continues from it, bit for bit as if it had not been interrupted; a finished training is not repeated. It holds
+        network, optimizer, schedule, epoch and the states of ``generator`` and of PyTorch's own generators; give the
+        same arguments again.
 
     Returns
     -------
     list of dict
-        Per epoch: loss, and of the thresholded policy accuracy, blocks kept and reward on the training images.
+        Per epoch: loss, and accuracy, blocks kept and reward of the thresholded policy, on the training images.
 
     Raises
     ------
     TypeError, ValueError
-        If ``net`` is no DynamicNetwork, or has no policy; if there is no image, or not one label per image; if
-        a setting is out of range; if ``checkpoint`` is damaged or of another training. File and network are left as
-        they are then.
+        If ``net`` is not a DynamicNetwork, or has no policy; if there are no images, or not one label per image; if a
+        setting is out of range; if ``checkpoint`` is damaged or of another training. File and network are then left as
+        they are.
     """
     _check_policy(net)
     settings = dict(
@@ -209,10 +210,10 @@ def train_policy(
 def fine_tune(
     net, images, labels, *, epochs, penalty=-5.0, exploration=0.8, batch_size=256, learning_rate=1e-4, **options
 ):
-    """Second stage: train policy and backbone together, with all blocks open to the policy.
+    """Second stage: train policy and backbone together, with the policy deciding for all blocks.
 
-    Arguments, result and errors as in :func:`train_policy`. Batch norm takes its statistics over all samples of the
-    batch, kept or dropped, and from both the sampled and the thresholded path, as published.
+    Arguments, result and errors are as in :func:`train_policy`. BatchNorm computes its statistics over all samples of
+    the batch, kept or dropped, and from both the sampled and the thresholded path, as published.
     """
     _check_policy(net)
     settings = dict(
@@ -261,7 +262,7 @@ def _check_data(images, labels, batch_size):
 
 
 def _check_settings(settings):
-    """Raise what the first step would, before a file is written."""
+    """Raise what the first step would raise, before a file is written."""
     for name, value in settings.items():
         if name != "stage" and not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
@@ -327,7 +328,7 @@ def _train(
 
 
 def _mean(metrics, group, device):
-    """The metrics, averaged over the processes of ``group``."""
+    """Average the metrics over the processes of ``group``."""
     if group is None:
         return metrics
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""The file from which an interrupted training goes on as if nothing had happened."""
+"""The file from which an interrupted training continues as if it had not been interrupted."""
 
 import copy
 import os
@@ -25,14 +25,14 @@ class TrainingCheckpoint:
     Parameters
     ----------
     path : path
-        Its folder must exist. Of several processes the first one reads and writes it.
+        Its folder must exist. If there are several processes, the first one reads and writes it.
     settings : dict
-        Numbers and names; a file with others belongs to another training.
+        Numbers and names; a file with different settings belongs to another training.
     net : nn.Module
     optimizer, schedule
-        Of ``torch.optim``.
+        From ``torch.optim``.
     generator : torch.Generator or None
-        Besides PyTorch's own, whose states are in the file, too.
+        Used besides PyTorch's own, whose states are in the file, too.
     group : torch.distributed.ProcessGroup or None
         The processes that train together, see :func:`training_group`.
     """
@@ -42,9 +42,10 @@ class TrainingCheckpoint:
         self.parts = {"optimizer": optimizer, "schedule": schedule, "network": net}
 
     def start(self):
-        """Go on from the file if there is one, else write it; return the history so far, a list of dict.
+        """Continue from the file if it exists, otherwise write it; return the history so far, a list of dict.
 
-        ValueError, in all processes, if it is damaged or another's: it is left as it is then, and so is the network.
+        ValueError, in all processes, if it is damaged or belongs to another training; file and network are then left as
+        they are.
         """
         saved, problem = None, None
         if self._rank() == 0 and os.path.lexists(self.path):
@@ -63,7 +64,7 @@ class TrainingCheckpoint:
         return saved["history"]
 
     def save(self, history):
-        """Replace the file in one step: whenever this is interrupted, the old or the new one is there, whole."""
+        """Replace the file atomically: whenever this is interrupted, the old or the new one is there, complete."""
         generators = [self._generators()]
         if self.group is not None:
             mine, generators = generators[0], [None] * self.group.size()
@@ -76,7 +77,7 @@ class TrainingCheckpoint:
             torch.save(state, file)
 
     def _load(self, saved, generators):
-        """All or nothing: what cannot be loaded, which only a forged file holds, leaves everything as it was."""
+        """Load everything or nothing: a failure, which only a forged file can cause, leaves everything as it was."""
         before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
         own = self._generators()
         try:
@@ -98,7 +99,7 @@ class TrainingCheckpoint:
         return 0 if self.group is None else self.group.rank()
 
     def _misfit(self, saved):
-        """Why ``saved`` cannot be gone on from here, or None."""
+        """Return why training cannot continue from ``saved`` here, or None."""
         if saved["settings"] != self.settings:
             names = sorted(saved["settings"].keys() | self.settings.keys(), key=str)
             pairs = [(name, saved["settings"].get(name), self.settings.get(name)) for name in names]
@@ -137,7 +138,7 @@ class TrainingCheckpoint:
         )
 
     def _generators(self):
-        """States of the random generators of this process, each a tensor or None."""
+        """Return the states of this process's random generators, each a tensor or None."""
         device = self._gpu()
         return {
             "own": None if self.generator is None else self.generator.get_state(),
@@ -158,13 +159,13 @@ class TrainingCheckpoint:
 
 
 def training_group(net):
-    """The processes that train ``net`` together, those of its DistributedDataParallel parts; None where it has none."""
+    """Return the processes that train ``net`` together: those of its DistributedDataParallel parts, or None."""
     parts = [part for part in net.modules() if isinstance(part, DistributedDataParallel)]
     return parts[0].process_group if parts else None
 
 
 def check_same_settings(settings, group):
-    """Raise ValueError in all processes of ``group`` unless all have the same settings: otherwise they would hang."""
+    """Raise ValueError in all processes of ``group`` unless their settings agree: otherwise they would hang."""
     everyones = [None] * group.size()
     dist.all_gather_object(everyones, settings, group=group)
     differing = [name for name in settings if any(other[name] != settings[name] for other in everyones)]
@@ -174,7 +175,7 @@ def check_same_settings(settings, group):
 
 
 def _read(path):
-    """What a file holds, or why it cannot be used. Never executes code from it."""
+    """Return the contents of a file, or why it cannot be used. Never executes code from it."""
     try:
         file = open(path, "rb")
     except OSError as error:
@@ -193,7 +194,7 @@ def _read(path):
 
 
 def _is_checkpoint(saved):
-    """Whether a file holds what :meth:`TrainingCheckpoint.save` writes, as far as can be said without its network."""
+    """Whether a file holds what :meth:`TrainingCheckpoint.save` writes, as far as can be told without its network."""
     if not isinstance(saved, dict) or saved.keys() != _ENTRIES or not isinstance(saved["format"], str):
         return False
     settings, network, generators, history = (saved[k] for k in ("settings", "network", "generators", "history"))
@@ -212,7 +213,7 @@ def _is_checkpoint(saved):
 
 
 def _alike(saved, own):
-    """Whether one is made as the other: the same keys, as many elements, values of the same types."""
+    """Whether two values have the same structure: the same keys, numbers of elements and types."""
     if type(saved) is not type(own):
         return False
     if isinstance(own, dict):
@@ -223,7 +224,7 @@ def _alike(saved, own):
 
 
 def _fits_parameter(value, name, parameter):
-    """Whether an optimizer may keep a value under a name for a parameter."""
+    """Whether ``value`` is what an optimizer may keep for a parameter under this name."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     # Written to in place, so that each element needs a place of its own, which what was expanded does not have.

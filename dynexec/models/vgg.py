@@ -16,18 +16,18 @@ _POOLED = (1, 3, 6, 9, 12)
 
 
 def thin_widths(width):
-    """Outputs per layer of the thin VGG-16: at most ``width`` in convolutions, ``2 * width`` in the last two layers."""
+    """Return the outputs per layer of the thin VGG-16: at most ``width``, but ``2 * width`` in the last two layers."""
     _check_count("width", width)
     return tuple(min(width, full) for full in VGG16_WIDTHS[:_CONVOLUTIONS]) + (2 * width, 2 * width)
 
 
 def max_columns(widths):
-    """Most columns per layer for which the tree is no wider than VGG-16: the authors' bound on growing."""
+    """Return the most columns per layer for which the tree is no wider than VGG-16: the authors' bound on growing."""
     return tuple(max(1, full // width) for full, width in zip(VGG16_WIDTHS, widths, strict=True))
 
 
 def vgg16_stage(depth, in_channels, width, *, basis=None, kernel=3):
-    """One layer of VGG-16: convolution, BatchNorm, ReLU and, where there is one, the max pooling behind it.
+    """Build one layer of VGG-16: convolution, BatchNorm, ReLU and, if it has one, the max pooling after it.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def vgg16_stage(depth, in_channels, width, *, basis=None, kernel=3):
         From 0 to 14; 13 and 14 are the fully connected layers, as convolutions without padding.
     in_channels, width : int
     basis : int, optional
-        Factorise the convolution: that many filters of full size, then a 1x1 convolution that combines them.
+        Factorise the convolution: this many filters of full size, then a 1x1 convolution that combines them.
     kernel : int
         Size of the filters.
     """
@@ -56,22 +56,22 @@ def vgg16_stage(depth, in_channels, width, *, basis=None, kernel=3):
 
 
 def feature_sharing_vgg16(num_classes=(2,) * 40, *, tree=None, width=32, basis=None, in_channels=3, image_size=224):
-    """VGG-16 with BatchNorm, and without dropout, whose 15 layers are shared by groups of tasks.
+    """Build a VGG-16 with BatchNorm and without dropout, whose 15 layers are shared by groups of tasks.
 
     Parameters
     ----------
     num_classes : sequence of int
         One per task; default the 40 binary attributes of CelebA.
-    tree : SharingTree or what makes one, optional
-        Default: all tasks share all layers, which is what growing begins with.
+    tree : SharingTree or its argument, optional
+        Default: all tasks share all layers, from which growing starts.
     width : int, sequence of 15 int or None
-        Outputs per column: see :func:`thin_widths`, or given per layer; None: as VGG-16.
+        Outputs per column: an int as in :func:`thin_widths`, or one number per layer; None: as in VGG-16.
     basis : sequence of int, optional
         Factorise the first layers, see :func:`vgg16_stage`; :data:`VGG16_BASIS` factorises all.
     in_channels : int
     image_size : int
         At least 32. The filters of the first fully connected layer are as large as its input, ``image_size // 32``
-        pixels; of larger images the heads average what they give at every position.
+        pixels; for larger images the heads average over all positions.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def feature_sharing_vgg16(num_classes=(2,) * 40, *, tree=None, width=32, basis=N
     Raises
     ------
     ValueError
-        If a number is below 1, or there are not as many as layers.
+        If a number is below 1, or there is not one number per layer.
     """
     layers = len(VGG16_WIDTHS)
     widths = VGG16_WIDTHS if width is None else thin_widths(width) if isinstance(width, int) else tuple(width)
