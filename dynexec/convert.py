@@ -63,9 +63,7 @@ class Conversion:
 
     @property
     def num_blocks(self):
-        """Number of converted blocks. Where blocks obey decisions this is L, the number of columns that decisions must
-        have.
-        """
+        """Number of converted blocks: L, the number of columns that decisions must have, where blocks obey them."""
         return len(self.converted)
 
     def __str__(self):
@@ -99,10 +97,9 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
 
     Blocks are found by structure: modules whose forward is ``activation(residual(x) + shortcut(x))`` with convolutions
     in the residual branch (the basic, bottleneck, inverted-residual and MBConv blocks of torchvision, timm and others).
-    Where blocks are nested, the inner ones are converted, unless most convolution weights of the outer one lie outside
-    of them, as in a bottleneck with residual attention inside. Only the class of a block changes: parameters,
-    state_dict, hooks, ``isinstance``, pickling and copying work as before, and outside ``decide`` its output is the
-    same.
+    Of nested blocks the inner ones are converted, unless most convolution weights of the outer one lie outside of them,
+    as in a bottleneck with residual attention inside. Only the class of a block changes: parameters, state_dict, hooks,
+    ``isinstance``, pickling and copying work as before, and outside ``decide`` its output is the same.
 
     Parameters
     ----------
@@ -112,12 +109,11 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
         ``"layer3.*"``; modules for which ``match(name, module)`` is true; or the blocks of an :class:`Adapter`, split
         as it says. None: every block that is found. In a list or tuple, the first entry that matches a module applies.
     batch_norm : {"all", "kept", "frozen"}
-        Which samples BatchNorm computes its statistics over in training. "all", as in the published implementations,
-        computes every sample up to the last BatchNorm of a branch, which in most branches is everything; only the
-        layers after it run on the kept samples alone. "kept" computes the residual branch of the kept samples only and
-        is a different function; it needs exact mode and more than one value per channel (one kept sample with 1x1 maps
-        is an error). "frozen" holds the BatchNorm of the blocks in evaluation mode, which needs neither, until
-        :func:`revert`.
+        Which samples BatchNorm computes its statistics over in training. "all", as published, computes every sample up
+        to the last BatchNorm of a branch, which is all of most branches; only layers after it run on the kept samples
+        alone. "kept" computes the residual branch of the kept samples only and is a different function; it needs exact
+        mode and more than one value per channel (one kept sample with 1x1 maps is an error). "frozen" holds the
+        BatchNorm of the blocks in evaluation mode, which needs neither, until :func:`revert`.
     fine_tune : {None, "convolutions", "all", "nothing"}
         None: blocks are kept or dropped. Otherwise every block gets a second set of weights, a copy of itself as its
         submodule ``fine_tuned``; samples whose decision is True run the copy, the others the block itself (SpotTune,

@@ -131,9 +131,7 @@ class Profile:
 
     @classmethod
     def read_json(cls, path):
-        """Read what :meth:`write_json` wrote to ``path``, without spans; a ValueError names the file and the invalid
-        entry.
-        """
+        """Read what :meth:`write_json` wrote to ``path``, without spans; a ValueError names file and invalid entry."""
         try:
             found = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:  # no text, or no JSON

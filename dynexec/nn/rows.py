@@ -16,9 +16,7 @@ from dynexec.reference import empty_rows
 
 
 def split_rows(x, index):
-    """Return ``(x[index], rest)``, where ``index`` has no duplicates and ``rest``, which looks like ``x``, is for
-    :func:`merge_rows` only.
-    """
+    """Return ``(x[index], rest)``, no row twice; ``rest`` looks like ``x`` and is for :func:`merge_rows` only."""
     return _Split.apply(x, index) if _backward_only(x) else (ops.gather_rows(x, index), x)
 
 
