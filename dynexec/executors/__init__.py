@@ -1,4 +1,4 @@
-"""Strategies to run a frozen chain of blocks, and ``freeze``, which picks among them."""
+"""Strategies for running a frozen chain of blocks, and ``freeze``, which chooses among them."""
 
 from dynexec.executors.freeze import freeze
 from dynexec.executors.frozen import FrozenNetwork

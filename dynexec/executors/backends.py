@@ -26,7 +26,7 @@ KERNEL_EXECUTORS = ("fused", "resident", "conditional", "dense", "switched")
 
 @dataclass(frozen=True)
 class Backend:
-    """Of one kind of device.
+    """What runs segments on one kind of device.
 
     Attributes
     ----------
@@ -36,19 +36,19 @@ class Backend:
     missing : str or None
         Why it cannot be used here.
     executors : dict
-        The executors that its programs are, by name: with which arguments programs are called.
+        The executors of its programs, by name: the arguments with which programs are called.
     plans : bool
-        Whether its programs need a Route, and not only the decisions.
+        Whether its programs need a Route rather than only the decisions.
     strict : bool
-        Whether one executor that is wrong stands for all, since they share their code.
+        Whether one wrong executor rules out all, since they share their code.
     version : tuple
-        Of what runs; part of the key of cached times.
+        Version of what runs; part of the key of cached times.
     programs : callable
         ``programs(columns)`` makes the programs of a segment.
     up_to : dict
-        Executors that are not tried with more samples than that, unless they are asked for.
+        Largest number of samples with which an executor is tried, unless it is asked for.
     expected : callable or None
-        ``expected(program, samples, kept, dtype, executor)``: seconds by a model, which nothing was measured for.
+        ``expected(program, samples, kept, dtype, executor)``: seconds by a model, without measuring.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Backend:
 
 
 def engine(winograd):
-    """The engine for CPUs."""
+    """Return the engine for CPUs."""
     executors = {name: {"together": name == "fused"} for name in ENGINE_EXECUTORS}
     missing = engine_missing() and f"no native code, {engine_missing()}"
     programs = partial(Programs, winograd=winograd)
@@ -72,7 +72,7 @@ def engine(winograd):
 
 
 def kernels(device, batch_invariant):
-    """The Triton kernels for GPUs, which in the interpreter run on a CPU as well."""
+    """Return the Triton kernels for GPUs, which in the interpreter also run on a CPU."""
     programs = partial(LaunchPrograms, batch_invariant=batch_invariant)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
     executors = {name: {"executor": name} for name in KERNEL_EXECUTORS}
@@ -90,7 +90,7 @@ def kernels(device, batch_invariant):
 
 
 def _digest_of_kernels():
-    """Changes with the kernels, with what launches them and with Triton."""
+    """Return a digest that changes with the kernels, with what launches them, and with Triton."""
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
     sources += [
         Path(__file__).with_name(f"{name}.py")
@@ -103,5 +103,5 @@ def _digest_of_kernels():
 
 
 def choose_backend(device, winograd, batch_invariant):
-    """The one for a ``torch.device``."""
+    """Return the backend for a ``torch.device``."""
     return kernels(device, batch_invariant) if device.type == "cuda" else engine(winograd)

@@ -1,4 +1,4 @@
-"""One block, frozen: its branches packed, and how it runs on some rows of a batch."""
+"""One frozen block: its packed branches, and how it runs on some rows of a batch."""
 
 import inspect
 from contextlib import suppress
@@ -22,9 +22,9 @@ class FrozenBlock:
     """The parts of a dynamic block, in evaluation mode.
 
     ``shortcut(x)`` is what a dropped sample becomes (None: it stays x). ``body(x, s)`` is what a kept sample becomes,
-    ``activation(residual(x) + s)`` with ``s`` its shortcut (x itself for an identity); it may overwrite ``s``.
-    Of a block with two sets of weights ``body`` is for samples whose decision is True, ``other`` for the others, and
-    ``s`` is only where both write to: x itself, or what ``shortcut(x)`` allocates.
+    ``activation(residual(x) + s)`` with ``s`` its shortcut (x itself for an identity); it may overwrite ``s``. In a
+    block with two sets of weights ``body`` is for samples with a True decision, ``other`` for the others, and ``s`` is
+    only where both write to: x itself, or what ``shortcut(x)`` allocates.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class FrozenBlock:
     dtype : torch.dtype
     device : torch.device
     args, kwargs : tuple, dict
-        What else its model calls it with: constants. Only a block with an identity shortcut may have them.
+        Constants that its model passes besides the input. Only a block with an identity shortcut may have them.
     """
 
     def __init__(self, name, block, input_shape, dtype, device, args=(), kwargs=None):
@@ -68,29 +68,29 @@ class FrozenBlock:
         self.signature = f"{self.input_shape} other: {describe(self.other)} body: {describe(self.body)}"
 
     def bodies(self):
-        """(decision, function) of what samples run with a True decision, and with a False one if anything."""
+        """Return (decision, function) for samples with a True decision, and with a False one if these run anything."""
         return [(1, self.body)] if self.other is None else [(0, self.other), (1, self.body)]
 
     def run_shortcut(self, x):
-        """What bodies write to: the shortcut of ``x``, which is ``x`` itself for an identity."""
+        """Return what bodies write to: the shortcut of ``x``, which is ``x`` itself for an identity."""
         if self.shortcut is None:
             return x
         with part_range(self.name, "shortcut", len(x), len(x)):
             return self.shortcut(x)
 
     def graphs(self):
-        """The graphs of its parts, as far as they could be packed."""
+        """Return the graphs of its parts, as far as these could be packed."""
         modules = [getattr(function, "__self__", None) for function in (self.shortcut, self.body, self.other)]
         return [module.graph for module in modules if isinstance(module, fx.GraphModule)]
 
     def example(self, rows):
-        """Random input of that many rows."""
+        """Return random input with that many rows."""
         x = torch.rand(rows, *self.input_shape, dtype=self.dtype, device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def run_all(body, x, s, chunk):
-    """Compute ``body`` of every row of ``x`` into ``s``, ``chunk`` at a time; return ``s``."""
+    """Compute ``body`` for every row of ``x`` into ``s``, ``chunk`` rows at a time; return ``s``."""
     if len(x) > chunk:
         return run_slice(body, x, s, 0, len(x), chunk)
     y = body(x, s)
@@ -174,7 +174,7 @@ class _Branch(nn.Module):
 
 
 class _Tracer(Tracer):
-    """Goes into every module but torch's own, placed dynamic blocks and, if ``coarse``, any that is not a container."""
+    """Traces into every module except torch's own, placed dynamic blocks and, if ``coarse``, any but containers."""
 
     def __init__(self, coarse):
         super().__init__()
@@ -189,7 +189,7 @@ class _Tracer(Tracer):
 
 
 def trace(module):
-    """The graph of ``module``, as deep as it can be traced; raises what tracing raises if it cannot be.
+    """Return the graph of ``module``, traced as deeply as possible; raises what tracing raises if that fails.
 
     Parameters of its forward that have defaults keep them.
     """
@@ -208,7 +208,7 @@ def trace(module):
 
 
 def _unwrapped(graph, wrapper):
-    """The graph of a :class:`OneInput` as one of its module."""
+    """Turn the graph of a :class:`OneInput` into one of its module."""
     module, moved = wrapper.block, {}
     for node in graph.nodes:
         if node.op not in ("call_module", "get_attr"):
@@ -226,7 +226,7 @@ def _unwrapped(graph, wrapper):
 
 
 def pack_module(module, *example, may_overwrite=()):
-    """Trace ``module`` and pack its convolutions; what cannot be traced runs as it is. Returns a function."""
+    """Trace ``module``, pack its convolutions and return it as a function; what cannot be traced runs as it is."""
     try:
         graph = trace(module)
     except Exception:
@@ -235,7 +235,7 @@ def pack_module(module, *example, may_overwrite=()):
 
 
 def describe(function):
-    """What a packed function computes, as text: equal for equal work."""
+    """Describe what a packed function computes, as text: equal for equal work."""
     module = getattr(function, "__self__", function)
     if not isinstance(module, fx.GraphModule):
         return str(module)

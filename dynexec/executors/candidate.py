@@ -1,4 +1,4 @@
-"""The network as a backend's programs run it: whether it gives the same, in CUDA graphs too, and how fast it is."""
+"""The network as run by a backend's programs: whether its output is right, in CUDA graphs too, and how fast it is."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ _HOPELESS = 2.0
 
 
 def try_backend(backend, network, layers, proof, images, executor, cache):
-    """The network with the backend's segments, or why there is none."""
+    """Return (the network with the backend's segments, None), or (None, why there is none)."""
     if backend.missing is not None:
         return None, backend.missing
     try:
@@ -90,9 +90,9 @@ def _can_switch(fast, accepted, refused):
 
 
 def _measure_switch(fast, images, cache):
-    """The share of kept (sample, block) pairs from which on ``dense`` is faster than ``fused``.
+    """Measure the share of kept (sample, block) pairs from which on ``dense`` is faster than ``fused``.
 
-    0 where it is at all shares; 1 where it is at none, or where there are no graphs, of which a node chooses.
+    0 if it is faster at all shares; 1 if at none, or if there are no graphs in which a node could choose.
     """
     if fast.graphs is None or conditional_missing() is not None:
         return 1.0
@@ -114,7 +114,7 @@ def _measure_switch(fast, images, cache):
 
 
 def _key(cache, what, networks, images):
-    """Of what was measured of networks, one of which has a backend, with these images."""
+    """Return the key of what was measured with these images on networks, the first of which has a backend."""
     parts = [part for network in networks for part in (*network.segments, *network.stages)]
     signature = digest(" ".join(part.signature for part in parts))
     version = networks[0].backend.version
@@ -122,7 +122,7 @@ def _key(cache, what, networks, images):
 
 
 def _expect(fast, images):
-    """What :func:`race` would measure, by the backend's model: {executor: seconds}, empty where it has none."""
+    """Predict what :func:`race` would measure, by the backend's model: {executor: seconds}, empty without a model."""
     if fast.backend.expected is None:
         return {}
     programs = [program for segment in fast.segments for program in segment.programs.values()]
@@ -143,7 +143,7 @@ def _keeps(images, num_blocks):
 
 
 def race(fast, layers, images, cache):
-    """Seconds of every way to run: the images once with half of the blocks and once with all."""
+    """Measure the seconds of every way to run: the images once with half of the blocks and once with all."""
     keeps = _keeps(images, layers.num_blocks)
     # Fewer samples than threads are shared by all of them in any case.
     several = 1 < torch.get_num_threads() <= len(images)
@@ -162,10 +162,10 @@ def race(fast, layers, images, cache):
 
 
 def halves(num_samples, num_blocks):
-    """Random decisions for measuring: of every two neighbours exactly one keeps the block.
+    """Return random decisions for measuring: of every two neighbours exactly one keeps the block.
 
-    A library builds and keeps something for every number of rows that it meets, oneDNN some hundred kilobytes, and
-    independent decisions give nearly every block another number.
+    A library builds and keeps something for every number of rows that it meets (oneDNN some hundred kilobytes), and
+    independent decisions would give nearly every block another number.
     """
     generator = torch.Generator().manual_seed(0)
     one = torch.rand(-(-num_samples // 2), 1, num_blocks, generator=generator) < 0.5

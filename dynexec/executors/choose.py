@@ -1,4 +1,4 @@
-"""The cost model: predicts what each executor takes for a route, from the measured costs of the blocks."""
+"""The cost model: predicts the time of each executor for a route, from the measured costs of the blocks."""
 
 from operator import getitem
 
@@ -12,12 +12,12 @@ _TABLES = 4  # batch sizes whose sums are kept: they take memory proportional to
 
 
 class StageCosts:
-    """Predicted seconds of a stage under each executor.
+    """Predicts the seconds of a stage under each executor.
 
     Parameters
     ----------
     blocks : list of BlockCost
-        Of the stage's blocks, in order.
+        Costs of the stage's blocks, in order.
     """
 
     def __init__(self, blocks):
@@ -25,14 +25,14 @@ class StageCosts:
         self._tables = Recent(_TABLES)
 
     def predict(self, kept, parts, num_samples):
-        """Seconds by executor.
+        """Predict seconds by executor.
 
         Parameters
         ----------
         kept : list of int
-            How many samples keep each block.
+            Number of samples that keep each block.
         parts : dict
-            What ``grouped`` prepares: samples by the blocks that they keep.
+            The result of ``grouped.prepare``: samples by the blocks that they keep.
         num_samples : int
         """
         compact, masked, body, shortcuts = self._tables.find(num_samples, lambda: self._table(num_samples))
@@ -53,9 +53,9 @@ class StageCosts:
         }
 
     def losses(self, executor, kept, parts, num_samples):
-        """Predicted seconds above the dense time of the kept rows, by cause; arguments as in ``predict``.
+        """Predict the seconds above the dense time of the kept rows, by cause; arguments as in ``predict``.
 
-        A convolution of few rows takes longer per row; moves are gathering and scattering.
+        Small batches cost more per row; row moves are gathering and scattering.
         """
         small = moves = computed = 0.0
         dense = [block.body(num_samples) / num_samples for block in self.blocks]
@@ -78,10 +78,10 @@ class StageCosts:
         return dict(zip(CAUSES, (small, moves, computed), strict=True))
 
     def _table(self, n):
-        """Sums for a batch of ``n``.
+        """Compute sums for a batch of ``n``.
 
-        Compact's seconds by block and count; masked's by block, some kept and all kept; the bodies' by number of rows;
-        the shortcuts' by number of rows.
+        Seconds of compact by block and count; of masked by block, with some kept and with all kept; of the bodies by
+        number of rows; of the shortcuts by number of rows.
         """
         compact = [[b.shortcut(n) + _some(b, k, n) for k in range(n)] for b in self.blocks]
         full = [b.shortcut(n) + b.body(n) for b in self.blocks]
@@ -97,6 +97,6 @@ class StageCosts:
 
 
 def _some(block, kept, num_samples):
-    """Seconds of a block that computes ``kept`` of some samples, and of ``both`` also the others."""
+    """Return the seconds of a block that computes ``kept`` of its samples and, with ``both``, also the others."""
     rest = num_samples - kept
     return block.body(kept) + block.move(kept) + (block.body(rest) + block.move(rest) if block.both else 0.0)

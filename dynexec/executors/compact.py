@@ -1,11 +1,11 @@
-"""Executor ``compact``: per block, gather the samples that run a body, compute only them, scatter them in place."""
+"""Executor ``compact``: per block, gather the samples that run a body, compute only them, and scatter them in place."""
 
 from dynexec.executors.block import run_all, run_rows
 from dynexec.measure.ranges import part_range
 
 
 def prepare(stage, route):
-    """What ``run`` needs of the route: the route."""
+    """Return what ``run`` needs of the route: the route itself."""
     return route
 
 

@@ -1,4 +1,4 @@
-"""Parts of a CUDA graph that run or not as decisions say."""
+"""Parts of a CUDA graph that run depending on decisions."""
 
 import weakref
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ from dynexec.executors.graphs import take_stream
 
 
 def conditional_missing():
-    """Why a graph cannot have conditional nodes here, or None."""
+    """Return why a graph cannot have conditional nodes here, or None."""
     return native.cuda_missing()
 
 
 class Conditional:
     """Inserts conditional nodes into the graph that the current stream is captured into.
 
-    A graph's memory pool belongs to the stream that captures it, and not to a body's. Inside of ``if_any`` nothing may
-    be allocated; what a function of ``switch`` allocates is memory that all of them share, so nothing stays there.
+    A graph's memory pool belongs to the stream that captures it, not to that of a body. Inside ``if_any`` nothing may
+    be allocated; what a function of ``switch`` allocates is memory that all of them share, so nothing persists there.
     """
 
     def __init__(self, device):
@@ -28,9 +28,9 @@ class Conditional:
 
     @contextmanager
     def if_any(self, offset):
-        """What is launched inside runs where ``offset``, int32 ``[2]`` on the device, has two different values.
+        """Make what is launched inside run if ``offset``, int32 ``[2]`` on the device, has two different values.
 
-        Always, while nothing is captured.
+        It always runs while nothing is captured.
         """
         if not torch.cuda.is_current_stream_capturing():
             yield
@@ -40,11 +40,11 @@ class Conditional:
             yield
 
     def switch(self, offset, size, functions):
-        """A node of a captured graph that runs what one of the functions launches, and allocates.
+        """Insert a node that runs what one of the functions launches and allocates.
 
-        It is number ``ceil(count / size)``, at most the last one, where ``offset`` is int32 ``[2]`` on the device and
+        This is number ``ceil(count / size)``, at most the last one, where ``offset`` is int32 ``[2]`` on the device and
         ``count`` is ``offset[1] - offset[0]``. While nothing is captured all of them run, in their order, since the
-        host does not know which.
+        host does not know which one to choose.
         """
         if not torch.cuda.is_current_stream_capturing():
             # On the stream of the bodies, for which the libraries then have what they keep for every stream.
@@ -61,10 +61,10 @@ class Conditional:
 
     @contextmanager
     def _own_memory(self):
-        """What this thread allocates comes from a pool that is given back when this object is gone.
+        """Make this thread allocate from a pool that is released when this object is gone.
 
-        As ``torch.cuda.use_mem_pool``, but a ``torch.cuda.MemPool`` ends the process if it happens to be collected
-        while a graph is captured; to give up a pool's memory is allowed at any time.
+        Like ``torch.cuda.use_mem_pool``, but a ``torch.cuda.MemPool`` ends the process if it happens to be collected
+        while a graph is captured; releasing a pool's memory is allowed at any time.
         """
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         if self._memory is None:

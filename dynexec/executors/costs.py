@@ -1,4 +1,4 @@
-"""What the parts of a frozen block take, measured once and cached on disk."""
+"""Costs of the parts of a frozen block, measured once and cached on disk."""
 
 import importlib.metadata
 import json
@@ -35,17 +35,17 @@ def _library_version():
 class CostCache:
     """Measured costs, kept in one JSON file per user; a missing file is an empty cache.
 
-    So is a damaged one, or one of something else, with a warning on the log ``dynexec.executors.costs``; and an entry
-    that is not what it should be is measured anew. Entries hold for one processor, thread count, dynexec, torch
-    and layout of this file: all of it is in the key.
+    A damaged or foreign file counts as empty, with a warning on the log ``dynexec.executors.costs``; an invalid entry
+    is measured again. Entries hold for one processor, thread count, version of dynexec and torch, and layout of this
+    file: all of these are in the key.
 
     Parameters
     ----------
     path : path, optional
-        Default: ``$XDG_CACHE_HOME/dynexec/costs.json`` (``~/.cache`` without the variable); nothing is kept where the
-        user has no home.
+        Default: ``$XDG_CACHE_HOME/dynexec/costs.json`` (``~/.cache`` without the variable); nothing is kept if the user
+        has no home.
     measure : bool
-        False: what is not in the file is an error.
+        False: an entry missing from the file is an error.
     """
 
     def __init__(self, path=None, measure=True):
@@ -61,12 +61,12 @@ class CostCache:
         self._changed, self._measure = False, measure
 
     def key(self, *signature):
-        """The key of what ``signature`` says was measured, here and now."""
+        """Return the key of what ``signature`` says was measured, on this machine and with these versions."""
         machine = (_VERSION, _library_version(), torch.__version__, processor_name(), torch.get_num_threads())
         return " | ".join(map(str, (*machine, *signature)))
 
     def get(self, key, valid, make):
-        """The entry ``key``, or ``make()`` where there is none for which ``valid(entry)``."""
+        """Return the entry ``key``, or ``make()`` if there is none for which ``valid(entry)``."""
         known = key in self.entries
         if not known or not valid(self.entries[key]):
             if not self._measure:
@@ -84,7 +84,7 @@ class CostCache:
     def save(self):
         """Write new entries, keeping those that others wrote meanwhile.
 
-        A place that cannot be written is no error; on the log there is a warning if it is not the default one.
+        A place that cannot be written is not an error, but is a warning on the log if it is not the default one.
         """
         if not self._changed or self.path is None:
             return
@@ -100,7 +100,7 @@ class CostCache:
                 _log.warning("cost cache %s cannot be written: %s: %s", self.path, type(error).__name__, error)
 
     def _read(self):
-        """The entries in the file, and why there are none, or None."""
+        """Return the entries in the file, and why there are none, or None."""
         if self.path is None:
             return {}, None
         try:
@@ -120,7 +120,7 @@ class CostCache:
 
 
 def _default_path():
-    """The user's file, or None where the user has no home, as in some containers."""
+    """Return the user's file, or None if the user has no home, as in some containers."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -129,7 +129,7 @@ def _default_path():
 
 
 class Curve:
-    """Seconds against number of rows: measured points, straight lines between and beyond them."""
+    """Seconds as a function of the number of rows: measured points, with straight lines between and beyond them."""
 
     def __init__(self, points):
         self.points = sorted((int(rows), float(seconds)) for rows, seconds in points.items())
@@ -149,11 +149,11 @@ class Curve:
 
 
 class BlockCost:
-    """What the parts of one frozen block take, in seconds, as functions of the number of rows.
+    """Seconds of the parts of one frozen block, as functions of the number of rows.
 
-    ``body`` computes rows, of ``both`` the samples that keep the block and the others. ``move`` gathers and scatters
-    rows, ``select`` is what ``masked`` adds to put dropped ones back, ``shortcut`` is the shortcut of all rows.
-    ``chunk`` is how many rows ``body`` takes at a time.
+    ``body`` computes rows; with ``both``, of the samples that keep the block and of the others. ``move`` gathers and
+    scatters rows, ``select`` is what ``masked`` adds to put dropped rows back, ``shortcut`` is the shortcut of all
+    rows. ``chunk`` is how many rows ``body`` takes at a time.
     """
 
     def __init__(self, chunk, body, move, select, shortcut, both=False):
@@ -163,30 +163,30 @@ class BlockCost:
 
 
 def device_name(device):
-    """What a cache's key needs besides the processor: nothing for a CPU, or the GPU."""
+    """Return what a cache's key needs besides the processor: nothing for a CPU, or the name of the GPU."""
     return (torch.cuda.get_device_name(device),) if device.type == "cuda" else ()
 
 
 def digest(value):
-    """A long text for a cache's key, or a value with such a one, as a short text."""
+    """Shorten a long text, or a value whose text is long, for a cache's key."""
     return sha256(str(value).encode()).hexdigest()
 
 
 def are_times(names):
-    """A check for :meth:`CostCache.get`: whether an entry has seconds for each of these names."""
+    """Return a check for :meth:`CostCache.get`: whether an entry has seconds for each of these names."""
     return lambda entry: (
         isinstance(entry, dict) and entry.keys() == set(names) and all(_is_time(time) for time in entry.values())
     )
 
 
 def measure_block(block, batch, cache):
-    """The :class:`BlockCost` of ``block`` up to about ``batch`` rows: from ``cache``, or measured now."""
+    """Return the :class:`BlockCost` of ``block`` up to about ``batch`` rows, from ``cache`` or measured now."""
     key = cache.key(block.signature, block.dtype, batch, *device_name(block.device))
     return BlockCost(**cache.get(key, _is_cost, lambda: _measure(block, batch)))
 
 
 def _is_cost(entry):
-    """Whether an entry is one of :func:`_measure`, read from a file or not."""
+    """Whether an entry is a result of :func:`_measure`, read from a file or not."""
     return (
         isinstance(entry, dict)
         and entry.keys() == {"chunk", "both", "body", "move", "select", "shortcut"}
@@ -198,7 +198,7 @@ def _is_cost(entry):
 
 
 def _are_points(points):
-    """Whether these are seconds by numbers of rows, which JSON made texts."""
+    """Whether these are seconds by numbers of rows, which JSON turned into texts."""
     return (
         isinstance(points, dict)
         and 0 < len(points)
@@ -208,7 +208,7 @@ def _are_points(points):
 
 
 def _is_time(seconds):
-    """Whether a value from a file is a time: a float from 0 on, of a day at most."""
+    """Whether a value from a file is a time: a float of at least 0 and below one day."""
     return isinstance(seconds, float) and 0 <= seconds < 86400
 
 
@@ -245,7 +245,7 @@ def _shortcut(block, x):
 
 
 def seconds(function, device=None):
-    """Seconds that ``function()`` takes on ``device``, the least of a few runs: noise only ever adds."""
+    """Measure the seconds of ``function()`` on ``device``, as the least of a few runs: noise only ever adds."""
     warm = time.perf_counter() + _WARM_UP if device is not None and device.type == "cuda" else 0.0
     time_call(function, device)
     while time.perf_counter() < warm:  # an idle GPU has lowered its clock
@@ -259,9 +259,9 @@ def seconds(function, device=None):
 
 
 def time_call(function, device=None):
-    """Seconds of ``function()`` on ``device``.
+    """Measure the seconds of ``function()`` on ``device``.
 
-    On a GPU by its own clock, of calls one behind the other: the host's time to launch one counts where the GPU waits.
+    A GPU's own clock times calls back to back: the host's time to launch one counts if the GPU waits for it.
     """
     if device is None or device.type != "cuda":
         start = time.perf_counter()

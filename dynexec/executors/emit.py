@@ -18,23 +18,23 @@ _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 
 class _Padded:
-    """A value with zeros around it: top, left, bottom, right. Only convolutions read it."""
+    """A value surrounded by zeros: top, left, bottom, right. Only convolutions read it."""
 
     def __init__(self, value, zeros):
         self.value, self.zeros = value, zeros
 
 
 class Flat:
-    """A value of one pixel as ``[N, channels]``; ``fixed``: one pixel whatever image the model can take."""
+    """A value of one pixel as ``[N, channels]``; ``fixed``: one pixel for every image size that the model can take."""
 
     def __init__(self, value, fixed):
         self.value, self.fixed = value, fixed
 
 
 def emit_nodes(builder, nodes, modules, values, out=None):
-    """Emit instructions for ``nodes`` until one cannot be, keep the values they make; whether all could.
+    """Emit instructions for ``nodes``, keeping their values, until one is not supported; return whether all were.
 
-    ``out`` is the value that the last node must write to. What cannot be stands in ``builder.unknown``.
+    ``out`` is the value that the last node must write to. ``builder.unknown`` names the unsupported node.
     """
     for node in nodes:
         mark = builder.mark()
@@ -52,12 +52,12 @@ def emit_nodes(builder, nodes, modules, values, out=None):
 
 
 def layer_name(node):
-    """What a layer outside of blocks is called in a profile."""
+    """Return the name of a layer outside of blocks in a profile."""
     return node.name.removeprefix("packed_")
 
 
 def _describe(node, modules):
-    """A node as its model's author knows it."""
+    """Describe a node as its model's author knows it."""
     if node.op == "call_module":
         module = modules[node.target]
         return f"{node.target} ({'Linear' if isinstance(module, PackedLinear) else type(module).__name__})"
@@ -67,7 +67,7 @@ def _describe(node, modules):
 
 
 def _emit(builder, node, modules, values, out):
-    """The value of ``node``, or None if the engine cannot make it."""
+    """Return the value of ``node``, or None if the engine cannot compute it."""
     target = modules.get(node.target) if node.op == "call_module" else node.target
     inputs = [values.get(arg) for arg in node.args if isinstance(arg, fx.Node)]
     if isinstance(target, Stage):
@@ -192,9 +192,9 @@ def _emit_stage(builder, node, x):
 
 
 def _emit_block(builder, block, x):
-    """All samples get the block's shortcut; those that keep it have its result put in the same place.
+    """Give all samples the block's shortcut; those that keep the block have its result written to the same place.
 
-    Of a block with two sets of weights each sample runs one, and both put their results in one place.
+    In a block with two sets of weights each sample runs one, and both write their results to one place.
     """
     builder.begin_unit()
     s, first = x, len(builder.instructions)
@@ -217,7 +217,7 @@ def _emit_block(builder, block, x):
 
 
 def _emit_function(builder, function, inputs, out=None):
-    """What a packed function makes of ``inputs``; in ``out`` if it can be written there."""
+    """Return what a packed function makes of ``inputs``, written to ``out`` if possible."""
     module = getattr(function, "__self__", None)
     if not isinstance(module, fx.GraphModule):
         return None

@@ -1,4 +1,4 @@
-"""The native engine for CPUs: whether it is there, what it runs on, and the programs that it holds."""
+"""The native engine for CPUs: whether it is available, its instruction set, and the programs that it holds."""
 
 import platform
 import weakref
@@ -9,12 +9,12 @@ from dynexec import dispatch, native
 
 
 def engine_missing():
-    """Why there is no engine here, or None."""
+    """Return why there is no engine here, or None."""
     return dispatch.native_missing
 
 
 def instruction_set():
-    """Name of what the engine's inner loops were compiled for, or None without an engine."""
+    """Return the instruction set that the engine's inner loops were compiled for, or None without an engine."""
     if engine_missing():
         return None
     baseline = "NEON" if platform.machine().lower() in ("aarch64", "arm64") else "SSE2"
@@ -22,12 +22,12 @@ def instruction_set():
 
 
 def peak_rate():
-    """Floating-point operations per second that one thread can do at most with this instruction set, measured."""
+    """Measure the most floating-point operations per second that one thread can do with this instruction set."""
     return torch.ops.dynexec.peak_rate(torch.zeros(1, dtype=torch.int64))
 
 
 def vector_width():
-    """Floats per vector."""
+    """Return the number of floats per vector."""
     return torch.ops.dynexec.vector_width(torch.zeros(1, dtype=torch.int64))
 
 
@@ -46,15 +46,15 @@ class Program:
         return str(self.code.tolist())
 
     def __call__(self, x, decisions, group=0, together=False):
-        """Run it.
+        """Run the program.
 
         Parameters
         ----------
         x : float32 tensor ``[N, C, H, W]``
             In any memory format.
-        decisions : bool tensor ``[N, columns]``, or a Route of such; None where nothing is decided
+        decisions : bool tensor ``[N, columns]``, or a Route of such; None if nothing is decided
         group : int
-            Samples that go through the program together; 0: what suits the batch.
+            Number of samples that go through the program together; 0: what suits the batch.
         together : bool
             Whether all threads work on one group, instead of each on its own.
 
@@ -65,11 +65,11 @@ class Program:
         return torch.ops.dynexec.run_program(x, *self._arguments(x, decisions), group, together)
 
     def profile(self, x, decisions, group=0, together=False):
-        """The same, and what every thread did: int64 ``[spans, 5]``, in the order of threads and of time.
+        """Run the program; also return what every thread did: int64 ``[spans, 5]``, in order of threads and of time.
 
-        A span has the numbers of the thread and of the instruction, for how many samples it ran, and when it began and
-        ended, in nanoseconds since the call began. Instructions that run together on bands of rows have one, the first
-        one's.
+        A span holds the numbers of the thread and of the instruction, the number of samples, and begin and end in
+        nanoseconds since the start of the call. Instructions that run together on bands of rows share one span, that of
+        the first.
         """
         return torch.ops.dynexec.profile_program(x, *self._arguments(x, decisions), group, together)
 

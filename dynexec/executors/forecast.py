@@ -20,7 +20,7 @@ _CLUSTER_GAIN = 0.08
 
 
 def program_seconds(gpu, program, samples, kept, dtype, executor):
-    """What a program takes by the model; arguments as for :func:`launches`, or the executor ``resident``."""
+    """Predict the seconds of a program by the model; arguments as for :func:`launches`; also for ``resident``."""
     if executor == "resident":
         return _resident_seconds(gpu, program, samples, kept)
     if executor == "switched":
@@ -31,18 +31,18 @@ def program_seconds(gpu, program, samples, kept, dtype, executor):
 
 
 def launches(program, samples, kept, dtype, executor="fused"):
-    """The launches of a program, each as a Layer and the number of samples that it works on.
+    """Return the launches of a program, each as a Layer and the number of samples that it works on.
 
     Parameters
     ----------
     program : LaunchProgram
     samples : int
-        Of the batch.
+        Batch size.
     kept : sequence of int
-        How many of them keep the block of each column.
+        How many samples keep the block of each column.
     dtype : torch.dtype
     executor : str
-        One of the program's, or "static": the library's convolutions, and no decisions.
+        One of the program's, or "static": the library's convolutions, without decisions.
     """
     found, number = [], 0
     what = program, samples, dtype
@@ -69,7 +69,7 @@ def launches(program, samples, kept, dtype, executor="fused"):
 
 
 def _gated(numbers, count, executor, program, samples, dtype):
-    """Of the instructions behind a gate that so many samples pass."""
+    """Return the launches of the instructions after a gate that ``count`` samples pass."""
     what = program, samples, dtype
     if executor == "fused":
         return [(_layer(number, program.pairs, False, *what), count) for number in numbers]
@@ -87,7 +87,7 @@ def _gated(numbers, count, executor, program, samples, dtype):
 
 
 def _resident_seconds(gpu, program, samples, kept):
-    """Of the kernel that runs whole networks; 0 for networks that it refuses, which nobody needs to know before."""
+    """Predict the seconds of the kernel that runs whole networks; 0, which is not used, for those that it refuses."""
     try:
         convs, _, blocks = read_network(program.instructions, program.programs.columns)
     except ValueError:
@@ -111,7 +111,7 @@ def _resident_seconds(gpu, program, samples, kept):
 
 
 def _layer(number, pairs, library, program, samples, dtype, grouped=False):
-    """Of one instruction, as one of ``pairs`` if it is, and by the library or a kernel of ours."""
+    """Return the Layer of one instruction, which may be one of ``pairs``, by the library or a kernel of dynexec."""
     from dynexec.kernels.configs import choose_pair_tile, choose_tile  # importing Triton takes a second
 
     step = program.instructions[number]

@@ -6,23 +6,23 @@ import torch
 class Frame:
     """The values of one call.
 
-    ``dense``: convolutions in gates are the library's, of all samples, but for those that write over what is there
-    already. ``static``: there are no gates, every sample keeps every block.
+    ``dense``: convolutions in gates are the library's, on all samples, except those that write over existing values.
+    ``static``: there are no gates; every sample keeps every block.
     """
 
     def __init__(self, x, workspace, dense=False, static=False):
         self.x, self.workspace, self.dense, self.static, self.values = x, workspace, dense, static, {}
 
     def get(self, value):
-        """A tensor, or None where there is none yet."""
+        """Return the tensor of a value, or None if there is none yet."""
         return self.values.get(id(value))
 
     def read(self, value):
-        """The tensor of a value that an instruction reads; None for None."""
+        """Return the tensor of a value that an instruction reads; None for None."""
         return None if value is None else self.values[id(value)]
 
     def output(self, value):
-        """A tensor to write to, new where there is none yet."""
+        """Return a tensor to write a value to, a new one if there is none yet."""
         if id(value) not in self.values:
             shape = len(self.x), *value.shape
             new = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)

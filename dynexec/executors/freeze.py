@@ -1,4 +1,4 @@
-"""``freeze``: a model of dynamic blocks as a fast inference network."""
+"""``freeze``: turns a model with dynamic blocks into a fast inference network."""
 
 import copy
 
@@ -39,58 +39,58 @@ def freeze(
     measure=True,
     keep_memory=True,
 ):
-    """Make a fast inference network of a model with dynamic blocks; the model itself is not changed.
+    """Build a fast inference network from a model with dynamic blocks; the model itself is not changed.
 
     BatchNorm is folded, activations and residual additions run inside the convolutions, activations are channels_last
-    and the residual stream is updated in place. Several ways to run are built, compared with the original model
-    on ``example_input`` and timed; the fastest one stays (times are cached on disk):
+    and the residual stream is updated in place. Several ways to run the network are built, compared with the original
+    model on ``example_input`` and timed; the fastest is used (times are cached on disk):
 
-    * On a CPU the engine, native code: everything that it knows, usually the whole network, is one call.
+    * On a CPU, the engine: native code that runs all layers it supports, usually the whole network, in one call.
       ``resident``: each thread takes a few samples at a time through all layers, while their activations stay in its
-      cache. ``fused``: all threads share one layer after the other. Dropped blocks are jumped over; nothing is moved.
-    * On a GPU Triton kernels (``fused``) that read and write the kept samples at their places. How many these are
-      only the device knows, so the host never waits, and the whole forward, policy and planning included, is one CUDA
-      graph per input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution,
-      ``switched`` is ``dense`` or ``fused``, chosen on the device by how many samples keep the blocks, and a static
-      network where all do; ``conditional`` is ``fused`` with a node around every block, tried for very few samples.
-      ``resident`` is one kernel that takes a sample through a whole network for images of up to 32 pixels, in 16 bits.
+      cache. ``fused``: all threads share one layer after the other. Dropped blocks are skipped; no rows are moved.
+    * On a GPU, Triton kernels (``fused``) that read and write the kept samples in place. Only the device knows how many
+      these are, so the host never waits, and the whole forward, policy and planning included, is one CUDA graph per
+      input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution; ``switched`` is ``dense``
+      or ``fused``, chosen on the device by how many samples keep the blocks, or a static network where all do;
+      ``conditional`` is ``fused`` with a node around every block, tried for very few samples; ``resident`` is one
+      kernel that takes a sample through a whole network, for images of up to 32 pixels, in 16 bits.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
 
-    Layers that neither knows run as they are. Of a :class:`dynexec.nn.RoutedNetwork` (AdaShare, AR-Net, AdaMML, feature
-    sharing) each part becomes the faster of engine, or kernels, and layers; its forward stays.
+    Layers that none of these support run as they are. In a :class:`dynexec.nn.RoutedNetwork` (AdaShare, AR-Net, AdaMML,
+    feature sharing) each part is replaced by the faster of the engine (or kernels) and layers; the forward stays.
 
     Parameters
     ----------
     model : nn.Module
         A converted model, a :class:`DynamicNetwork`, a RoutedNetwork, or one of ``dynexec.models``.
-    example_input : tensor ``[N, C, H, W]``, or what a RoutedNetwork takes
-        Of the size and about the batch size that will be used; other batch sizes work as well.
+    example_input : tensor ``[N, C, H, W]``, or the input of a RoutedNetwork
+        With the image size and about the batch size that will be used; other batch sizes work as well.
     dtype : torch.dtype, optional
         Default: the model's. On a CPU float32 is the fast one; others run through plain ``F.conv2d``. On a GPU float16
-        and bfloat16 are, and float32 uses TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
+        and bfloat16 are fast, and float32 uses TF32 if ``torch.backends.cudnn.allow_tf32`` is set.
     executor : str, optional
-        Use this one everywhere instead of choosing: "resident" or "fused", on a GPU also "dense", "switched",
-        or "conditional", layer by layer "masked", "compact" or "grouped".
+        Use this one everywhere instead of choosing: "resident" or "fused", on a GPU also "dense", "switched" or
+        "conditional"; layer by layer "masked", "compact" or "grouped".
     policy : nn.Module, optional
-        ``policy(images)`` gives probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
+        ``policy(images)`` returns probabilities ``[N, L]`` for calls without decisions. Default: the model's own.
     winograd : bool
         Whether the engine may compute 3x3 convolutions by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): up to three
         times as fast, with larger rounding errors, still around 1e-6 of the largest value. An infinity becomes NaN in
         its neighbourhood.
     batch_invariant : bool
-        Whether with the executor ``fused`` on a GPU a sample's result must not depend, by rounding, on who else keeps
-        its blocks; costs time where few do. For one batch size: cuDNN's algorithms differ. On a CPU the engine's never
-        does.
+        Whether with the executor ``fused`` on a GPU a sample's result must not depend, even by rounding, on which other
+        samples keep its blocks; costs time where few do. It holds for one batch size, since cuDNN's algorithms differ.
+        On a CPU the engine's results never depend on it.
     cost_cache : path, optional
         File of measured times. Default: ``~/.cache/dynexec/costs.json``.
     measure : bool
-        Whether to measure times that the file does not hold. False pins every choice to the file: what it does not hold
-        is a ValueError, and whoever freezes the model with the file, on a machine of the kind, gets the same network.
+        Whether to measure times that are not in the file. False pins every choice to the file: a missing time is a
+        ValueError, and freezing the model with the same file on a machine of the same kind gives the same network.
     keep_memory : bool
-        Let the process keep the memory of freed tensors for the next call, instead of giving large blocks back to the
-        system and having them zeroed anew each time. A setting of glibc, for the whole process; elsewhere ignored.
+        Let the process keep the memory of freed tensors for the next call, instead of returning large blocks to the
+        system and having them zeroed each time. A setting of glibc, for the whole process; ignored elsewhere.
 
     Returns
     -------
@@ -99,9 +99,9 @@ def freeze(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be, the model has no dynamic blocks, or its forward cannot be traced.
+        If an argument is invalid, the model has no dynamic blocks, or its forward cannot be traced.
     RuntimeError
-        If the frozen blocks' output is not the original's.
+        If the frozen network's output is not the original's, or ``executor`` cannot run the network.
     """
     device = check_arguments(model, example_input, dtype, policy)
     backend = choose_backend(device, winograd, batch_invariant)
@@ -177,7 +177,7 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
 
 
 def check_arguments(model, example_input, dtype=None, policy=None):
-    """The device of a model and its example input; TypeError or ValueError where :func:`freeze` cannot take them."""
+    """Return the device of a model and its example input; TypeError or ValueError if :func:`freeze` refuses them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, (FrozenNetwork, FrozenRouted)):
@@ -221,7 +221,7 @@ def _check_batch_norm(model):
 
 
 def _prove_and_measure(stages, cache):
-    """Compare every executor of every stage with the original blocks, then measure what its blocks cost."""
+    """Compare every executor of every stage with the original blocks, then measure the cost of its blocks."""
     generator = torch.Generator().manual_seed(0)
     total = sum(len(stage.blocks) for stage, _, _ in stages)
     for stage, originals, x in stages:
@@ -238,9 +238,9 @@ def _prove_and_measure(stages, cache):
 
 
 def _measure_samples_at_once(frozen, images, cache):
-    """The number of samples that go through the network fastest, per sample; None: as many as there are.
+    """Return the number of samples that go through the network fastest, per sample; None for the whole batch.
 
-    Large activations are slow: they leave the caches, and the system hands out and takes back their memory every time.
+    Large activations are slow: they leave the caches, and the system allocates and frees their memory every time.
     """
     n = len(images)
     decisions = halves(n, frozen.num_blocks).to(images.device)
@@ -265,7 +265,7 @@ def _measure_samples_at_once(frozen, images, cache):
 
 
 def _splits(frozen, images, decisions, size):
-    """Whether the network gives for a batch what it gives for its parts, in one tensor."""
+    """Whether the network gives the same for a batch as for its parts, in one tensor."""
     whole = frozen.run(images, decisions)
     if not isinstance(whole, torch.Tensor) or whole.dim() == 0 or len(whole) != len(images):
         return False

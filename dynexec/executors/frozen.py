@@ -1,4 +1,4 @@
-"""The inference network that ``freeze`` makes."""
+"""The inference network that ``freeze`` builds."""
 
 from contextlib import contextmanager
 from threading import RLock
@@ -19,10 +19,10 @@ from dynexec.route import Route
 
 
 class FrozenNetwork(nn.Module):
-    """What :func:`freeze` returns: ``frozen(x, decisions)`` or, with a policy, ``frozen(x)``.
+    """The result of :func:`freeze`: call ``frozen(x, decisions)`` or, with a policy, ``frozen(x)``.
 
-    It belongs to the processor and thread count it was made on: :func:`dynexec.save` the original model instead. Any
-    number of threads may call it at once.
+    It is specific to the processor and thread count that it was made on: to store it, pass the original model to
+    :func:`dynexec.save`. Any number of threads may call it at once.
     """
 
     def __init__(self, network, stages, segments, num_blocks, dtype, device, backend=None):
@@ -38,16 +38,16 @@ class FrozenNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x, decisions=None, *, return_decisions=False):
-        """Run the network on the blocks that the decisions keep, without gradients, in its dtype also under autocast.
+        """Run the network on the blocks that the decisions keep, without gradients, in its dtype even under autocast.
 
         Parameters
         ----------
         x : float tensor ``[N, C, H, W]``
-            Of any floating-point type, converted to the network's.
+            Of any floating-point type; converted to the network's.
         decisions : bool tensor ``[N, L]`` or ``[L]``, optional
-            None: the policy decides, keeping a block where its probability is at least 0.5.
+            None: the policy decides, keeping a block if its probability is at least 0.5.
         return_decisions : bool
-            Also return the decisions, bool ``[N, L]``: those that were given, or the policy's.
+            Also return the decisions, bool ``[N, L]``: the given ones, or the policy's.
         """
         x, decisions = self._check(x, decisions)
         with dispatch.for_frozen(x.device):
@@ -56,26 +56,25 @@ class FrozenNetwork(nn.Module):
 
     @torch.no_grad()
     def profile(self, x, decisions=None, *, rounds=20):
-        """Measure where the time of a call goes: per part of the network, and what is lost by cause.
+        """Measure where the time of a call goes: per part of the network, and how much is lost to which cause.
 
         Parameters
         ----------
         x, decisions
             As for :meth:`forward`; at least one image.
         rounds : int
-            Four measurements each: of calls as they are and of one that is taken down, of these decisions and with
-            everything kept.
-            Of each time the least counts: noise only ever adds.
+            Number of rounds of four measurements each: an ordinary call and a recorded one, with these decisions and
+            with everything kept. The least of each time counts, since noise only ever adds.
 
         Returns
         -------
         Profile
-            Prints as a table. On a GPU the calls that are taken down run without CUDA graphs.
+            Prints as a table. On a GPU, recorded calls run without CUDA graphs.
 
         Raises
         ------
         ValueError
-            Also where ``rounds`` is no positive int.
+            Also if ``rounds`` is not a positive int.
         """
         check_rounds(rounds)
         x, decisions = self._check(x, decisions)
@@ -85,7 +84,7 @@ class FrozenNetwork(nn.Module):
             return profile(self, x, decisions, rounds)
 
     def _check(self, x, decisions):
-        """What :meth:`call` takes, or why it cannot be."""
+        """Return the arguments of :meth:`call`, or raise if they are invalid."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor [N, C, H, W], got {type(x).__name__}")
         check_dense(x, "x")
@@ -105,7 +104,7 @@ class FrozenNetwork(nn.Module):
         return x, decisions
 
     def call(self, x, decisions):
-        """Output and decisions, in the fastest way that there is; arguments as for :meth:`compute`."""
+        """Return output and decisions in the fastest available way; arguments as for :meth:`compute`."""
         if self.graphs is None:
             return self.compute(x, decisions)
         if len(x) == 0 or torch.cuda.is_current_stream_capturing():
@@ -114,23 +113,23 @@ class FrozenNetwork(nn.Module):
             return self.graphs(x, decisions, self.executor)
 
     def compute_without_nodes(self, x, decisions):
-        """The same where there is no graph of this network's own, which alone has conditional nodes."""
+        """:meth:`compute` outside a graph of this network's own; only such graphs have conditional nodes."""
         with self.using("fused" if self.executor in ("conditional", "switched") else self.executor):
             return self.compute(x, decisions)
 
     def compute_plainly(self, x, decisions):
-        """The same where the bodies of conditional nodes do not take dependent launches."""
+        """:meth:`compute` where the bodies of conditional nodes do not support dependent launches."""
         from dynexec.kernels.device import plain_launches
 
         with plain_launches():
             return self.compute(x, decisions)
 
     def in_graphs(self, x, decisions):
-        """The output alone."""
+        """Return the output of :meth:`call` alone."""
         return self.call(x, decisions)[0]
 
     def note_failed_graphs(self):
-        """Have ``explain`` say for which inputs there is no CUDA graph, and why."""
+        """Make ``explain`` say for which inputs there is no CUDA graph, and why."""
         if self.graphs is None:
             return
         for what, found in (("no", self.graphs.failed), ("another", self.graphs.replaced)):
@@ -141,7 +140,7 @@ class FrozenNetwork(nn.Module):
                     self.notes.append(note)
 
     def compute(self, x, decisions):
-        """Output and decisions for ``x`` in the network's dtype and decisions bool ``[N, L]``; None: the policy's."""
+        """Return output and decisions for ``x``, in the network's dtype, and ``decisions`` bool ``[N, L]`` or None."""
         if decisions is None and (found := self._decide_in_one_launch(x)) is not None:
             return found
         if decisions is None:
@@ -149,11 +148,11 @@ class FrozenNetwork(nn.Module):
         return self.run_in_parts(x, decisions), decisions
 
     def decide(self, x):
-        """The policy's decisions, bool ``[N, L]``."""
+        """Return the policy's decisions, bool ``[N, L]``."""
         return self._check_decisions(threshold(self.policy(x)), x)
 
     def _decide_in_one_launch(self, x):
-        """Output and decisions where one kernel runs the policy and the network; None where it does not."""
+        """Return output and decisions if one kernel can run policy and network together; otherwise None."""
         if self.executor != "resident" or not self.one_launch or len(x) == 0:
             return None
         segments = [only_segment(function) for function in (self.policy, self.network)]
@@ -168,7 +167,7 @@ class FrozenNetwork(nn.Module):
         return (y.flatten(1) if segments[1].flat else y), decisions
 
     def prove_one_launch(self, x):
-        """Compare policy and network in one launch with one after the other, and do without where they differ."""
+        """Compare policy and network in one launch with running them in turn, and turn that off if they differ."""
         if (found := self._decide_in_one_launch(x)) is None:
             return
         y, decisions = found
@@ -184,16 +183,16 @@ class FrozenNetwork(nn.Module):
             )
 
     def run_in_parts(self, x, decisions):
-        """``x`` in the network's dtype, ``decisions`` bool ``[N, L]``; ``samples_at_once`` at a time."""
+        """Run ``x``, in the network's dtype, with ``decisions`` bool ``[N, L]``, ``samples_at_once`` at a time."""
         parts = list(zip(*self.split(x, decisions), strict=True))
         return self.run(*parts[0]) if len(parts) == 1 else torch.cat([self.run(*part) for part in parts])
 
     def run(self, x, decisions):
-        """The whole batch at once."""
+        """Run the whole batch at once."""
         return self.network(x, self.plan(decisions))
 
     def plan(self, decisions):
-        """What the network gets for bool decisions ``[N, L]``: a Route, or the decisions where only the engine runs.
+        """Return what the network takes for bool decisions ``[N, L]``: a Route, or themselves if only the engine runs.
 
         Only stages that run by layer need to know on the host how many samples keep a block.
         """
@@ -202,7 +201,7 @@ class FrozenNetwork(nn.Module):
         return decisions
 
     def use(self, executor):
-        """Let segments run as this executor of the :class:`Backend`."""
+        """Make segments run with this executor of the :class:`Backend`."""
         self.executor = executor
         for segment in self.segments:
             segment.executor, segment.options = executor, dict(self.backend.executors[executor])
@@ -211,7 +210,7 @@ class FrozenNetwork(nn.Module):
 
     @contextmanager
     def using(self, executor):
-        """Inside, segments run as this executor; other threads' calls in graphs wait."""
+        """Context manager in which segments run with this executor; other threads' calls in graphs wait."""
         with self._lock if self.graphs is None else self.graphs.lock:
             before = self.executor
             self.use(executor)
@@ -221,9 +220,9 @@ class FrozenNetwork(nn.Module):
                 self.use(before)
 
     def executor_for(self, decisions):
-        """The one in use; of ``switched`` the one that bool decisions ``[N, L]`` make it. Waits for the device.
+        """Return the executor in use, resolving ``switched`` for bool decisions ``[N, L]``. Waits for the device.
 
-        That is ``dense`` also where nothing is dropped, though a static network runs there.
+        ``switched`` resolves to ``dense`` also if nothing is dropped, although a static network runs then.
         """
         if self.executor != "switched":
             return self.executor
@@ -231,7 +230,7 @@ class FrozenNetwork(nn.Module):
         return "dense" if dropped <= most_dropped(self.switch_at, decisions.numel()) else "fused"
 
     def keep_only(self):
-        """Give up the weights and graphs that this way to run does not need; return the network."""
+        """Free the weights and graphs that the chosen way to run does not need; return the network."""
         if self.graphs is not None:
             self.graphs.keep_only(self.executor)
         for segment in self.segments:
@@ -242,7 +241,7 @@ class FrozenNetwork(nn.Module):
         return self
 
     def split(self, *tensors):
-        """Each tensor in parts of ``samples_at_once`` samples."""
+        """Split each tensor into parts of ``samples_at_once`` samples."""
         size = self.samples_at_once or max(len(tensors[0]), 1)
         return [tensor.split(size) for tensor in tensors]
 
@@ -259,7 +258,7 @@ class FrozenNetwork(nn.Module):
         return decisions.expand(expected)
 
     def predict_losses(self, decisions):
-        """Where time is expected to be lost against dense speed on the kept rows: seconds by cause.
+        """Predict the seconds lost against dense speed on the kept rows, by cause.
 
         The causes are those of the executors that would be chosen for ``decisions``, bool ``[N, L]``.
         """
@@ -268,11 +267,11 @@ class FrozenNetwork(nn.Module):
         return {cause: sum(losses[cause] for losses in found) for cause in CAUSES}  # segments have none of them
 
     def train(self, mode=True):
-        """Stay in evaluation mode, whatever a module that this is a part of does."""
+        """Stay in evaluation mode, whatever a parent module does."""
         return super().train(False)
 
     def explain(self):
-        """What runs where and why, as text: stages, executors with their measured costs, what was refused."""
+        """Describe as text what runs where and why: stages, executors with their measured costs, what was refused."""
         by = f" of the {self.backend.name} ({self.backend.runs_on})" if self.segments else ""
         graphs = ", in CUDA graphs" if self.graphs is not None else ""
         lines = [

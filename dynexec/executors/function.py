@@ -1,4 +1,4 @@
-"""Modules that decide nothing, policies and parts of routed networks, as fast functions."""
+"""Modules without decisions, such as policies and parts of routed networks, as fast functions."""
 
 from functools import partial
 
@@ -11,12 +11,12 @@ from dynexec.executors.stage import EXECUTORS
 
 
 def freeze_function(module, example, executor, backend, cache, *, in_graph):
-    """A function that computes what ``module(x)`` does, by the backend where it is faster, or asked for, and possible.
+    """Return a function that computes ``module(x)``, by the backend if possible and if that is faster or asked for.
 
     Parameters
     ----------
     module : nn.Module
-        In evaluation mode; not changed. Its weights may be given up: keep a copy.
+        In evaluation mode; not changed. Its weights may be freed: keep a copy.
     example : tensor ``[N, ...]``
     executor : str or None
         The one that was asked for.
@@ -29,12 +29,12 @@ def freeze_function(module, example, executor, backend, cache, *, in_graph):
     -------
     function : callable
     note : str or None
-        What of it the backend does not run, and why.
+        What the backend does not run of it, and why.
     """
     cases = [(x, module(x.clone())) for x in (example, example[:1])]
 
     def difference(function):
-        """Why it cannot stand for the module, or None."""
+        """Return why it cannot replace the module, or None."""
         most = tolerance(example.dtype, example.device)
         try:
             error = max(relative_error(function(x), expected) for x, expected in cases)

@@ -1,4 +1,4 @@
-"""CUDA graphs of a whole forward: one launch of the host for all of a network's kernels."""
+"""CUDA graphs of a whole forward: the host launches all of a network's kernels at once."""
 
 from contextlib import contextmanager, suppress
 from threading import RLock, local
@@ -16,15 +16,15 @@ _this_thread = local()
 
 
 class Graphs:
-    """Runs a function of a network as CUDA graphs, one per shape of its input, captured in its first call.
+    """Runs a function of a network as CUDA graphs, one per shape of its input, captured at its first call.
 
-    ``graphs(x, decisions, variant)`` gives what ``function(x, decisions)`` gives, in new memory, but for
-    ``decisions`` if these are a result; ``decisions`` may be None, and ``variant`` names what else the function
-    depends on. The function must not wait for the device; where it does, or a capture fails for another reason, the
-    first of ``instead``, functions that give the same, that can be captured takes its place, and ``replaced`` says why.
-    Where none can be, the last one runs as it is, and ``failed`` says why. Calls from several streams and threads are
-    put in order on the device, since a graph has its memory once. ``layout``: what its memory for ``x`` is laid out as;
-    where networks read images as channels_last, copying them there then converts them, too.
+    ``graphs(x, decisions, variant)`` returns the result of ``function(x, decisions)`` in new memory, except for
+    ``decisions`` if these are a result; ``decisions`` may be None, and ``variant`` names what else the function depends
+    on. The function must not wait for the device. If it does, or if its capture fails for another reason, it is
+    replaced by the first of the equivalent functions ``instead`` that can be captured, and ``replaced`` says why. If
+    none can be, the last one runs without a graph, and ``failed`` says why. Calls from several streams and threads are
+    ordered on the device, since a graph has its memory only once. ``layout`` is the memory format of the graph's ``x``;
+    if networks read images as channels_last, copying them there also converts them.
     """
 
     def __init__(self, function, instead=(), layout=torch.preserve_format):
@@ -44,12 +44,12 @@ class Graphs:
         return results
 
     def keep_only(self, variant):
-        """Give up the graphs of other variants."""
+        """Free the graphs of other variants."""
         torch.cuda.synchronize()
         self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] == variant}
 
     def _find(self, key, x, decisions):
-        """The graph of a key, a new one if there is none; None where there cannot be one."""
+        """Return the graph of a key, a new one if there is none, or None if it cannot be captured."""
         if key in self.failed:
             return None
         graph = self.graphs.pop(key, None)
@@ -130,17 +130,17 @@ def _making():
 
 
 def makes_graph():
-    """Whether this thread calls a function for a graph of :class:`Graphs`, before or while it is captured.
+    """Whether this thread is calling a function for a graph of :class:`Graphs`, before or during its capture.
 
-    All of a network's are put in order, so what they write to may be one memory.
+    All graphs of a network are ordered, so they may write to the same memory.
     """
     return getattr(_this_thread, "makes", False)
 
 
 def take_stream(device):
-    """A stream to capture on that nothing alive was captured on, while there is one.
+    """Return a stream to capture on that nothing alive was captured on, as long as there is one.
 
-    With a graph, torch gives up what cuBLAS keeps for the graph's stream, which others of that stream rely on.
+    When a graph is freed, torch frees what cuBLAS keeps for the graph's stream, which others of that stream rely on.
     """
     with _capturing:
         for _ in range(_STREAMS):
@@ -153,7 +153,7 @@ def take_stream(device):
 
 @contextmanager
 def choosing_algorithms():
-    """Let cuDNN measure, for a shape that it sees for the first time, which of its algorithms is the fastest."""
+    """Let cuDNN measure, for each shape that it sees for the first time, which of its algorithms is the fastest."""
     with _capturing:
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True

@@ -9,7 +9,7 @@ from dynexec.reference import empty_rows
 
 
 def prepare(stage, route):
-    """Samples by what they keep of this stage: ``{kept columns as bytes: [sample numbers]}``."""
+    """Group samples by what they keep of this stage: ``{kept columns as bytes: [sample numbers]}``."""
     first, last = stage.blocks[0].column, stage.blocks[-1].column
     found = {}
     for sample, row in enumerate(route.decisions[:, first : last + 1].cpu().numpy()):

@@ -24,13 +24,13 @@ class Value:
 
     @property
     def pixels(self):
-        """Of a sample."""
+        """Number of pixels of a sample."""
         return self.height * self.width
 
 
 @dataclass
 class Instruction:
-    """What is done to one value, or to two, and where the result goes.
+    """An operation on one or two values, and where the result goes.
 
     ``op`` is "load", "store", "conv", "winograd", "depthwise", "max", "sum", "add", "multiply" or "gate".
     """
@@ -56,18 +56,18 @@ class Instruction:
 
     @property
     def values(self):
-        """All that it reads or writes."""
+        """All values that it reads or writes."""
         return [value for value in (self.input, self.output, self.other) if value is not None]
 
     @property
     def is_pointwise(self):
-        """Whether it is a convolution that makes each pixel of the one at the same place."""
+        """Whether it is a convolution that computes each pixel from the one at the same place."""
         same = self.op == "conv" and self.input.shape[1:] == self.output.shape[1:]
         return same and (*self.kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
 
 
 def count_readers(instructions):
-    """How many instructions read each value, by its identity; one that reads it twice counts twice."""
+    """Count how many instructions read each value, by its identity; one that reads it twice counts twice."""
     return Counter(id(value) for step in instructions for value in (step.input, step.other) if value is not None)
 
 
@@ -77,7 +77,7 @@ class Builder:
     Parameters
     ----------
     columns : int
-        Of the decisions.
+        Number of columns of the decisions.
     """
 
     def __init__(self, columns):
@@ -86,16 +86,19 @@ class Builder:
         self.unknown = None  # what could not be emitted last, as text
 
     def load(self, channels, height, width):
-        """The samples from outside."""
+        """Read the samples from outside."""
         return self._emit(Instruction("load", None, Value(channels, height, width, packed=True)))
 
     def store(self, value):
-        """The samples to the outside."""
+        """Pass the samples to the outside."""
         self.instructions.append(Instruction("store", value, None))
 
     def conv(self, conv, x, other=None, out=None, zeros=(0, 0, 0, 0)):
-        """A :class:`PackedConv` of ``x`` with ``zeros`` around (top, left, bottom, right) before its own padding, plus
-        ``other``, into ``out`` (which may be ``other``) or something new."""
+        """Apply a :class:`PackedConv` to ``x``, add ``other``, and write to ``out`` or a new value.
+
+        ``zeros`` (top, left, bottom, right) surround ``x`` before the convolution's own padding. ``out`` may be
+        ``other``.
+        """
         padding, stride, dilation, groups = conv.geometry
         channels, depth, *kernel = conv.shape
         depthwise = groups == x.channels == channels and depth == 1 and groups > 1
@@ -113,14 +116,14 @@ class Builder:
         return self._emit(Instruction(op, x, value, other, conv, conv.activation, kernel, stride, dilation, before))
 
     def _choose(self, conv, op, size, even):
-        """Which operation runs a convolution, itself "conv" or "depthwise"; None: none.
+        """Return the operation that runs a convolution, itself "conv" or "depthwise"; None: unsupported.
 
-        ``size`` is its output's, ``even`` whether it has the same padding on both sides.
+        ``size`` is that of its output, ``even`` whether it has the same padding on both sides.
         """
         raise NotImplementedError
 
     def pool(self, x, kind, kernel, stride, padding=(0, 0), divisor=0, ceil=False):
-        """Pooling: ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by how many inputs they have."""
+        """Pool by ``kind`` "max" or "sum"; sums are divided by ``divisor``, or by their number of inputs if it is 0."""
         after = padding
         if ceil:  # one more window where it begins within the input or the padding before it
             reach = [x.shape[d + 1] + 2 * padding[d] - kernel[d] for d in (0, 1)]
@@ -134,20 +137,20 @@ class Builder:
         return self._emit(Instruction(kind, x, output, None, None, None, kernel, stride, (1, 1), padding, divisor))
 
     def add(self, x, other=None, activation=None, channels=None, out=None):
-        """``activation(x + other)``, with zeros for further ``channels``."""
+        """Compute ``activation(x + other)``, with zeros for further ``channels``."""
         if other is not None and other.shape != x.shape:
             return None
         value = out if out is not None else Value(channels or x.channels, x.height, x.width)
         return self._emit(Instruction("add", x, value, other, activation=activation))
 
     def multiply(self, x, factors):
-        """``x`` times one factor per sample and channel."""
+        """Multiply ``x`` by one factor per sample and channel."""
         if factors.shape != (x.channels, 1, 1):
             return None
         return self._emit(Instruction("multiply", x, Value(*x.shape), factors))
 
     def gate(self, column, choice=1):
-        """What follows, up to :meth:`end_gate`, runs for the samples whose decision in ``column`` is ``choice``."""
+        """Run what follows, up to :meth:`end_gate`, for the samples whose decision in ``column`` is ``choice``."""
         self.instructions.append(Instruction("gate", None, None, column=column, choice=choice))
         return len(self.instructions) - 1
 
@@ -155,21 +158,21 @@ class Builder:
         self.instructions[gate].gated = len(self.instructions) - gate - 1
 
     def label(self, first, name, kind):
-        """The instructions from number ``first`` on belong to this part of the network."""
+        """Assign the instructions from number ``first`` on to this part of the network."""
         for step in self.instructions[first:]:
             step.part = name, kind
 
     def begin_unit(self):
-        """What follows stays in one phase."""
+        """Keep what follows in one phase."""
         self.units.append(len(self.instructions))
 
     def mark(self):
-        """Where the builder is, for :meth:`back`."""
+        """Return the current position, for :meth:`back`."""
         borders = {id(value): list(value.border) for step in self.instructions for value in step.values}
         return len(self.instructions), len(self.units), borders
 
     def back(self, mark):
-        """Forget what was emitted since ``mark``."""
+        """Remove what was emitted since ``mark``."""
         instructions, units, borders = mark
         del self.instructions[instructions:], self.units[units:]
         for step in self.instructions:

@@ -1,8 +1,8 @@
 """Programs for a GPU: a part of a network as launches of the kernels in :mod:`dynexec.kernels`.
 
-Inside of a gate every kernel reads and writes, at their own places, the samples that keep the block; how many they are
-is known to the device alone, so nothing waits for it, and the launches are the same for all decisions. What all samples
-run, stems, shortcuts and classifiers, is the library's, but for convolutions that take it several passes.
+Inside a gate every kernel reads and writes in place the samples that keep the block. Only the device knows how many
+these are, so nothing waits for them, and the launches are the same for all decisions. What all samples run (stems,
+shortcuts and classifiers) is left to the library, except for convolutions for which it needs several passes.
 """
 
 from contextlib import nullcontext
@@ -30,12 +30,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def most_dropped(switch_at, pairs):
-    """How many of the (sample, block) pairs may be dropped where the share ``switch_at`` must be kept."""
+    """Return how many of the (sample, block) pairs may be dropped if the share ``switch_at`` must be kept."""
     return floor((1.0 - switch_at) * pairs + 1e-6)
 
 
 class LaunchBuilder(Builder):
-    """A builder of what the kernels can do."""
+    """A builder of what the kernels support."""
 
     def _choose(self, conv, op, size, even):
         from dynexec.kernels.conv import MAX_TAPS
@@ -52,9 +52,9 @@ class LaunchPrograms:
     Parameters
     ----------
     columns : int
-        Of the decisions.
+        Number of columns of the decisions.
     batch_invariant : bool
-        Whether a sample's result must not depend on what else is in the batch, by a bit.
+        Whether a sample's result must not depend on the rest of the batch, not even in a single bit.
     """
 
     library_alone = False  # whether the library runs also what takes it several passes
@@ -67,26 +67,27 @@ class LaunchPrograms:
         self.resident = None  # their network for the kernel that runs it whole
 
     def builder(self):
-        """A builder for one program."""
+        """Return a builder for one program."""
         return LaunchBuilder(self.columns)
 
     def finish(self, builder):
-        """The program of what a builder has collected."""
+        """Return the program of what a builder has collected."""
         program = LaunchProgram(builder.instructions, self)
         self.first = self.first or program
         return program
 
     def renew(self, program, executor):
-        """The program itself; what other executors keep between calls is given up."""
+        """Return the program itself; what other executors keep between calls is freed."""
         if executor not in _WITH_NODES:
             self._conditional = None
         self._workspaces = {key: value for key, value in self._workspaces.items() if key == _OF_GRAPHS}
         return program
 
     def take_resident(self, instructions):
-        """The network of a program for the kernel that runs it whole; ValueError where it is not such a network.
+        """Return a program's network for the kernel that runs it whole; ValueError if the kernel does not support it.
 
-        One for all image sizes, whose weights are the same: graphs need them for longer than a program is kept.
+        There is one for all image sizes, since they share their weights: graphs need these for longer than a program is
+        kept.
         """
         if self.resident is None:
             self.resident = Resident(instructions, self.columns, self.weights)
@@ -95,7 +96,7 @@ class LaunchPrograms:
         return self.resident
 
     def take_conditional(self, x, executor):
-        """What inserts conditional nodes, or None where there are none for this batch and executor."""
+        """Return what inserts conditional nodes, or None if there are none for this batch and executor."""
         if executor not in _WITH_NODES or x.device.type != "cuda":
             return None
         if (reason := conditional_missing()) is not None:
@@ -105,7 +106,7 @@ class LaunchPrograms:
         return self._conditional
 
     def take_workspace(self, device):
-        """For sums that several programs of a kernel share; None where that is not wanted."""
+        """Return the memory for sums that several programs of a kernel share; None if they must not be shared."""
         from dynexec.kernels.conv import Workspace
 
         if self.batch_invariant:
@@ -125,13 +126,13 @@ class LaunchPrograms:
 
 
 class _Weights:
-    """Convolutions' weights as the kernels and the library read them: both channels_last."""
+    """Weights of convolutions as the kernels and the library read them: both channels_last."""
 
     def __init__(self):
         self._found = {}  # by identity, which holds while the convolution is kept
 
     def __call__(self, conv, depthwise=False):
-        """Weights, bias in float32, bias in the dtype; no bias is None."""
+        """Return weights, bias in float32, and bias in the dtype; a missing bias is None."""
         if id(conv) not in self._found:
             weight = conv.weight
             if depthwise:
@@ -182,22 +183,21 @@ class LaunchProgram:
         )
 
     def __call__(self, x, route, executor="fused", switch_at=1.0):
-        """Run it.
+        """Run the program.
 
         Parameters
         ----------
         x : tensor ``[N, C, H, W]``
         route : Route
-            A device route will do.
+            May be a device route.
         executor : {"fused", "resident", "conditional", "dense", "switched"}
-            ``resident``: the whole network in one launch, if it is one that :class:`Resident` knows.
-            ``conditional``: a graph leaves out blocks that no sample keeps, which pays only for very few samples.
-            ``dense``: the library's convolutions of all samples, but for the last one of a block, which computes those
-            that keep it in place: about as fast as a dense network, whatever the decisions. ``switched``: a graph
-            holds ``dense``, ``fused`` and the static network, for where nothing is dropped, and chooses among them on
-            the device.
+            ``resident``: the whole network in one launch, if :class:`Resident` supports it. ``conditional``: a graph
+            leaves out blocks that no sample keeps, which pays only for very few samples. ``dense``: the library's
+            convolutions on all samples, except for the last one of a block, which computes in place the samples that
+            keep it: about as fast as a dense network, whatever the decisions. ``switched``: a graph holds ``dense``,
+            ``fused`` and, for when nothing is dropped, the static network, and chooses among them on the device.
         switch_at : float
-            ``switched`` is ``dense`` where at least this share of (sample, block) pairs is kept.
+            ``switched`` is ``dense`` if at least this share of (sample, block) pairs is kept.
 
         Returns
         -------
@@ -247,7 +247,7 @@ class LaunchProgram:
         return frame.values[id(step.input)]
 
     def _run_switched(self, x, route, switch_at, conditional):
-        """``fused`` where more pairs are dropped than may be, else ``dense``; the static network where none is."""
+        """Run ``fused`` if more pairs are dropped than may be, else ``dense``, or the static network if none is."""
         from dynexec.kernels.plan import find_body
 
         result = self.instructions[-1].input
@@ -263,13 +263,13 @@ class LaunchProgram:
         return y
 
     def resident(self):
-        """The network for the kernel that runs it whole; ValueError where it is not such a network."""
+        """Return the network for the kernel that runs it whole; ValueError if the kernel does not support it."""
         if self._resident is None:
             self._resident = self.programs.take_resident(self.instructions)
         return self._resident
 
     def _run_gated(self, numbers, frame, index, offset, conditional):
-        """The instructions ``numbers`` behind a gate, on the rows ``index[offset[0] : offset[1]]`` that pass it."""
+        """Run the instructions ``numbers`` after a gate, on the rows ``index[offset[0] : offset[1]]`` that pass it."""
         if conditional is not None:  # nothing may be allocated inside
             for number in set(numbers) - self.pairs:
                 frame.output(self.instructions[number].output)
@@ -278,7 +278,7 @@ class LaunchProgram:
                 self._run(number, self.instructions[number], frame, {"index": index, "offset": offset})
 
     def _run_twins(self, first, second, frame, route):
-        """Both gates of a block with two sets of weights; returns the number of the instruction behind them."""
+        """Run both gates of a block with two sets of weights; return the number of the instruction after them."""
         ahead = second - first
         pairs, column = self._pairs(first, second), self.instructions[first].column
         self.programs.twins.run(pairs, frame, route.index[column], route.offset[column], self._run_alone)
@@ -287,7 +287,7 @@ class LaunchProgram:
         return second + ahead
 
     def _pairs(self, first, second):
-        """Instructions behind twin gates: of samples with a False decision, and the same of the others."""
+        """Return pairs of instructions behind twin gates: one for samples with a False decision, one for the others."""
         ahead = second - first
         pairs = [(self.instructions[number], self.instructions[number + ahead]) for number in range(first + 1, second)]
         return [(b, a) for a, b in pairs] if self.instructions[first].choice else pairs
@@ -359,7 +359,7 @@ class LaunchProgram:
 
 
 def _find_pairs(instructions):
-    """Numbers of the convolutions inside of gates that run as one kernel with the 1x1 convolution behind them."""
+    """Return the numbers of the convolutions in gates that run as one kernel with the 1x1 convolution after them."""
     readers = count_readers(instructions)
     pairs, gate_ends = set(), 0
     for number, (step, after) in enumerate(zip(instructions, instructions[1:], strict=False)):
@@ -376,15 +376,16 @@ def _find_pairs(instructions):
 
 
 def in_one_pass(step):
-    """Whether the library runs a convolution with bias and activation in one pass, or it is worth more than one.
+    """Whether the library runs a convolution with bias and activation in one pass, or is worth several.
 
-    Of activations it knows ReLU. A product of each pixel alone takes about as long as to read and write it again.
+    The only activation it supports is ReLU. A product of each pixel alone takes about as long as reading and writing
+    it.
     """
     return step.activation == "relu" or tuple(step.kernel) != (1, 1) or step.output.pixels == 1
 
 
 def is_plain(step):
-    """Whether the library can run a convolution: with the same padding on both sides."""
+    """Whether the library can run a convolution: it needs the same padding on both sides."""
     size = [
         (step.input.shape[d + 1] + 2 * step.padding[d] - step.dilation[d] * (step.kernel[d] - 1) - 1) // step.stride[d]
         + 1
@@ -394,7 +395,7 @@ def is_plain(step):
 
 
 def _run_by_library(step, x, other, weights, fused):
-    """A convolution of all samples, into new memory; ``fused``: cuDNN's with bias, addition and ReLU."""
+    """Run a convolution on all samples, into new memory; ``fused``: cuDNN's with bias, addition and ReLU."""
     weight, _, bias = weights
     geometry = step.stride, step.padding, step.dilation, 1
     if x.shape[2:] == (1, 1) and weight.shape[2:] == (1, 1):

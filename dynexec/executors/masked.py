@@ -7,7 +7,7 @@ from dynexec.measure.ranges import part_range
 
 
 def prepare(stage, route):
-    """What ``run`` needs of the route: the route."""
+    """Return what ``run`` needs of the route: the route itself."""
     return route
 
 

@@ -11,11 +11,11 @@ _LARGEST_OF_OLD = 32 * 2**20  # of a mapping's threshold: older versions refuse 
 
 @cache
 def keep_freed_memory():
-    """Ask the C library not to give freed memory back to the system, for the whole process; return whether it will.
+    """Ask the C library not to return freed memory to the system, for the whole process; return whether it complies.
 
-    PyTorch takes CPU memory from malloc, and by default glibc gives large blocks back as soon as they are freed: every
-    call of a network then has its activations mapped and zeroed anew, page by page. Only glibc is asked; older versions
-    keep blocks of up to 32 MB.
+    PyTorch takes CPU memory from malloc, and by default glibc returns large blocks to the system as soon as they are
+    freed: the activations of every call of a network are then mapped and zeroed again, page by page. Only glibc is
+    asked; older versions keep blocks of up to 32 MB.
     """
     try:
         library = ctypes.CDLL(ctypes.util.find_library("c"))

@@ -1,4 +1,4 @@
-"""Convolutions with everything around them in one pass: folded BatchNorm, activation, residual addition."""
+"""Convolutions that do everything around them in the same pass: folded BatchNorm, activation, residual addition."""
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +29,20 @@ class PackedLinear:
         self.shape = tuple(self.weight.shape)
 
     def release(self):
-        """Give up the weights."""
+        """Free the weights."""
         self.weight = self.bias = None
 
 
 class PackedConv:
     """A frozen 2-d convolution: ``activation(conv(x))``, or ``activation(conv(x) + other)`` given ``other``.
 
-    float32 on a CPU goes through oneDNN's fused convolutions, with the weights reordered once for it; anything else
-    through ``F.conv2d``. A plain callable, not a module: at small batches the call itself counts.
+    float32 on a CPU runs through oneDNN's fused convolutions, with the weights reordered for it once; anything else
+    through ``F.conv2d``. A plain callable, not a module: at small batches the overhead of a call matters.
 
     Parameters
     ----------
     name : str
-        What generated code calls it.
+        Its name in generated code.
     weight : tensor ``[C_out, C_in / groups, k_h, k_w]``
     bias : tensor ``[C_out]``
     stride, padding, dilation : pairs of int
@@ -78,7 +78,7 @@ class PackedConv:
         return f"{kind} {self.shape} {self.geometry} {self.activation} overwrites_other={self.overwrites_other}"
 
     def release(self):
-        """Give up all weights; it cannot be called any more."""
+        """Free all weights; it cannot be called any more."""
         self.weight = self.bias = self._constants = None
 
     def __call__(self, x, other=None):

@@ -1,4 +1,4 @@
-"""Cuts a traced network into stages of dynamic blocks and the rest around them."""
+"""Splits a traced network into stages of dynamic blocks and the rest around them."""
 
 from inspect import signature
 from keyword import iskeyword
@@ -13,7 +13,7 @@ from dynexec.nn.residual import DynamicBlock
 
 
 def pack_stages(backbone, images, executor, samples):
-    """The backbone as a graph in which runs of blocks are :class:`Stage` calls and the rest is packed.
+    """Turn the backbone into a graph in which runs of blocks are :class:`Stage` calls and the rest is packed.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def pack_stages(backbone, images, executor, samples):
         An example input, channels_last.
     executor : key of EXECUTORS, or None
     samples : int
-        How many of the images to record the stages' inputs of.
+        Number of images for which to record the stages' inputs.
 
     Returns
     -------
@@ -81,14 +81,14 @@ def pack_stages(backbone, images, executor, samples):
 
 
 def _is_attribute(name):
-    """Whether a module's name can stand in code; numbers are the places of lists."""
+    """Whether a module's name can stand in code; numbers are positions in lists."""
     return all(
         not iskeyword(part) and (part.isidentifier() or part.isdigit()) for part in filter(None, name.split("."))
     )
 
 
 def _runs(graph, modules):
-    """The block calls of the graph as lists of consecutive ones; one that has a shortcut or reshapes begins a list."""
+    """Return the block calls of the graph as consecutive runs; a block with a shortcut or a new shape begins one."""
     runs, last, columns = [], None, []
     for node in graph.nodes:
         block = modules.get(node.target) if node.op == "call_module" else None
@@ -117,19 +117,19 @@ def _runs(graph, modules):
 
 
 def _with_constants(block, node):
-    """The block as a function of its input alone, called as in ``node``."""
+    """Return the block as a function of its input alone, called as in ``node``."""
     return lambda x: block(x, *node.args[1:], **node.kwargs)
 
 
 def _is_fresh(node, modules):
-    """Whether the value of ``node`` is new memory that only its one user reads."""
+    """Whether the value of ``node`` is new memory that only its single user reads."""
     maker = modules.get(node.target) if node.op == "call_module" else node.target
     fresh = isinstance(maker, (PackedConv, Stage, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))
     return fresh and len(node.users) == 1
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the first input of some nodes."""
+    """Runs a graph and keeps the first input of given nodes."""
 
     def __init__(self, module, nodes):
         super().__init__(module)

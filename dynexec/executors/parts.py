@@ -1,4 +1,4 @@
-"""The parts that a profile of a :class:`FrozenNetwork` has, and what each of them costs for a sample."""
+"""The parts in a profile of a :class:`FrozenNetwork`, and the cost of each per sample."""
 
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +17,7 @@ POLICY = "policy", "policy"
 
 @dataclass
 class Work:
-    """Of a part: FLOPs of a sample, bytes of its input and output, and bytes of weights."""
+    """Work of a part: FLOPs per sample, bytes of its input and output, and bytes of weights."""
 
     flops: int = 0
     traffic: int = 0
@@ -25,7 +25,7 @@ class Work:
 
 
 def find_parts(frozen, x):
-    """``{(name, kind): Work}`` of a frozen network in the order in which it runs, for images like those of ``x``."""
+    """Return ``{(name, kind): Work}`` of a frozen network, in the order in which it runs, for images like ``x``."""
     x, parts = x[:1], {}
     if frozen.policy is not None:
         parts[POLICY] = Work(traffic=_bytes(x, frozen.policy(x)))
@@ -36,13 +36,13 @@ def find_parts(frozen, x):
 
 
 def columns(frozen):
-    """Column of the decisions by name of the block."""
+    """Return the column of the decisions by name of the block."""
     stages = [*frozen.stages, *(stage for segment in frozen.segments for stage in segment.stages)]
     return {block.name: block.column for stage in stages for block in stage.blocks}
 
 
 class _Network(fx.Interpreter):
-    """Runs a frozen graph and takes down its parts on the way."""
+    """Runs a frozen graph and records its parts."""
 
     def __init__(self, module, parts):
         super().__init__(module)
@@ -85,7 +85,7 @@ class _Network(fx.Interpreter):
 
 
 class _Function(fx.Interpreter):
-    """Runs a packed graph and adds what it costs to one part."""
+    """Runs a packed graph and adds its cost to one part."""
 
     def __init__(self, module, work):
         super().__init__(module)
@@ -103,14 +103,14 @@ class _Function(fx.Interpreter):
 
 
 def count_part(function, row):
-    """The :class:`Work` of a packed function, or a module as it is, for ``row``, a tensor ``[1, ...]``."""
+    """Count the :class:`Work` of a packed function, or of an unpacked module, for ``row``, a tensor ``[1, ...]``."""
     work = Work()
     work.traffic = _bytes(row, _count_function(work, function, row))
     return work
 
 
 def _count_function(work, function, *arguments):
-    """Add to ``work`` what a packed function, or a module as it is, costs; give its result."""
+    """Add the cost of a packed function, or of an unpacked module, to ``work``; return its result."""
     module = getattr(function, "__self__", function)
     if isinstance(module, fx.GraphModule):
         return _Function(module, work).run(*arguments)
@@ -124,7 +124,7 @@ def _count_function(work, function, *arguments):
 
 
 def _count_node(work, interpreter, node, run_node):
-    """Add to ``work`` what a node costs that neither engine nor stage runs; give its value."""
+    """Add the cost of a node that neither engine nor stage runs to ``work``; return its value."""
     if isinstance(node.target, PackedConv):
         y = run_node(node)
         _count_packed(work, node.target, y.shape[0] * y.shape[2] * y.shape[3], y.element_size())

@@ -28,7 +28,7 @@ _SLEEP_PER_SECOND, _LONGEST_SLEEP = 2e9, 0.5
 
 @dataclass
 class Run:
-    """One call, taken down: seconds by part (name, kind); of threads that idled, and of calling the engine."""
+    """One recorded call: seconds by part (name, kind), of idle threads, and of calling the engine."""
 
     parts: dict = field(default_factory=lambda: defaultdict(float))
     idle: float = 0.0
@@ -37,12 +37,12 @@ class Run:
 
     @property
     def total(self):
-        """Seconds, of all that is known."""
+        """Seconds of everything that is accounted for."""
         return sum(self.parts.values()) + self.idle + self.launches
 
 
 def profile(frozen, x, decisions, rounds):
-    """See :meth:`FrozenNetwork.profile`: ``x`` and ``decisions`` as :meth:`FrozenNetwork.call` takes them."""
+    """Profile a frozen network, see :meth:`FrozenNetwork.profile`; arguments as for :meth:`FrozenNetwork.call`."""
     everything = torch.ones(len(x), frozen.num_blocks, dtype=torch.bool, device=x.device)
     decided = frozen.decide(x) if decisions is None else decisions
     cases = []
@@ -86,7 +86,7 @@ def profile(frozen, x, decisions, rounds):
 
 
 def record(frozen, x, decisions, executor=None):
-    """The output of one call, and the :class:`Run` that says what took how long; as this executor, or that in use."""
+    """Return the output of one call and the :class:`Run` of its times, with this executor or the one in use."""
     run, outputs, engine_spans = Run(), [], []
     with torch.no_grad(), frozen.using(executor or frozen.executor), Recorder(x.device) as recorder:
         if decisions is None:
@@ -105,7 +105,7 @@ def record(frozen, x, decisions, executor=None):
 
 
 def _split_by_weights(spans, frozen, decisions):
-    """The spans, those of launches for both sets of weights as one of each, as long as each has samples."""
+    """Split spans of launches for both sets of weights into one of each, in proportion to the samples."""
     found, column_of = [], columns(frozen)
     counts = decisions.sum(0).tolist() if any(span.kind == "both" for span in spans) else None
     for span in spans:
@@ -119,7 +119,7 @@ def _split_by_weights(spans, frozen, decisions):
 
 
 class _Recorded(fx.Interpreter):
-    """Runs a frozen graph node by node, and takes down what each of them takes."""
+    """Runs a frozen graph node by node, and records the time of each."""
 
     def __init__(self, module, recorder, run, spans, samples):
         super().__init__(module)
@@ -156,7 +156,7 @@ class _Recorded(fx.Interpreter):
 
 
 def _make_parts(frozen, works, decisions, run, dense_run, rates):
-    """Of a profile: planning, and those that have :class:`Work`, in their order."""
+    """Return the parts of a profile: planning, and those that have :class:`Work`, in their order."""
     total, column_of, counts = len(decisions), columns(frozen), decisions.sum(0).tolist()
     parts = []
     for key in dict.fromkeys((PLANNING, *works, *run.parts)):
@@ -173,10 +173,10 @@ def _make_parts(frozen, works, decisions, run, dense_run, rates):
 
 
 def find_losses(parts, run, dense_run, measured, dense, dense_flops):
-    """Seconds by cause, moving rows and computing dropped ones among what blocks lose.
+    """Compute the seconds lost, by cause; moving rows and computing dropped ones are among what blocks lose.
 
-    With the share s of the dense FLOPs that is needed, every time loses what it has above s times that of the dense
-    run; of a block what lies between is split at the time that its samples take in the dense run.
+    With s the share of the dense FLOPs that is needed, each time loses its excess over s times that of the dense run;
+    for a block, this excess is split at the time that its samples take in the dense run.
     """
     losses = dict.fromkeys(LOSSES, 0.0)
     share = sum(part.flops for part in parts if part.kind != "policy") / dense_flops
@@ -208,13 +208,13 @@ def _count_moved(frozen, x, decisions):
 
 
 def check_rounds(rounds):
-    """Raise ValueError unless it is an int of 1 or more."""
+    """Raise ValueError unless ``rounds`` is an int of 1 or more."""
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be an int of 1 or more, got {rounds!r}")
 
 
 def take_turns(cases, rounds, device):
-    """Of each case (a function that calls, one that takes down a call) the least seconds and the least :class:`Run`."""
+    """Return the least seconds and least :class:`Run` of each case: (function that calls, one that records a call)."""
     found, ahead = [([], []) for _ in cases], [0.0] * len(cases)
     on_gpu = device.type == "cuda"
     collecting = gc.isenabled()
@@ -240,13 +240,13 @@ def take_turns(cases, rounds, device):
 
 
 def _least(runs):
-    """Of each time the least: noise only ever adds."""
+    """Return the least of each time: noise only ever adds."""
     parts = {part: min(run.parts[part] for run in runs) for part in runs[0].parts}
     return Run(parts, min(run.idle for run in runs), min(run.launches for run in runs), runs[-1].spans)
 
 
 def peak_flops(device, dtype):
-    """FLOP per second of all threads: what the engine's arithmetic can do, or else a large matrix product does."""
+    """Return the FLOP per second of all threads: the engine's peak, or else that of a large matrix product."""
     if device.type == "cpu" and dtype == torch.float32 and engine_missing() is None:
         return torch.get_num_threads() * _engine_rate()
     return matrix_rate(device, dtype)

@@ -1,7 +1,7 @@
 """Programs for the CPU engine: a part of a network as convolutions on buffers that stay in the caches.
 
 The engine (``csrc/cpu``) runs a program for a group of samples at a time: every instruction for some samples, with
-blocks skipped by decision, nothing gathered and nothing scattered, since its convolutions read and write pixels through
+blocks skipped by decision. Nothing is gathered or scattered, since its convolutions read and write pixels through
 pointers (the indirect convolution of Dukhan, 2019). A program is a list of integers and one tensor of packed weights:
 
 * version, floats per vector, columns of the decisions, number of slots, of phases, of buffers, of instructions;
@@ -9,12 +9,13 @@ pointers (the indirect convolution of Dukhan, 2019). A program is a list of inte
 * per buffer: slot or -1, phase or -1, channels, pitch, height, width, border at the top, left, bottom, right;
 * per instruction: operation, input, output, other input, position of weights and of bias, activation, kernel (2),
   stride (2), dilation (2), padding at the top and on the left, divisor, how many of the next ones run with it on bands
-  of rows. A gate has its column as input, as output the first instruction behind those that only some samples run, and
+  of rows. A gate has its column as input, as output the first instruction after those that only some samples run, and
   as other input the decision, 0 or 1, that these have in that column.
 
-Positions in the weights count floats. A convolution's weights are ``[panel][kernel h][kernel w][channels in][channels
-of the panel]``, a depthwise one's ``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors.
-Winograd's F(4x4, 3x3) takes a convolution's weights; the engine transforms them itself.
+Positions in the weights count floats. A convolution's weights are
+``[panel][kernel h][kernel w][channels in][channels of the panel]``, a depthwise one's
+``[kernel h][kernel w][channels]``, channels padded with zeros to whole vectors. Winograd's F(4x4, 3x3) takes a
+convolution's weights; the engine transforms them itself.
 """
 
 import torch
@@ -44,7 +45,7 @@ class Programs:
     Parameters
     ----------
     columns : int
-        Of the decisions.
+        Number of columns of the decisions.
     winograd : bool
         As for :class:`ProgramBuilder`.
     """
@@ -54,15 +55,15 @@ class Programs:
         self.weights = Weights()
 
     def builder(self):
-        """A builder for one program."""
+        """Return a builder for one program."""
         return ProgramBuilder(self.weights, self.columns, self.winograd)
 
     def finish(self, builder):
-        """The program of what a builder has collected."""
+        """Return the program of what a builder has collected."""
         return Program(builder.finish(), self.weights.tensor(), builder.instructions)
 
     def renew(self, program, executor):
-        """The same program without the workspace that it keeps, made for the largest batch so far."""
+        """Return the same program without the workspace that it keeps, made for the largest batch so far."""
         return Program(program.code, self.weights.tensor(), program.instructions)
 
 
@@ -73,11 +74,11 @@ class ProgramBuilder(Builder):
     ----------
     weights : Weights
     columns : int
-        Of the decisions.
+        Number of columns of the decisions.
     winograd : bool
         Whether 3x3 convolutions may run by Winograd's algorithm.
     band_floats : int
-        Between instructions that run on bands of rows, at least.
+        Least number of floats between instructions that run on bands of rows.
     """
 
     def __init__(self, weights, columns, winograd=True, band_floats=BAND_FLOATS):
@@ -101,7 +102,7 @@ class ProgramBuilder(Builder):
         return self.winograd and 36 * tiles <= _WINOGRAD_SHARE * 9 * size[0] * size[1]
 
     def finish(self):
-        """The program as int64 tensor."""
+        """Return the program as int64 tensor."""
         phases = self._phases()
         phase_of = [number for number, (first, end, _) in enumerate(phases) for _ in range(first, end)]
         _find_bands(self.instructions, phase_of, self.band_floats)
@@ -140,7 +141,7 @@ class ProgramBuilder(Builder):
         return super()._emit(step)
 
     def _phases(self):
-        """[first, end, samples] of runs of units that want the same number of samples together."""
+        """Return [first, end, samples] of runs of units that need the same number of samples together."""
         borders = [*self.units, len(self.instructions)]
         phases = []
         for first, end in zip([0, *borders], borders, strict=False):
@@ -161,7 +162,7 @@ def _find_bands(instructions, phase_of, floats):
     ends = {number + step.gated for number, step in enumerate(instructions) if step.op == "gate"}
 
     def follows(number):
-        """Whether the next instruction, and nothing else, reads what this one makes, and they may run together."""
+        """Whether the next instruction, and no other, reads this one's result, and both may run together."""
         step, after = instructions[number : number + 2]
         inner = step.output is not None and readers[id(step.output)] == 1 and after.input is step.output
         return inner and phase_of[number] == phase_of[number + 1] and number not in ends
@@ -184,7 +185,7 @@ def _find_bands(instructions, phase_of, floats):
 
 
 def _join_labels(instructions):
-    """Let what runs on bands together be one part."""
+    """Make instructions that run on bands together one part."""
     for number, step in enumerate(instructions):
         group = instructions[number : number + step.bands + 1]
         (first, kind), (last, _) = step.part, group[-1].part
@@ -193,7 +194,7 @@ def _join_labels(instructions):
 
 
 def _place(instructions, phases, phase_of, width):
-    """``{id: (value, slot or -1, phase or -1)}``: values whose lives do not overlap may share a slot."""
+    """Return ``{id: (value, slot or -1, phase or -1)}``: values whose lives do not overlap may share a slot."""
     lives, between, group = {}, set(), range(0)
     for number, step in enumerate(instructions):
         if step.bands:

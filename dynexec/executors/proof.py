@@ -1,4 +1,4 @@
-"""What counts as equal output."""
+"""Defines when outputs count as equal."""
 
 import copy
 import math
@@ -29,21 +29,21 @@ def allows_tf32():
 
 
 def matrix_precision(dtype):
-    """How kernels multiply: float32 as cuDNN does."""
+    """Return how kernels multiply: float32 as cuDNN does."""
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def tolerance(dtype, device):
-    """The largest difference allowed on a device, see :data:`TOLERANCE`."""
+    """Return the largest difference allowed on a device, see :data:`TOLERANCE`."""
     if device.type == "cuda" and dtype == torch.float32 and allows_tf32():
         return _TF32_TOLERANCE
     return TOLERANCE[dtype]
 
 
 def relative_error(actual, expected):
-    """Largest difference of two outputs, tensors or structures of them, relative to the largest value of ``expected``.
+    """Return the largest difference of two outputs (tensors, or structures) relative to the largest of ``expected``.
 
-    Infinite where structure or shapes differ, or where one is NaN or infinite and the other is not.
+    Infinite if structure or shapes differ, or if one is NaN or infinite and the other is not.
     """
     if isinstance(expected, torch.Tensor):
         if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
@@ -72,10 +72,10 @@ def relative_error(actual, expected):
 
 
 class Proof:
-    """What the original gives for some samples and for one alone, with half of the blocks and with all of them.
+    """The original's outputs for some samples and for a single one, with half of the blocks and with all of them.
 
-    One sample goes other ways through the engine than a batch: all threads share its layers, as those of any batch with
-    fewer samples than threads. So there are as many samples as threads, if the images are.
+    A single sample takes other paths through the engine than a batch: all threads share its layers, as for any batch
+    with fewer samples than threads. Therefore there are as many samples as threads, if there are enough images.
     """
 
     def __init__(self, backbone, images, num_blocks):
@@ -93,9 +93,9 @@ class Proof:
                 self.cases.append((part, decisions, backbone(part.clone())))
 
     def difference(self, frozen, run=None):
-        """How the frozen network's output differs from the original's, or None where it does not.
+        """Return how the frozen network's output differs from the original's, or None if it does not.
 
-        ``run(frozen, x, decisions)``: default its ``run``.
+        ``run(frozen, x, decisions)`` defaults to its ``run``.
         """
         for x, decisions, expected in self.cases:
             actual = frozen.run(x, decisions) if run is None else run(frozen, x, decisions)
@@ -115,7 +115,7 @@ class Proof:
 def is_rounding(actual, expected, run_exactly):
     """Whether outputs differ because the network amplifies rounding: the original's own errors are as large.
 
-    ``run_exactly()`` gives its output in double precision.
+    ``run_exactly()`` returns its output in double precision.
     """
     try:
         exact = run_exactly()

@@ -1,4 +1,4 @@
-"""What is made when it is first needed, kept for the few sizes that were used last."""
+"""Values that are made when first needed, and kept for the few sizes that were used last."""
 
 from threading import Lock
 
@@ -6,7 +6,7 @@ IMAGE_SIZES = 8  # for so many of them programs are kept
 
 
 class Recent(dict):
-    """A dict of at most ``most`` entries: the one not used for longest gives way. ``find`` may be called by any thread.
+    """A dict of at most ``most`` entries that drops the least recently used one. Any thread may call ``find``.
 
     Parameters
     ----------
@@ -18,7 +18,7 @@ class Recent(dict):
         self.most, self._lock = most, Lock()
 
     def find(self, key, make):
-        """The entry ``key``, from ``make()`` where there is none; meanwhile other threads wait."""
+        """Return the entry ``key``, made by ``make()`` if there is none; other threads wait meanwhile."""
         with self._lock:
             if key in self:
                 value = self.pop(key)

@@ -1,7 +1,7 @@
 """Networks that one launch of the kernel in ``csrc/cuda/resident.h`` runs whole: residual networks for small images.
 
-A block of threads takes one sample through all layers: its activations stay in shared memory, and of a residual block
-that the sample drops not even the weights are read.
+A thread block takes one sample through all layers: its activations stay in shared memory, and not even the weights of a
+residual block that the sample drops are read.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ResidentNetwork:
-    """Everything on one device.
+    """A packed network, with everything on one device.
 
     Attributes
     ----------
@@ -28,10 +28,11 @@ class ResidentNetwork:
         The convolutions' fragments, one convolution after the other.
     biases : float32 tensor
     convs : int32 tensor ``[1 + 2 L, 3]``
-        Of the stem and of each block's two: where their weights begin, how many bytes they are, where biases begin.
+        For the stem and for each block's two convolutions: where their weights begin, their size in bytes, where their
+        biases begin.
     head, head_biases : float32 tensors ``[outputs, 64]``, ``[outputs]``
     ends : tuple of three ints
-        Number of the block behind the last one of each stage.
+        For each stage, the number of the block after its last one.
     """
 
     weights: torch.Tensor
@@ -42,22 +43,22 @@ class ResidentNetwork:
     ends: tuple[int, int, int]
 
     def numbers(self):
-        """As the launch takes it."""
+        """Return the network as numbers for the launch."""
         tensors = self.weights, self.biases, self.convs, self.head, self.head_biases
         return [*(tensor.data_ptr() for tensor in tensors), *self.ends, len(self.head)]
 
 
 def pack_network(convs, head, blocks, dtype):
-    """A network for the kernel.
+    """Pack a network for the kernel.
 
     Parameters
     ----------
     convs : list of (float tensor ``[K, C, 3, 3]``, float tensor ``[K]``)
-        Weights and biases of the stem and of two convolutions per block, BatchNorm folded.
+        Weights and biases of the stem and of two convolutions per block, with BatchNorm folded.
     head : (float tensor ``[outputs, 64]``, float tensor ``[outputs]``)
         Weights and biases of the linear layer.
     blocks : three ints
-        Blocks of each stage.
+        Number of blocks of each stage.
     dtype : torch.float16 or torch.bfloat16
     """
     found, table, at, biases_at = [], [], 0, 0
@@ -77,10 +78,10 @@ def pack_network(convs, head, blocks, dtype):
 
 
 def pack_fragments(weight):
-    """Weights ``[K, C, 3, 3]`` of 16 bits as the right-hand sides of 16x16 by 16x8 products: uint8.
+    """Pack 16-bit weights ``[K, C, 3, 3]`` as the right-hand sides of 16x16 by 16x8 products: uint8.
 
-    In order ``[K / 8][kernel h][kernel w][C / 16][lane][4]``: lane i has, of output channel i / 4, the input channels
-    2 (i % 4), the next one, and those 8 further.
+    The order is ``[K / 8][kernel h][kernel w][C / 16][lane][4]``: lane i has, of output channel i / 4, the input
+    channels 2 (i % 4), the next one, and those 8 further.
     """
     k, c = weight.shape[:2]
     split = weight.permute(2, 3, 1, 0).reshape(9, c // 16, 2, 4, 2, k // 8, 8)
@@ -94,14 +95,14 @@ class Resident:
     ----------
     instructions : list of Instruction
     columns : int
-        Of the decisions.
+        Number of columns of the decisions.
     weights : callable
-        Gives a convolution's, as (weights, biases, ...).
+        Returns those of a convolution, as (weights, biases, ...).
 
     Raises
     ------
     ValueError
-        If the kernel does not fit this network; says why.
+        If the kernel does not support this network; says why.
     """
 
     def __init__(self, instructions, columns, weights):
@@ -112,11 +113,11 @@ class Resident:
         self.network = pack_network(found, (weight.flatten(1), bias), self.blocks, self.dtype)
 
     def __call__(self, x, decisions):
-        """Logits ``[N, outputs, 1, 1]`` in the dtype of ``x``, for bool decisions ``[N, L]``."""
+        """Compute logits ``[N, outputs, 1, 1]`` in the dtype of ``x``, for bool decisions ``[N, L]``."""
         return self.launch(x, decisions)
 
     def decide(self, x, policy):
-        """The same for the decisions of a policy, another Resident, in one launch; logits and decisions."""
+        """Compute logits for the decisions of a policy, another Resident, in one launch; return both."""
         if len(policy.network.head) != sum(self.blocks):
             raise ValueError(
                 f"the policy decides on {len(policy.network.head)} blocks, the network has {sum(self.blocks)}"
@@ -125,7 +126,7 @@ class Resident:
         return self.launch(x, decisions, policy), decisions
 
     def launch(self, x, decisions, policy=None, blocks=None):
-        """Logits; ``decisions`` are those of the policy then. ``blocks``: how many share a sample, None: what fits."""
+        """Compute logits; a ``policy`` writes ``decisions``. ``blocks``: how many share a sample; None: what fits."""
         if x.device.type != "cuda" or (reason := native.cuda_missing()) is not None:
             raise RuntimeError(
                 f"the resident kernel needs a GPU and the native part: {reason if x.is_cuda else x.device}"
@@ -153,7 +154,7 @@ class Resident:
 
 
 def cluster_size(samples, places):
-    """Blocks that share a sample; ``places``: how many clusters of a size run at once, nothing where there are none."""
+    """Return how many thread blocks share a sample; ``places``: how many clusters of a size run at once, if any."""
     return max([1, *(size for size, count in places.items() if samples <= count)])
 
 
@@ -164,10 +165,10 @@ def _clusters(device):
 
 
 def read_network(instructions, columns):
-    """The convolutions, the linear layer and the numbers of blocks that a program's instructions are.
+    """Return the convolutions, the linear layer and the numbers of blocks that a program's instructions consist of.
 
-    Without ``columns`` those of a policy: all blocks always run, and behind the linear layer is a sigmoid. ValueError,
-    with the reason, where they are not such a network.
+    Without ``columns``, those of a policy: all blocks always run, and a sigmoid follows the linear layer. ValueError,
+    with the reason, if they are not such a network.
     """
     steps = [step for step in instructions if step.op not in ("load", "store")]
     if any(step.op == "gate" and not step.choice for step in steps):
@@ -215,7 +216,7 @@ def read_network(instructions, columns):
 
 
 def _read_gates(instructions, columns, body):
-    """How many there are, each around the two convolutions of one block, in the order of the columns."""
+    """Count the gates, each of which must enclose the two convolutions of one block, in the order of the columns."""
     found = []
     for number, step in enumerate(instructions):
         if step.op == "gate":
@@ -228,7 +229,7 @@ def _read_gates(instructions, columns, body):
 
 
 def _read_shortcuts(steps):
-    """From the identity of a value to that of which it is the average of 2x2 pixels and channels of zeros."""
+    """Map the identity of a value to the value of which it is the average of 2x2 pixels, with channels of zeros."""
     pooled = {
         id(step.output): step.input
         for step in steps

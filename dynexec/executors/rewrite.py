@@ -48,12 +48,12 @@ def pack(root, graph, *example, may_overwrite=()):
     example : tensors
         Example inputs, for the shapes.
     may_overwrite : tuple of str
-        Names of inputs whose memory the caller gives up: a residual addition that ends the graph writes there.
+        Names of inputs whose memory the caller gives up: a residual addition at the end of the graph writes there.
 
     Returns
     -------
     fx.GraphModule
-        Its ``forward`` is the result; calling the module itself does the same, slower.
+        Use its ``forward``; calling the module itself does the same more slowly.
     """
     module = fx.GraphModule(root, graph)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def pack(root, graph, *example, may_overwrite=()):
 
 
 def _flatten_views(graph):
-    """Write ``x.view(x.size(0), -1)`` as ``torch.flatten(x, 1)``: sizes are no tensors that the engine could make."""
+    """Replace ``x.view(x.size(0), -1)`` by ``torch.flatten(x, 1)``: the engine only makes tensors, not sizes."""
     for node in list(graph.nodes):
         if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3 or node.kwargs:
             continue
@@ -95,7 +95,7 @@ def _flatten_views(graph):
 
 
 def _is_batch_size(node):
-    """Whether a node is ``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]`` of a value that is no constant."""
+    """Whether a node is ``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]`` of a value that is not a constant."""
     if not isinstance(node, fx.Node):
         return False
     if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], fx.Node):
@@ -107,7 +107,7 @@ def _is_batch_size(node):
 
 
 def _read_conv(module, modules, node):
-    """What a convolution node computes, or None if it is none or one of a kind we do not know."""
+    """Return what a convolution node computes, or None for other nodes and unsupported convolutions."""
     if node.op == "call_module":
         conv = modules[node.target]
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
@@ -126,7 +126,7 @@ def _read_conv(module, modules, node):
 
 
 def _replace(module, modules, node, conv, may_overwrite):
-    """Fuse what surrounds the convolution ``node`` and put one PackedConv in place of all of it."""
+    """Fuse what surrounds the convolution ``node`` and replace all of it by one PackedConv."""
     x, last = _input_of(node), node
     padding = _zero_padding(modules, x)
     if padding is not None and len(x.users) == 1:
@@ -166,7 +166,7 @@ def _replace(module, modules, node, conv, may_overwrite):
 
 
 def _fold(weight, bias, norm):
-    """Weights and bias of convolution and BatchNorm in one; half precision is rounded once, at the end."""
+    """Fold a BatchNorm into a convolution's weights and bias; half precision is rounded once, at the end."""
     mean, variance, eps, *affine = norm
     wide = [p if p is None else p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (bias, *affine)]
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -196,7 +196,7 @@ def _changes_in_place(modules, node):
 
 
 def _constant(module, node):
-    """The tensor that a get_attr node refers to, or None."""
+    """Return the tensor that a get_attr node refers to, or None."""
     if not (isinstance(node, fx.Node) and node.op == "get_attr"):
         return None
     path, _, name = node.target.rpartition(".")
@@ -210,7 +210,7 @@ def _pair(value):
 
 
 def _zero_padding(modules, node):
-    """(height, width) padding of a symmetric ZeroPad2d node, or None."""
+    """Return (height, width) padding of a symmetric ZeroPad2d node, or None."""
     if node.op != "call_module" or type(modules[node.target]) is not nn.ZeroPad2d:
         return None
     left, right, top, bottom = modules[node.target].padding
@@ -218,7 +218,7 @@ def _zero_padding(modules, node):
 
 
 def _read_batch_norm(module, modules, node):
-    """(mean, variance, eps, weight, bias) of an evaluation-mode BatchNorm node, or None."""
+    """Return (mean, variance, eps, weight, bias) of an evaluation-mode BatchNorm node, or None."""
     if node.op == "call_module":
         norm = modules[node.target]
         if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training and not hooked(norm):
@@ -243,7 +243,7 @@ def _adds_same_shape(node, operand):
 
 
 def _has_samples(node):
-    """Whether a value is computed from the input: what is not has the shape of a single sample whatever the batch."""
+    """Whether a value is computed from the input: any other has the shape of a single sample, whatever the batch."""
     found = {node}
     while found and all(value.op != "placeholder" for value in found):
         found = {value for values in found for value in values.all_input_nodes}

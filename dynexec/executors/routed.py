@@ -1,4 +1,4 @@
-"""The inference network that ``freeze`` makes of a :class:`dynexec.nn.RoutedNetwork`."""
+"""The inference network that ``freeze`` builds from a :class:`dynexec.nn.RoutedNetwork`."""
 
 import copy
 from functools import partial
@@ -16,7 +16,7 @@ from dynexec.nn.batch_norm import uses_batch_statistics
 
 
 class FrozenRouted(nn.Module):
-    """A routed network whose parts are frozen: ``frozen(inputs, decisions)``; without decisions its policy decides."""
+    """A routed network with frozen parts: ``frozen(inputs, decisions)``; without decisions its policy decides."""
 
     def __init__(self, network, dtype, device):
         super().__init__()
@@ -24,9 +24,9 @@ class FrozenRouted(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs, decisions=None, **options):
-        """As the network's own forward, without gradients; ``options`` are its other arguments.
+        """Run the network's own forward, without gradients; ``options`` are its other arguments.
 
-        Inputs of another floating-point type are converted, and autocast changes nothing.
+        Inputs of another floating-point type are converted, and autocast has no effect.
         """
         self._check(inputs)
         with dispatch.for_frozen(self.device):
@@ -41,8 +41,8 @@ class FrozenRouted(nn.Module):
         inputs, decisions
             As for :meth:`forward`; at least one sample.
         rounds : int
-            Four measurements each: of calls as they are and of one that is taken down, of these decisions and of
-            :meth:`RoutedNetwork.run_dense`. Of each time the least counts: noise only ever adds.
+            Number of rounds of four measurements each: an ordinary call and a recorded one, with these decisions and of
+            :meth:`RoutedNetwork.run_dense`. The least of each time counts, since noise only ever adds.
 
         Returns
         -------
@@ -52,7 +52,7 @@ class FrozenRouted(nn.Module):
         Raises
         ------
         ValueError
-            Also where ``rounds`` is no positive int.
+            Also if ``rounds`` is not a positive int.
         """
         check_rounds(rounds)
         self._check(inputs)
@@ -71,11 +71,11 @@ class FrozenRouted(nn.Module):
                 raise ValueError(f"inputs are on {tensor.device}, but the network was frozen on {self.device}")
 
     def train(self, mode=True):
-        """Stay in evaluation mode, whatever a module that this is a part of does."""
+        """Stay in evaluation mode, whatever a parent module does."""
         return super().train(False)
 
     def explain(self):
-        """What runs each part, as text."""
+        """Describe as text what runs each part."""
         parts = {name: self.network.get_submodule(name) for name in self.network.part_names()}
         return "\n".join(f"{name}: {part.explain()}" for name, part in parts.items())
 
@@ -88,7 +88,7 @@ _BUCKETS = 8
 
 
 class FrozenPart(nn.Module):
-    """A part as what :func:`freeze_function` gave for it; ``run`` calls it, perhaps in graphs."""
+    """A part as returned by :func:`freeze_function`; ``run`` calls it, possibly in graphs."""
 
     def __init__(self, function, note, run=None):
         super().__init__()
@@ -98,7 +98,7 @@ class FrozenPart(nn.Module):
         return self.run(x)
 
     def explain(self):
-        """What runs it, as text."""
+        """Describe as text what runs the part."""
         in_graphs = ""
         if isinstance(self.run, InGraphs):
             failed = next(iter(self.run.graphs.failed.values()), None)
@@ -123,8 +123,8 @@ class FrozenPart(nn.Module):
 class InGraphs:
     """A part in CUDA graphs, since launching its layers one by one takes the host longer than they run.
 
-    How many rows there are, only the decisions tell; there are graphs for an eighth of the ``most``, two eighths and so
-    on, and rows of zeros fill the last one up.
+    Only the decisions tell how many rows there are. There are graphs for one eighth of ``most``, two eighths and so on;
+    the rows are padded with zeros to the size of a graph.
     """
 
     def __init__(self, function, most):
@@ -141,7 +141,7 @@ class InGraphs:
 
 
 def freeze_routed(model, inputs, dtype, executor, backend, cache):
-    """See :func:`dynexec.freeze`."""
+    """Freeze a routed network; see :func:`dynexec.freeze`."""
     dtype = dtype or next((p.dtype for p in model.parameters()), torch.float32)
     network = copy.deepcopy(model).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     inputs = convert_inputs(inputs, dtype)
@@ -188,12 +188,12 @@ def _record(examples, name):
 
 
 def tensors_of(inputs):
-    """The tensors of a network's input: itself, or the values of a dict."""
+    """Return the tensors of a network's input: the input itself, or the values of a dict."""
     return list(inputs.values()) if isinstance(inputs, dict) else [inputs]
 
 
 def convert_inputs(inputs, dtype=None, device=None):
-    """The input with its tensors in ``dtype`` and on ``device``; None: as they are."""
+    """Return the input with its tensors in ``dtype`` and on ``device``; None: unchanged."""
     if isinstance(inputs, dict):
         return {name: value.to(dtype=dtype, device=device) for name, value in inputs.items()}
     return inputs.to(dtype=dtype, device=device)

@@ -18,7 +18,7 @@ BETWEEN = "between parts", "between"
 
 
 def profile_routed(network, inputs, decisions, samples, rounds, device, dtype):
-    """See :meth:`FrozenRouted.profile`; ``network`` has frozen parts, ``samples`` is how many the inputs hold."""
+    """Profile ``network``, which has frozen parts, on ``samples`` inputs; see :meth:`FrozenRouted.profile`."""
     calls = [lambda: network(inputs, decisions), lambda: network.run_dense(inputs)]
     counts = [Count(network, call) for call in calls]
     cases = [(call, lambda call=call: record(network, call, samples, device)) for call in calls]
@@ -67,7 +67,7 @@ def profile_routed(network, inputs, decisions, samples, rounds, device, dtype):
 
 
 def record(network, call, samples, device):
-    """The :class:`Run` of ``call()``, which runs ``network``."""
+    """Return the :class:`Run` of ``call()``, which runs ``network``."""
     begun = []
     with Recorder(device) as recorder:
 
@@ -83,7 +83,7 @@ def record(network, call, samples, device):
 
 
 def own_times(spans):
-    """Of spans that lie inside one another what each has for itself, in order of time."""
+    """Reduce nested spans to the times that each has for itself, in order of time."""
     for begin, end in pairwise(sorted({time for span in spans for time in (span.begin, span.end)})):
         around = [span for span in spans if span.begin <= begin and end <= span.end]
         yield max(around, key=lambda span: (span.begin, -span.end))._replace(begin=begin, end=end)
@@ -113,16 +113,16 @@ def watching(network, enter, leave):
 
 
 class Count:
-    """What one call needs, counted.
+    """Counts what one call needs.
 
     Attributes
     ----------
     flops : dict
-        Of the policy and between the parts, by key; of a multiply-add two.
+        FLOPs of the policy and between the parts, by key; a multiply-add counts as two.
     moved : int
-        Bytes, outside of the parts.
+        Bytes moved outside of the parts.
     rows : dict
-        The first row of what each part runs on, by name.
+        The first row that each part runs on, by name.
     """
 
     def __init__(self, network, call):
@@ -154,10 +154,10 @@ class Count:
 
 
 def find_losses(parts, run, dense_run, measured, dense, dense_flops):
-    """Seconds by cause.
+    """Compute the seconds lost, by cause.
 
-    With the share s of the dense FLOPs that is needed, every time loses what it has above s times that of the dense
-    run; of a part what lies between is split at the time that its rows take in the dense run.
+    With s the share of the dense FLOPs that is needed, each time loses its excess over s times that of the dense run;
+    for a part, this excess is split at the time that its rows take in the dense run.
     """
     losses = dict.fromkeys(ROUTED_LOSSES, 0.0)
     share = sum(part.flops for part in parts if part.kind != "policy") / dense_flops
@@ -174,7 +174,7 @@ def find_losses(parts, run, dense_run, measured, dense, dense_flops):
 
 
 def _keys(network, run, dense_run):
-    """Those that ran, in the order of the network's parts."""
+    """Return the keys of what ran, in the order of the network's parts."""
     found = [POLICY, *((name, "part") for name in network.part_names()), BETWEEN]
     return [key for key in found if key in run.parts or key in dense_run.parts]
 

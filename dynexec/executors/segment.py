@@ -1,4 +1,4 @@
-"""Parts of a packed graph as programs for the CPU engine."""
+"""Parts of a packed graph as programs, for the CPU engine or for a GPU."""
 
 from torch import fx, nn
 
@@ -11,7 +11,7 @@ from dynexec.nn.structure import hooked
 
 
 class Segment:
-    """Nodes of a graph that follow each other, with one input and one output, as programs: one per image size.
+    """Consecutive nodes of a graph, with one input and one output, as programs: one per image size.
 
     Any number of threads may call it at once.
 
@@ -24,9 +24,9 @@ class Segment:
     result : fx.Node
         Their output.
     modules : dict
-        The graph's modules by name, ``PackedLinear`` in place of Linear layers.
+        The graph's modules by name, with ``PackedLinear`` in place of Linear layers.
     maker : Programs or LaunchPrograms
-        Of this segment alone.
+        For this segment alone.
     """
 
     def __init__(self, number, nodes, source, result, modules, maker):
@@ -56,14 +56,14 @@ class Segment:
         return " ".join(program.signature for program in self.programs.values())
 
     def explain(self):
-        """Lines of text: the nodes, how many blocks, how it runs."""
+        """Return lines of text: the nodes, the number of blocks, how it runs."""
         blocks = sum(len(stage.blocks) for stage in self.stages)
         names = f"{self.nodes[0].name} .. {self.nodes[-1].name}"
         sizes = ", ".join(map(str, list(self.programs)))  # a copy: other threads may add to it
         return [f"segment {self.number}: {names}, {blocks} blocks, for images {sizes} -> {self.executor}"]
 
     def release(self):
-        """Give up the weights that are packed in the programs' now, and what these allocated while they were tried."""
+        """Free the weights that are now packed in the programs, and what programs allocated while they were tried."""
         for shape, program in self.programs.items():
             self.programs[shape] = self.maker.renew(program, self.executor)
         targets = [*self.modules.values(), *(node.target for node in self.nodes)]
@@ -75,12 +75,12 @@ class Segment:
                 target.release()
 
     def __call__(self, x, route):
-        """Run on ``x`` with what the network's ``plan`` gave; None where nothing is decided."""
+        """Run on ``x`` with the result of the network's ``plan``; None if nothing is decided."""
         y = self.find_program(x)(x, route, **self.options)
         return y.flatten(1) if self.flat else y
 
     def find_program(self, x):
-        """The program for images like ``x``, made when they are first seen."""
+        """Return the program for images like ``x``, made when these are first seen."""
         return self._find(tuple(x.shape[1:]))
 
     def _find(self, shape):
@@ -105,7 +105,7 @@ class Segment:
 
 
 def only_segment(function):
-    """The segment that is all of a packed function, or None."""
+    """Return the segment that a packed function consists of, or None if it is more."""
     module = getattr(function, "__self__", None)
     nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
     calls = [node for node in nodes if node.op not in ("placeholder", "output")]
@@ -114,21 +114,21 @@ def only_segment(function):
 
 
 def listed(texts):
-    """The first four of what :func:`make_segments` did not know."""
+    """Join the first four of what :func:`make_segments` did not know."""
     return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def make_segments(module, make_programs, unknown=None):
-    """A copy of a packed graph module in which programs run what they can, and the list of its segments.
+    """Return a copy of a packed graph module in which programs run what they can, and the list of its segments.
 
     Parameters
     ----------
     module : fx.GraphModule
-        As :func:`pack` or ``pack_stages`` made it: takes ``(x)`` or ``(x, route)``.
+        Made by :func:`pack` or ``pack_stages``: takes ``(x)`` or ``(x, route)``.
     make_programs : callable
         Makes the :class:`Programs` or :class:`LaunchPrograms` of a segment.
     unknown : list, optional
-        Gets what no program can run, as texts.
+        Receives what no program can run, as texts.
     """
     unknown = [] if unknown is None else unknown
     modules = {
@@ -155,7 +155,7 @@ def make_segments(module, make_programs, unknown=None):
 
 
 def _find(nodes, modules, make_programs, unknown):
-    """Longest runs of nodes that programs can run, each with its one input and the one output that others use."""
+    """Return the longest runs of nodes that programs can run, each with its one input and its one output for others."""
     found, start = [], 0
     while start < len(nodes):
         run = _run_from(nodes, start, modules, make_programs, unknown)
@@ -207,7 +207,7 @@ def _is_plain_linear(layer):
 
 
 def _may_end(value):
-    """Whether a segment may give this value to the outside, for images of all sizes."""
+    """Whether a segment may return this value, for images of all sizes."""
     return value.fixed if isinstance(value, Flat) else isinstance(value, Value)
 
 

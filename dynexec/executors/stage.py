@@ -17,15 +17,15 @@ EXECUTORS = {"compact": compact, "masked": masked, "grouped": grouped}
 class Stage:
     """A run of frozen blocks in which only the first may change the shape.
 
-    ``stage(x, route)`` runs it with the executor that ``executor`` names, or with the one that the cost model predicts
-    to be the fastest for this route among ``proven``, those whose output was compared with the original blocks'.
+    ``stage(x, route)`` runs it with the executor named by ``executor``, or with the one that the cost model predicts to
+    be the fastest for this route among ``proven``, those whose output was compared with the original blocks'.
 
     Parameters
     ----------
     number : int
     blocks : list of FrozenBlock
     owns_input : bool
-        Whether nobody else reads the stage's input, so that it may be overwritten.
+        Whether nothing else reads the stage's input, so that it may be overwritten.
     executor : key of EXECUTORS, or None
     batch : int
         The batch size to be fast at.
@@ -53,7 +53,7 @@ class Stage:
         return " ".join(block.signature for block in self.blocks)
 
     def choose(self, route):
-        """The name of the executor for ``route``, and what it prepared."""
+        """Return the name of the executor for ``route``, and what it prepared."""
         if self.executor is not None or len(self.proven) == 1 or route.num_samples <= 1:
             name = self.executor or self.proven[0]
             return name, EXECUTORS[name].prepare(self, route)
@@ -62,12 +62,12 @@ class Stage:
         return name, parts if name == "grouped" else EXECUTORS[name].prepare(self, route)
 
     def predict(self, route):
-        """Seconds by executor, and what ``grouped`` prepared on the way."""
+        """Predict seconds by executor; return also what ``grouped`` prepared on the way."""
         parts = grouped.prepare(self, route)
         return self.costs.predict(self._kept(route), parts, route.num_samples), parts
 
     def predict_losses(self, route):
-        """Seconds by cause, see :meth:`StageCosts.losses`, for the executor that would be chosen."""
+        """Predict seconds by cause, see :meth:`StageCosts.losses`, for the executor that would be chosen."""
         name, _ = self.choose(route)
         return self.costs.losses(name, self._kept(route), grouped.prepare(self, route), route.num_samples)
 
@@ -75,14 +75,14 @@ class Stage:
         return [route.count(block.column) for block in self.blocks]
 
     def measure(self, cache):
-        """Measure what the blocks cost; the chunk of most blocks is the stage's."""
+        """Measure the costs of the blocks; the most common chunk becomes the stage's."""
         costs = [measure_block(block, self.batch, cache) for block in self.blocks]
         self.costs = StageCosts(costs)
         chunks = [cost.chunk for cost in costs]
         self.chunk = max(set(chunks), key=chunks.count)
 
     def prove(self, x, route, reference):
-        """Let every executor run ``x`` and refuse those whose output is not ``reference``."""
+        """Run ``x`` with every executor and refuse those whose output is not ``reference``."""
         for name in list(self.proven):
             y = EXECUTORS[name].run(self, x.clone(), EXECUTORS[name].prepare(self, route))
             error = relative_error(y, reference)
@@ -94,7 +94,7 @@ class Stage:
             raise RuntimeError(f"executor {wanted!r} cannot run {self.blocks[0].name}...: {self.refused[wanted]}")
 
     def explain(self):
-        """Lines of text: the blocks, what each executor costs at three keep rates, what was chosen so far."""
+        """Return lines of text: the blocks, the cost of each executor at three keep rates, what was chosen so far."""
         first, last = self.blocks[0], self.blocks[-1]
         lines = [
             f"stage {self.number}: {len(self.blocks)} blocks {first.name} .. {last.name}, rows {first.input_shape} -> "
@@ -113,6 +113,6 @@ class Stage:
 
 
 def spread_decisions(num_samples, num_blocks, keep):
-    """Bernoulli decisions with a fixed seed, for predictions."""
+    """Return Bernoulli decisions with a fixed seed, for predictions."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(num_samples, num_blocks, generator=generator) < keep

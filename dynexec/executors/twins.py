@@ -8,7 +8,7 @@ _SAME = ("op", "kernel", "stride", "dilation", "padding", "divisor", "activation
 
 
 def find_twins(instructions):
-    """``{number of the first gate: number of the second}`` of neighbours that do the same with other weights."""
+    """Return ``{number of the first gate: number of the second}`` of neighbours that differ only in their weights."""
     found = {}
     for number, gate in enumerate(instructions):
         after = number + 1 + gate.gated
@@ -22,7 +22,7 @@ def find_twins(instructions):
 
 
 def _alike(first, second):
-    """Whether two lists of instructions differ in nothing but weights and in where they keep what is theirs."""
+    """Whether two lists of instructions differ only in their weights and in where they keep their own values."""
     if len(first) != len(second):
         return False
     partner = {}
@@ -40,12 +40,12 @@ def _alike(first, second):
 
 
 class Twins:
-    """Runs the twin gates of programs; these, for images of different sizes, have their weights from here.
+    """Runs the twin gates of programs, which share its weights across image sizes.
 
     Parameters
     ----------
     weights : callable
-        Gives a convolution's, as (weights, biases in float32, ...).
+        Returns those of a convolution, as (weights, biases in float32, ...).
     """
 
     def __init__(self, weights):
@@ -54,8 +54,8 @@ class Twins:
     def run(self, pairs, frame, index, offset, run_alone):
         """Run ``pairs`` of instructions on samples grouped by choice, int32 ``index`` ``[N]`` and ``offset`` ``[3]``.
 
-        ``run_alone(step, frame, rows)`` runs the others: what has no weights for all samples at once, depthwise
-        convolutions one after the other.
+        ``run_alone(step, frame, rows)`` runs all but convolutions: what has no weights on all samples at once,
+        depthwise convolutions one set of weights after the other.
         """
         for first, second in pairs:
             frame.values[id(second.output)] = frame.output(first.output)
@@ -80,7 +80,7 @@ class Twins:
         )  # fmt: skip
 
     def stack(self, first, second):
-        """Weights and biases of two convolutions as the kernel takes them, laid out once."""
+        """Return weights and biases of two convolutions as the kernel takes them, laid out once."""
         if id(first) not in self._stacked:
             found = [self.weights(conv) for conv in (first, second)]
             weight = torch.stack([weight.permute(0, 2, 3, 1).contiguous() for weight, *_ in found])
@@ -89,7 +89,7 @@ class Twins:
         return self._stacked[id(first)][1]
 
     def _describe(self, x, out):
-        """The groups as the kernel takes them: samples of one size, with the first and with the second weights."""
+        """Return the groups as the kernel takes them: samples of one size, with the first and the second weights."""
         key = (*x.shape[2:], *out.shape[2:], x.device)
         if key in self._groups:
             return self._groups[key]
@@ -105,5 +105,5 @@ class Twins:
 
 
 def _pixels(x):
-    """A channels_last batch as ``[pixels, channels]``."""
+    """Return a channels_last batch as ``[pixels, channels]``."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

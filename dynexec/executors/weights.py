@@ -17,7 +17,7 @@ class Weights:
         self._positions = {}  # by identity, which holds while the convolution is kept
 
     def conv(self, conv, depthwise):
-        """Positions of weights and bias of a :class:`PackedConv` or :class:`PackedLinear`.
+        """Return the positions of weights and bias of a :class:`PackedConv` or :class:`PackedLinear`.
 
         A ``depthwise`` one has its channels side by side, not in panels.
         """
@@ -30,7 +30,7 @@ class Weights:
         return self._positions[id(conv)][1]
 
     def tensor(self):
-        """All of them, float32; nothing can be added any more."""
+        """Return all weights, float32; nothing can be added afterwards."""
         if self._tensor is None:
             self._tensor = torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *self._parts])
             self._parts = None
@@ -45,7 +45,7 @@ class Weights:
         return F.pad(values, (0, -values.shape[-1] % self.width))
 
     def _pack(self, rows):
-        """[reduction, channels] as panels, flat."""
+        """Pack ``[reduction, channels]`` into panels, flat."""
         rows = self._pad(rows)
         vectors = rows.shape[1] // self.width
         widths = [_PANEL * self.width] * (max(1, vectors // 2) - 1)
