@@ -62,7 +62,7 @@ class Adapter:
         self.block_type = block_type
 
     def residual_layers(self, block):
-        """Return the residual branch as callables to apply in order, or None if only the whole ``forward`` is known."""
+        """Return the residual branch of ``block`` as callables to apply in order; None: only ``forward`` is known."""
         return None
 
     def shortcut_layers(self, block):
