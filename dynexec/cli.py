@@ -1,7 +1,7 @@
 """The command line: ``dynexec info | demo | bench | report | profile``, also as ``python -m dynexec``.
 
-Each command is a module with ``add_arguments(parser)`` and ``main(args) -> exit status``, imported only when it is the
-one asked for.
+Each command is a module with ``add_arguments(parser)`` and ``main(args) -> exit status``, imported only when its
+command is run.
 """
 
 import argparse

@@ -27,7 +27,7 @@ def gather_rows(x, index, *, out=None):
     Returns
     -------
     tensor ``[M, ...]``
-        With the strides of ``x`` if its rows are free of gaps in memory, otherwise contiguous.
+        Its rows have the strides of those of ``x`` if these are free of gaps in memory; otherwise it is contiguous.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The last two convolutions of a bottleneck in one kernel: what lies between them never leaves the multiprocessor."""
+"""The last two convolutions of a bottleneck in one kernel: the values between them never leave the multiprocessor."""
 
 import triton
 import triton.language as tl
@@ -115,11 +115,11 @@ def conv_pair(
     tile=None,
     precision="tf32",
 ):
-    """Two calls of :func:`conv`, the second with ``last_weight`` ``[K, M, 1, 1]``; returns ``out``.
+    """Compute two calls of :func:`conv`, the second with ``last_weight`` ``[K, M, 1, 1]``; return ``out``.
 
-    What is between them is rounded to the dtype, as in memory. ``weight`` is ``[M, C, KH, KW]`` with at most
-    :data:`MAX_MIDDLE` channels M; the other arguments are those of :func:`conv`. Results do not depend on what else is
-    in the batch.
+    The values between them are rounded to the dtype, as in memory. ``weight`` is ``[M, C, KH, KW]`` with at most
+    :data:`MAX_MIDDLE` channels M; the other arguments are those of :func:`conv`. Results do not depend on the rest of
+    the batch.
     """
     n, c, h, w = x.shape
     m, _, kh, kw = weight.shape

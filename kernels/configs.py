@@ -1,4 +1,4 @@
-"""Sizes of tiles, from tables: nothing is tuned while a network runs."""
+"""Tile sizes, from tables: nothing is tuned while a network runs."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,7 +11,7 @@ from dynexec.kernels.measured_tiles import CONVOLUTIONS, GROUPED, PAIRS
 
 @dataclass(frozen=True)
 class Tile:
-    """Of a matrix product: ``bm`` pixels by ``bn`` channels, ``bk`` terms of the sum at a time."""
+    """Tile of a matrix product: ``bm`` pixels by ``bn`` channels, ``bk`` terms of the sum at a time."""
 
     bm: int
     bn: int
@@ -35,10 +35,10 @@ _AMPERE_PAIRS = {64: Tile(64, 64, 32, 4, 3, 2), 128: Tile(64, 64, 32, 4, 3, 1), 
 
 
 def choose_tile(pixels, channels, taps, depth, dtype, architecture, grouped=False):
-    """The tile for a convolution from ``depth`` to ``channels`` channels with ``taps`` weights for each pair of them.
+    """Return the tile for a convolution from ``depth`` to ``channels`` channels with ``taps`` weights per pair of them.
 
-    ``pixels``: of the output, if all samples keep the block. ``architecture``: 90 for Hopper, where the tile is that of
-    the most similar convolution that was measured, as on the large Blackwell GPUs; others have Ampere's, 80 and 86.
+    ``pixels``: of the output, if all samples keep the block. ``architecture``: 90 for Hopper, where, as on the large
+    Blackwell GPUs, the tile is that of the most similar measured convolution; others get Ampere's, 80 and 86.
     ``grouped``: for `grouped_conv`, in which all samples have work.
     """
     if not _is_large(architecture):
@@ -52,7 +52,7 @@ def choose_tile(pixels, channels, taps, depth, dtype, architecture, grouped=Fals
 
 
 def choose_pair_tile(pixels, middle, depth, dtype, architecture):
-    """The tile for two convolutions in one kernel with up to 256 channels between them."""
+    """Return the tile for two convolutions in one kernel with up to 256 channels between them."""
     if not _is_large(architecture):
         tile = _find(_AMPERE_PAIRS, middle)
     else:
@@ -68,7 +68,7 @@ def _is_large(architecture):
 
 @cache
 def _nearest(window, grouped, *sizes):
-    """Of the measured convolutions, with a window of several pixels or without, the one whose sizes differ least."""
+    """Return the measured tile whose sizes differ least, among those with a window of several pixels or without."""
     rows = [row for row in (*(GROUPED if grouped else ()), *CONVOLUTIONS) if (row[0] > 1) == window]
     row = min(rows, key=lambda row: _distance((row[1], row[2], row[0] * row[3]), sizes))
     tile = Tile(*row[4])
@@ -91,7 +91,7 @@ def _find(table, size):
 
 
 def _narrow(tile, depth, dtype):
-    """float32 takes twice the memory; of a few channels a step need not read many."""
+    """Narrow the steps: float32 takes twice the memory, and with few channels a step need not read many."""
     bk = tile.bk // 2 if dtype == torch.float32 else tile.bk
     while bk > 16 and bk // 2 >= depth:
         bk //= 2

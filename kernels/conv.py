@@ -114,7 +114,7 @@ def _conv(
 
 @triton.jit
 def _add_parts(acc, partial_ptr, arrived_ptr, tile, part, split, BM: tl.constexpr, BN: tl.constexpr):
-    """Leave a part of a sum; who leaves the last one adds all of them, in their order: always the same result."""
+    """Store a part of a sum; the program that stores the last one adds all in order, so results are reproducible."""
     cells = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     first_ptr = partial_ptr + (tile * split).to(tl.int64) * (BM * BN) + cells
     tl.store(first_ptr + part * (BM * BN), acc)
@@ -144,7 +144,7 @@ def conv(
     tile=None,
     precision="tf32",
 ):
-    """``out[n] = activation(conv2d(x[n], weight) + bias + residual[n])`` for the rows ``n``; returns ``out``.
+    """Compute ``out[n] = activation(conv2d(x[n], weight) + bias + residual[n])`` for the rows ``n``; return ``out``.
 
     Parameters
     ----------
@@ -156,15 +156,15 @@ def conv(
     out : tensor ``[N, K, OH, OW]``, channels_last
         Shares no memory with ``x``.
     activation : {None, "relu", "relu6", "silu", "hardswish", "sigmoid"}
-    residual : tensor as ``out``, optional
+    residual : tensor like ``out``, optional
         May be ``out`` itself.
     index, offset : int32 tensors ``[N]`` and ``[2]``, optional
-        Which rows: ``index[offset[0] : offset[1]]``; all where they are not given.
+        Which rows: ``index[offset[0] : offset[1]]``; all if not given.
     workspace : Workspace, optional
-        Lets several programs add parts of one sum where there are few tiles; without it results do not depend on
-        what else is in the batch.
+        Lets several programs add parts of one sum if there are few tiles; without it results do not depend on the rest
+        of the batch.
     tile : Tile, optional
-        Default: what :func:`choose_tile` says.
+        Default: that of :func:`choose_tile`.
     precision : {"tf32", "ieee"}
         How float32 is multiplied.
     """
@@ -193,7 +193,7 @@ def conv(
 
 
 def describe_weights(weight, tile):
-    """For the hardware that copies blocks of a tensor (TMA), where the tile is for it and the weights are, or None."""
+    """Return a descriptor for the hardware that copies tensor blocks (TMA), or None if tile or weights rule it out."""
     k, c, kh, kw = weight.shape
     whole = c % tile.bk == 0 and k % tile.bn == 0 and weight.data_ptr() % 16 == 0
     if not tile.tma or not whole:
@@ -205,7 +205,7 @@ def describe_weights(weight, tile):
 class Workspace:
     """Memory for the parts of sums on one device, shared by kernels that run one after the other.
 
-    It never changes its place, so that a CUDA graph may hold it.
+    It never moves, so that a CUDA graph may hold it.
     """
 
     def __init__(self, device):

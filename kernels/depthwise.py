@@ -1,4 +1,4 @@
-"""Depthwise convolutions of some rows: memory, not multiplications, is what they take."""
+"""Depthwise convolutions of some rows, which are bound by memory, not by multiplications."""
 
 import triton
 import triton.language as tl
@@ -75,7 +75,7 @@ def depthwise(
     index=None,
     offset=None,
 ):
-    """``out[n] = activation(conv2d(x[n], weight, groups=C) + bias)`` for the rows ``n``; returns ``out``.
+    """Compute ``out[n] = activation(conv2d(x[n], weight, groups=C) + bias)`` for the rows ``n``; return ``out``.
 
     ``weight`` is ``[C, 1, KH, KW]`` with memory laid out as ``[KH, KW, C]``; the other arguments are those of
     :func:`conv`.

@@ -1,4 +1,4 @@
-"""What the kernels share: which rows, activations, windows at the border of an image, sizes of grids."""
+"""What the kernels share: which rows to work on, activations, windows at image borders, grid sizes."""
 
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +17,7 @@ ONCE = {
 
 @triton.jit
 def count_rows(offset_ptr, samples, GATHERED: tl.constexpr):
-    """The first of the row numbers to work on, and how many."""
+    """Return the position of the first row number to work on, and how many there are."""
     start = 0
     count = samples
     if GATHERED:
@@ -28,7 +28,7 @@ def count_rows(offset_ptr, samples, GATHERED: tl.constexpr):
 
 @triton.jit
 def find_pixels(first, pixels, start, index_ptr, PIXELS, BLOCK: tl.constexpr, GATHERED: tl.constexpr):
-    """The pixels ``first``.. of all rows' together: their sample (int64), number within it, whether they are any."""
+    """Return the sample (int64), number within it, and validity of the pixels ``first``.. of all rows together."""
     number = first + tl.arange(0, BLOCK)
     valid = number < pixels
     row = number // PIXELS
@@ -40,7 +40,7 @@ def find_pixels(first, pixels, start, index_ptr, PIXELS, BLOCK: tl.constexpr, GA
 
 @triton.jit
 def inside_bits(top, left, H, W, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr):
-    """Bit ``kh * KW + kw`` of the windows that begin at (top, left): whether that tap is inside of the image."""
+    """Return, for windows that begin at (top, left), bit ``kh * KW + kw``: whether that tap is inside the image."""
     one_row: tl.constexpr = (1 << KW) - 1
     one_column: tl.constexpr = ((1 << (KH * KW)) - 1) // one_row
     rows = top * 0
@@ -56,7 +56,7 @@ def inside_bits(top, left, H, W, KH: tl.constexpr, KW: tl.constexpr, DH: tl.cons
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """In float32; NaN stays NaN, as in torch."""
+    """Apply the activation in float32; NaN stays NaN, as in torch."""
     if ACTIVATION == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
@@ -74,9 +74,9 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """What every program does first, those without work too: nothing may be read before the kernel before is done.
+    """Begin a program, even one without work: nothing may be read before the previous kernel is done.
 
-    The next kernel may be placed on the device at once: all programs of this one are, and it waits in the same way.
+    The next kernel may be placed on the device at once: all programs of this one are there, and it waits likewise.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -85,7 +85,7 @@ def begin(PDL: tl.constexpr):
 
 @cache
 def multiprocessors(device):
-    """Of a GPU; what stands for them where the interpreter runs kernels on a CPU."""
+    """Return the number of multiprocessors of a GPU, or a stand-in where the interpreter runs kernels on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -94,7 +94,7 @@ _assumed = ContextVar("assumed", default=90)
 
 @contextmanager
 def assume_architecture(number):
-    """The one that launches on other devices than GPUs are for."""
+    """Context manager that sets the architecture for launches on other devices than GPUs."""
     token = _assumed.set(number)
     try:
         yield
@@ -103,7 +103,7 @@ def assume_architecture(number):
 
 
 def architecture(device):
-    """Of a GPU: 90 for sm_90. Tiles are chosen by it."""
+    """Return the architecture of a GPU, 90 for sm_90, by which tiles are chosen."""
     return _capability(device) if device.type == "cuda" else _assumed.get()
 
 
@@ -118,7 +118,7 @@ _plain = ContextVar("plain", default=False)
 
 @contextmanager
 def plain_launches():
-    """Launch kernels without regard to the one before: for graphs in which that may be no kernel."""
+    """Context manager to launch kernels without regard to the previous one, for graphs where it may be no kernel."""
     token = _plain.set(True)
     try:
         yield
@@ -127,12 +127,12 @@ def plain_launches():
 
 
 def launch_options(device):
-    """Whether kernels may be placed on the device before the one before is done (Hopper and later), and how to ask."""
+    """Return whether kernels may be placed before the previous one is done (Hopper and later), and how to ask."""
     if device.type == "cpu" or architecture(device) < 90 or _plain.get():
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 
 
 def fill(device, tiles, per_multiprocessor):
-    """A grid: a program per tile, but not more than the device runs at once."""
+    """Return a grid: one program per tile, but not more than the device runs at once."""
     return (max(1, min(tiles, per_multiprocessor * multiprocessors(device))),)

@@ -133,7 +133,7 @@ def grouped_conv(
     tile=None,
     precision="tf32",
 ):
-    """A convolution per group of samples, in one launch; returns ``out``.
+    """Convolve each group of samples with its own weights, in one launch; return ``out``.
 
     Sample ``n`` of group ``g`` is the image at pixel ``first + n * H * W`` of ``x``, as the group says.
 
@@ -146,7 +146,8 @@ def grouped_conv(
     out : tensor ``[pixels, K]``
         Shares no memory with ``x``.
     groups : int32 tensor ``[groups, 7]``
-        Per group: height and width of its images, of their results, first pixel in ``x``, in ``out``, weight set.
+        Per group: height and width of its images, height and width of their results, first pixel in ``x``, first pixel
+        in ``out``, weight set.
     index : int32 tensor ``[N]``
         Sample numbers, group after group.
     offset : int32 tensor ``[groups + 1]``

@@ -36,10 +36,10 @@ class _NoDriver:
 
 
 def compile_launches(call, architecture, share=(0, 1)):
-    """What the kernels that ``call()`` launches, on tensors on the meta device, compile to; none of them runs.
+    """Compile the kernels that ``call()`` launches on tensors on the meta device, without running any.
 
-    ``architecture`` is 80 for sm_80. ``share``: (number, of how many), for one of several processes: only the launches
-    that are this one's, see :func:`share_of`. A list of what Triton gives for each launch.
+    ``architecture`` is 80 for sm_80. ``share`` is (number, of how many), for one of several processes: only the
+    launches of this one are compiled, see :func:`share_of`. Returns a list of Triton's result for each launch.
     """
     compiled, run = [], JITFunction.run
 
@@ -58,7 +58,7 @@ def compile_launches(call, architecture, share=(0, 1)):
 
 
 def share_of(kernel, arguments, options, shares):
-    """Which of several processes compiles a launch: the same for all that Triton compiles once, of any network."""
+    """Return which of several processes compiles a launch: the same one for all launches that Triton compiles once."""
     kinds = [kernel.fn.__name__, options]
     for parameter, value in zip(kernel.params, arguments, strict=False):  # further ones are among the options
         if isinstance(value, torch.Tensor):
@@ -72,7 +72,7 @@ def share_of(kernel, arguments, options, shares):
 
 
 def inspect(compiled):
-    """What a compiled kernel uses, from its machine code: a dict of registers, bytes and instructions."""
+    """Return what a compiled kernel uses, from its machine code: a dict of registers, bytes and instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -101,7 +101,7 @@ def inspect(compiled):
 
 
 def _main_loop(instructions):
-    """Instructions of the shortest loop that multiplies matrices, 0 if there is none."""
+    """Count the instructions of the shortest loop that multiplies matrices; 0 if there is none."""
     found = []
     for address, text in instructions:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)

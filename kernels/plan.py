@@ -1,4 +1,4 @@
-"""Decisions of all blocks to groups of samples, and whether many of them are dropped, in one launch each."""
+"""Turns the decisions of all blocks into groups of samples, and counts how many are dropped, in one launch each."""
 
 import torch
 import triton
@@ -35,7 +35,8 @@ def _plan(
 
 
 def plan(decisions, choices):
-    """Index and offset of a Route, see :func:`dynexec.ops.plan`; decisions outside of ``0..choices - 1`` are left out.
+    """Compute index and offset of a Route, see :func:`dynexec.ops.plan`; decisions outside ``0..choices - 1`` are left
+    out.
 
     Equivalent to ``reference.plan(decisions, choices)``.
     """
@@ -68,9 +69,9 @@ def _find_body(
 
 
 def find_body(offset, most):
-    """int32 ``[2]``: 0; and 0 where no pair of sample and block is dropped, 1 up to ``most``, 2 beyond.
+    """Return int32 ``[2]``: first 0; then 0 if no (sample, block) pair is dropped, 1 for up to ``most``, 2 for more.
 
-    ``offset``: of :func:`plan`, where decision 0 drops. Equivalent to
+    ``offset`` is that of :func:`plan`, where decision 0 drops. Equivalent to
     ``dropped = offset[:, 1].sum(); [0, (dropped > 0) + (dropped > most)]``.
     """
     found = offset.new_empty(2)

@@ -1,4 +1,4 @@
-"""Additions, products and pooling of some rows: what is left between convolutions."""
+"""Additions, products and pooling of some rows: what remains between convolutions."""
 
 import triton
 import triton.language as tl
@@ -48,10 +48,10 @@ def _combine(
 
 
 def combine(x, out, *, add=None, multiply=None, activation=None, index=None, offset=None):
-    """``out[n] = activation(x[n] + add[n])`` or ``activation(x[n] * multiply[n])`` for the rows ``n``; returns ``out``.
+    """Set ``out[n] = activation(x[n] + add[n])``, or ``* multiply[n]`` instead, for the rows ``n``; return ``out``.
 
-    All are channels_last ``[N, C, H, W]``, but ``multiply`` ``[N, C, 1, 1]``; further channels of ``out`` become zero.
-    ``out`` may be ``x`` or ``add``. ``index`` and ``offset`` as for :func:`conv`.
+    All are channels_last ``[N, C, H, W]``, except ``multiply``, ``[N, C, 1, 1]``; further channels of ``out`` become
+    zero. ``out`` may be ``x`` or ``add``. ``index`` and ``offset`` are as for :func:`conv`.
     """
     n, c, h, w = x.shape
     k = out.shape[1]
@@ -158,10 +158,10 @@ def _mean(
 
 
 def pool(x, out, kind, kernel, *, stride, padding=(0, 0), divisor=0, index=None, offset=None):
-    """Pool the rows ``n`` of ``x`` ``[N, C, H, W]`` into those of ``out`` ``[N, C, OH, OW]``; returns it.
+    """Pool the rows ``n`` of ``x`` ``[N, C, H, W]`` into those of ``out`` ``[N, C, OH, OW]``; return ``out``.
 
-    ``kind`` is "max", or "sum" of the inputs of a window divided by ``divisor``, or by their number where that is 0.
-    Padding is no input. ``index`` and ``offset`` as for :func:`conv`.
+    ``kind`` is "max", or "sum" of the inputs of a window divided by ``divisor``, or by their number if that is 0.
+    Padding is no input. ``index`` and ``offset`` are as for :func:`conv`.
     """
     n, c, h, w = x.shape
     oh, ow = out.shape[2:]

@@ -49,11 +49,12 @@ def _move(
 
 
 def move_rows(whole, part, index, passed=None, *, scatter, add=False, relu=False):
-    """``part[:] = whole[index]``, or with ``scatter`` ``whole[index] = relu(part + whole[index])`` as far as asked.
+    """Set ``part[:] = whole[index]`` or, if ``scatter``, ``whole[index] = relu(part + whole[index])`` as far as asked.
 
-    ``whole`` ``[N, ...]`` and ``part`` ``[M, ...]`` have rows that lie in memory alike, without gaps inside; ``index``
-    is int32 or int64 ``[M]``, without duplicates for a scatter. ``passed``, bool like ``part`` and without gaps, is
-    written by a scatter with ``relu``: which elements that passed; of a gather it is read: others become 0.
+    ``whole`` ``[N, ...]`` and ``part`` ``[M, ...]`` have rows with the same layout in memory, without gaps inside;
+    ``index`` is int32 or int64 ``[M]``, without duplicates for a scatter. ``passed`` is bool like ``part``, without
+    gaps: a scatter with ``relu`` writes there which elements the ReLU passed; a gather reads it and sets the others to
+    0.
     """
     rows, size = len(part), part.shape[1:].numel()
     if rows and size:

@@ -1,4 +1,4 @@
-"""Tiles of convolutions: their sums over windows and channels, and what is done with these."""
+"""Tiles of convolutions: their sums over windows and channels, and what follows the sums."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ def sum_taps(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,  # whether there is a descriptor; then BK divides C, and BN the number of output channels
 ):
-    """Add the products of pixels and weights, in steps of ``BK`` channels of a tap."""
+    """Add up the products of pixels and weights, in steps of ``BK`` channels of a tap."""
     of_tap: tl.constexpr = (C + BK - 1) // BK
     k = tl.arange(0, BK)
     x_ptr = window_ptr[:, None] + k[None, :]
@@ -76,7 +76,7 @@ def finish_tile(
     ACTIVATION: tl.constexpr,
     ALL_COLUMNS: tl.constexpr,
 ):
-    """``out = activation(acc + bias + residual)``, rounded once."""
+    """Set ``out = activation(acc + bias + residual)``, rounded once."""
     mask = valid[:, None]
     if ALL_COLUMNS:
         bias = tl.load(bias_ptr + columns)

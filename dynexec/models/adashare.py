@@ -194,7 +194,7 @@ class AdaShare(RoutedNetwork):
             raise TypeError(f"images must be {dtype}, as the parameters are, got {inputs.dtype}")
 
     def count_flops(self, inputs):
-        """Count the FLOPs of one image like those of ``inputs``, of which only shape and dtype matter."""
+        """Count the :class:`AdaShareFlops` of one image like ``inputs``, of which only shape and dtype matter."""
         self.check_inputs(inputs)
         shape, dtype = tuple(inputs.shape[1:]), inputs.dtype
         shapes = self.backbone.input_shapes(*shape[1:])

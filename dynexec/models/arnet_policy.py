@@ -100,8 +100,8 @@ class ARNetPolicy(nn.Module):
     def relax(self, frames, temperature, *, hard=True, generator=None):
         """Draw weights ``[N, T, A]`` for ``soft_decisions``, whose gradients reach the policy.
 
-        Arguments as in :func:`dynexec.policy.gumbel_softmax`. Published settings: hard, and temperature 5 * exp(-0.045
-        * epoch).
+        Arguments as in :func:`dynexec.policy.gumbel_softmax`. Published settings: hard, and temperature
+        ``5 * exp(-0.045 * epoch)``.
         """
 
         def choose(log_probabilities):

@@ -86,7 +86,7 @@ class FeatureSharing(RoutedNetwork):
     heads : sequence of T modules
         From the last layer's output to ``[N, C_t]``, by at least one ``Linear``, of which the last one has C_t outputs.
         None may change its input in place either.
-    tree : SharingTree or its argument, optional
+    tree : SharingTree or its layers, optional
         Groups of tasks per layer. Default: all tasks share all layers.
 
     Attributes

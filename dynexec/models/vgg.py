@@ -62,7 +62,7 @@ def feature_sharing_vgg16(num_classes=(2,) * 40, *, tree=None, width=32, basis=N
     ----------
     num_classes : sequence of int
         One per task; default the 40 binary attributes of CelebA.
-    tree : SharingTree or its argument, optional
+    tree : SharingTree or its layers, optional
         Default: all tasks share all layers, from which growing starts.
     width : int, sequence of 15 int or None
         Outputs per column: an int as in :func:`thin_widths`, or one number per layer; None: as in VGG-16.

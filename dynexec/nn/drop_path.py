@@ -49,7 +49,8 @@ class SubsetDropPath(nn.Module):
     are those that DropPath would make with the same seed, provided that the branch itself draws nothing.
 
     *Fixed shapes*: ``torch.compile``, ``torch.export``, ``torch.jit.trace``, meta tensors and CUDA graph capture cannot
-    follow random sizes. There the branch runs on all samples and is masked, as in DropPath.
+    follow random sizes. There the branch runs on all samples and is masked, as in DropPath, and a ``generator`` is a
+    RuntimeError.
 
     *Activation checkpointing* runs the forward again and restores the default generator for it, so that it draws the
     same samples. It does not restore a ``generator`` passed here: drawing from that in a backward pass is a

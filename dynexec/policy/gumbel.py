@@ -58,7 +58,7 @@ def draw(logits, *, generator=None):
 
 
 def exponential_temperature(step, *, initial=5.0, decay=0.965):
-    """Return ``initial * decay ** step``; the defaults are published for AdaShare and AdaMML, per epoch.
+    """Return ``initial * decay ** step``: as published, 5 and 0.965 per epoch for AdaShare and AdaMML.
 
     AR-Net's ``5 * exp(-0.045 * epoch)`` is ``decay=math.exp(-0.045)``; SpotTune stays at 5, ``decay=1``. ValueError
     unless ``step`` is at least 0, ``initial`` above 0, and ``decay`` above 0 and at most 1.

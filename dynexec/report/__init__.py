@@ -1,1 +1,1 @@
-"""What people see: baselines, bench tables, plots, the HTML page."""
+"""What users see: baselines, bench tables, plots, the HTML page."""

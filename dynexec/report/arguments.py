@@ -1,4 +1,4 @@
-"""What the commands take on their command line, as types for argparse."""
+"""Types of command-line arguments, for argparse."""
 
 import math
 from argparse import ArgumentTypeError
@@ -34,7 +34,7 @@ def seconds(text):
 
 
 def file(text):
-    """A path that is no folder."""
+    """A path that is not a folder."""
     path = Path(text)
     if path.is_dir():
         raise ArgumentTypeError(f"must be a file, but {text!r} is a folder")

@@ -1,6 +1,6 @@
-"""What dynexec is compared with: every other way to run the same network on a CPU or a GPU.
+"""Baselines that dynexec is compared with: every other way to run the same network on a CPU or a GPU.
 
-A baseline is prepared once for a network and a batch size, then called with images and decisions. Those that are
+A baseline is prepared once for a network and a batch size, then called with images and decisions. Baselines that are
 ``dense`` run the static network and ignore the decisions.
 """
 
@@ -34,19 +34,19 @@ class Baseline:
     follows_decisions : bool
         Whether its time depends on the decisions, so that it must be timed for each keep rate.
     own : bool
-        Whether it is dynexec's. Such a dense one is not a candidate for the strongest dense.
+        Whether it is dynexec's. If dense, it is then not a candidate for the strongest dense one.
     needs : tuple of str
         Packages that must be installed.
     device : str or None
-        The only type of device that it is for.
+        The only device type that it runs on; None: any.
     policy : callable or None
         The policy network as this baseline runs it, images to probabilities ``[N, L]``.
 
     Parameters
     ----------
     model : nn.Module
-        Holds L dynamic blocks with columns (our own or converted), in evaluation mode, with or without a policy
-        (see :class:`dynexec.nn.DynamicNetwork`). Not changed.
+        Contains L dynamic blocks with columns (dynexec's own or converted), in evaluation mode, with or without a
+        policy (see :class:`dynexec.nn.DynamicNetwork`). Not changed.
     images : tensor ``[N, C, H, W]``
         An example of the batch, in the dtype and on the device of the model.
     threads : int
@@ -74,12 +74,12 @@ class Baseline:
         raise NotImplementedError
 
     def __call__(self, images, decisions):
-        """Images ``[N, C, H, W]`` (contiguous) and bool decisions ``[N, L]`` to logits."""
+        """Map images ``[N, C, H, W]`` (contiguous) and bool decisions ``[N, L]`` to logits."""
         raise NotImplementedError
 
     @classmethod
     def missing(cls):
-        """Why it cannot run here, or None."""
+        """Return why it cannot run here, or None."""
         absent = [package for package in cls.needs if importlib.util.find_spec(package) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
@@ -112,7 +112,7 @@ class _PerBlock(Baseline):
 
 
 class MaskedEager(_PerBlock):
-    """Compute everything, then multiply by the mask: what published code does, and the reference for all others."""
+    """Computes everything, then multiplies by the mask: as published code does, and the reference for all others."""
 
     name = "masked eager"
 
@@ -126,7 +126,7 @@ class MaskedEager(_PerBlock):
 
 
 class NaiveGather(_PerBlock):
-    """Per block, in eager mode: index the kept samples, run the block, ``index_copy``."""
+    """Per block, in eager mode: indexes the kept samples, runs the block, ``index_copy``."""
 
     name = "naive gather"
     follows_decisions = True
@@ -149,7 +149,7 @@ class NaiveGather(_PerBlock):
 
 
 class GroupByPolicy(_PerBlock):
-    """Samples with identical decisions go together through a static sub-network, in eager mode."""
+    """Runs samples with identical decisions together through a static sub-network, in eager mode."""
 
     name = "group by policy"
     follows_decisions = True
@@ -189,7 +189,7 @@ class DenseEager(Baseline):
 
 
 class DenseCompiled(DenseEager):
-    """The static network through ``torch.compile``, its weights frozen, compiled for this batch size."""
+    """The static network under ``torch.compile``, with its weights frozen, compiled for this batch size."""
 
     name = "dense compiled"
 
@@ -208,8 +208,8 @@ class DenseCompiled(DenseEager):
 class LibraryPrograms(LaunchPrograms):
     """A static network in the library's convolutions alone.
 
-    cuDNN adds no bias where no ReLU follows, and a pass of its own for it takes as long as a projection: that of a
-    shortcut goes to the convolution that the shortcut is added to.
+    cuDNN adds no bias unless a ReLU follows, and a separate pass for it takes as long as a projection: therefore the
+    bias of a shortcut is moved to the convolution that the shortcut is added to.
     """
 
     library_alone = True
@@ -247,7 +247,7 @@ class DenseLibrary(Baseline):
 
 
 class OnnxRuntime(Baseline):
-    """The static network in ONNX Runtime, all graph optimisations on."""
+    """The static network in ONNX Runtime, with all graph optimisations."""
 
     name = "ONNX Runtime"
     dense = True
@@ -301,7 +301,7 @@ class DenseFrozen(Dynexec):
 
     @classmethod
     def like(cls, frozen):
-        """That of the network of a :class:`Dynexec`: another one might be frozen to run otherwise."""
+        """Return one with the network of ``frozen``, a :class:`Dynexec`: another might be frozen to run differently."""
         found = object.__new__(cls)
         vars(found).update(vars(frozen))
         return found
@@ -325,7 +325,7 @@ BASELINES = (
 
 
 def static_network(model):
-    """A copy of the backbone of ``model`` that knows nothing of decisions, as if all were True."""
+    """Return a copy of the backbone of ``model`` without decisions, as if all were True."""
     static = deepcopy(_backbone(model))
     for name, block in list(static.named_modules()):
         if isinstance(block, ExpertBlock):
@@ -343,7 +343,7 @@ def _backbone(model):
 
 @lru_cache(maxsize=1)  # ONNX Runtime and OpenVINO take the same file
 def export_onnx(model, shape):
-    """The static network of ``model`` as an ONNX file (bytes), for float32 input of one shape."""
+    """Export the static network of ``model`` as an ONNX file (bytes), for float32 input of one shape."""
     return export_module(static_network(model), torch.zeros(shape))
 
 

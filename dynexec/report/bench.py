@@ -67,8 +67,8 @@ def add_arguments(parser):
 def main(args):
     """Run ``dynexec bench``; return the exit status: 1 if an output was not equal to the reference's.
 
-    1 also after an error of a network, or if nothing was measured; 2 if nothing was tried, since arguments do not fit,
-    or the file of rows.
+    Also 1 after an error of a network, or if nothing was measured; 2 if nothing was tried, because arguments or the
+    file of rows are unsuitable.
     """
     out = args.out or Path(DEFAULT_OUT)
     if (reason := _keep_refused(args) or _prepare(out, args)) is not None:
@@ -104,7 +104,7 @@ def main(args):
 
 
 def _keep_refused(args):
-    """Why networks of parts cannot have these keep rates, or None."""
+    """Return why networks of parts cannot have these keep rates, or None."""
     systems = [name for name in args.nets if name in SYSTEMS]
     if systems and args.keep is not None and set(args.keep) != {PUBLISHED}:
         return f"{systems[0]}: {SYSTEM_KEEP}"
@@ -112,9 +112,9 @@ def _keep_refused(args):
 
 
 def _prepare(out, args):
-    """Make the folder of the file of rows; why it cannot take the rows, or None.
+    """Make the folder of the file of rows; return why the file cannot take the rows, or None.
 
-    Before anything is measured: afterwards hours would be lost.
+    This comes before anything is measured: afterwards hours would be lost.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not out.is_file():  # a device or a pipe
@@ -134,7 +134,7 @@ def _prepare(out, args):
 
 
 def _measure(args, progress, errors):
-    """Rows, network by network and batch by batch; what raised an error instead is appended to ``errors``."""
+    """Yield rows, network by network and batch by batch; errors raised instead are appended to ``errors``."""
     known = NETS | SYSTEMS
     plan = [(name, batch) for name in args.nets for batch in args.batch or known[name].batches]
     task = progress.add_task("", total=len(plan))
@@ -170,7 +170,7 @@ def _measure(args, progress, errors):
 
 
 def _left_out(args, net):
-    """Dense networks that ``--baselines`` leaves out, any of which might be the strongest, for a row to say so."""
+    """Return the dense networks that ``--baselines`` leaves out, for a row to name: any might be the strongest."""
     offered = LIBRARIES if net in SYSTEMS else BASELINES
     offered = [one for one in offered if one.dense and not one.own and one.device in (None, args.device)]
     return {one.name: LEFT_OUT for one in offered if one.name not in args.baselines}
@@ -199,7 +199,7 @@ def _device(text):
 
 
 def make_settings(net, blocks, batch, keeps):
-    """A :class:`Setting` for each of ``keeps``, less those of which nothing is published."""
+    """Return a :class:`Setting` for each of ``keeps``, except those for which nothing is published."""
     settings = []
     for keep in keeps:
         if keep != PUBLISHED:

@@ -1,4 +1,4 @@
-"""The networks of :mod:`dynexec.models` as a table: parameters, FLOPs, what decisions look like."""
+"""The networks of :mod:`dynexec.models` as a table: parameters, FLOPs, form of the decisions."""
 
 import torch
 
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def model_rows():
-    """Rows under :data:`HEADINGS`, one per name, as texts; nothing is computed."""
+    """Return rows of texts under :data:`HEADINGS`, one per name; nothing is computed."""
     return [_row(name) for name in list_models()]
 
 

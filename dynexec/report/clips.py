@@ -1,4 +1,4 @@
-"""Video files as networks for videos take them: frames, differences of frames, and spectrograms of the sound.
+"""Video files in the form that video networks take: frames, differences of frames, and spectrograms of the sound.
 
 Sizes, steps and spectrograms are those of the published data loaders of AR-Net and AdaMML in evaluation.
 """
@@ -33,7 +33,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class Segments:
-    """S segments of a clip, which overlap where it is short.
+    """S segments of a clip, which overlap if it is short.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Segments:
     differences : uint8 array ``[S, F, 5, size, size, 3]`` or None
         From each of five successive frames to the next, halved; 127 where nothing changes.
     sound : Sound or None
-        Of the whole clip.
+        Sound of the whole clip.
     """
 
     clip_seconds: float
@@ -56,16 +56,16 @@ class Segments:
 
     @property
     def centers(self):
-        """Time in the middle between each segment's first and last frame, float64 ``[S]``."""
+        """Time halfway between each segment's first and last frame, float64 ``[S]``."""
         return (self.seconds[:, 0] + self.seconds[:, -1]) / 2
 
     @property
     def overlapping(self):
-        """Segments that begin before the one before them has ended."""
+        """Number of segments that begin before the previous one has ended."""
         return int((self.seconds[1:, 0] <= self.seconds[:-1, -1]).sum())
 
     def inputs(self, modalities):
-        """What :class:`dynexec.models.AdaMML` takes for one video: float tensors ``[1, S, F, C, H, W]`` by modality."""
+        """Return what :class:`dynexec.models.AdaMML` takes for one video: float ``[1, S, F, C, H, W]`` by modality."""
         make = {
             "rgb": lambda: _to_input(self.frames),
             "rgbdiff": lambda: _to_input(self.differences).flatten(2, 3),
@@ -75,12 +75,12 @@ class Segments:
 
 
 def read_times(path):
-    """Time of each frame of a video file in seconds, float64 ``[T]``.
+    """Read the time of each frame of a video file in seconds, float64 ``[T]``.
 
     Raises
     ------
     ValueError
-        If it cannot be read, or holds no pictures.
+        If the file cannot be read, or contains no pictures.
     """
     with _opened(path) as container:
         if not container.streams.video:
@@ -89,13 +89,13 @@ def read_times(path):
 
 
 def read_frames(path, numbers, size=224):
-    """Frames of a video file, the shorter side scaled to ``size / 0.875`` and the middle cut.
+    """Read frames of a video file, with the shorter side scaled to ``size / 0.875`` and the centre cropped.
 
     Parameters
     ----------
     path : path-like
     numbers : sequence of int
-        Which frames; in any order, and repeated ones too.
+        Which frames, in any order; may repeat.
     size : int
 
     Returns
@@ -115,12 +115,12 @@ def read_frames(path, numbers, size=224):
 
 
 def read_sound(path):
-    """The sound track of a video file, all channels mixed to one.
+    """Read the sound track of a video file, with all channels mixed to one.
 
     Raises
     ------
     ValueError
-        If it cannot be read, or has no sound track.
+        If the file cannot be read, or has no sound track.
     """
     import av
 
@@ -139,26 +139,26 @@ def read_sound(path):
 
 
 def read_windows(path, num_windows, num_frames, size=224):
-    """Frames spread evenly over a clip: of each of its equal parts the one in the middle.
+    """Read frames spread evenly over a clip: the middle one of each of its equal parts.
 
     Parameters
     ----------
     path : path-like
     num_windows : int
-        Windows that follow each other.
+        Number of consecutive windows.
     num_frames : int
-        Of each.
+        Frames per window.
     size : int
 
     Returns
     -------
     Clip
-        Of ``num_windows * num_frames`` frames.
+        With ``num_windows * num_frames`` frames.
 
     Raises
     ------
     ValueError
-        If the file cannot be read or holds fewer frames, or a number is below 1.
+        If the file cannot be read or has fewer frames, or a number is below 1.
     """
     _check_counts(num_windows=num_windows, num_frames=num_frames)
     times, total = read_times(path), num_windows * num_frames
@@ -172,17 +172,17 @@ def read_windows(path, num_windows, num_frames, size=224):
 
 
 def read_segments(path, modalities, *, num_segments=10, num_frames=8, step=4, size=224):
-    """Segments of a clip, their beginnings spread evenly, whether or not they overlap.
+    """Read segments of a clip whose beginnings are spread evenly, whether or not they overlap.
 
     Parameters
     ----------
     path : path-like
     modalities : sequence of str
-        Of :data:`MODALITIES`.
+        From :data:`MODALITIES`.
     num_segments, num_frames : int
         S and F.
     step : int
-        From one frame of a segment to its next: 4 shows every fourth.
+        Step between frames of a segment: 4 shows every fourth.
     size : int
 
     Returns
@@ -192,8 +192,8 @@ def read_segments(path, modalities, *, num_segments=10, num_frames=8, step=4, si
     Raises
     ------
     ValueError
-        If the file cannot be read, is shorter than one segment, or lacks sound that is asked for; or a modality is
-        unknown or a number below 1.
+        If the file cannot be read, is shorter than one segment, or lacks requested sound; or if a modality is unknown
+        or a number is below 1.
     """
     _check_counts(num_segments=num_segments, num_frames=num_frames, step=step)
     if unknown := [name for name in modalities if name not in MODALITIES]:
@@ -222,7 +222,7 @@ def read_segments(path, modalities, *, num_segments=10, num_frames=8, step=4, si
 
 
 def sound_windows(sound, centers):
-    """Sound around each of ``centers`` (seconds), moved to lie within the track: float tensor ``[S, 30720]``."""
+    """Return the sound around each of ``centers`` (seconds), moved to lie within the track: float ``[S, 30720]``."""
     length = round(SOUND_SECONDS * SOUND_RATE)
     first = np.round((np.asarray(centers) - sound.start - SOUND_SECONDS / 2) * SOUND_RATE).astype(int)
     first = first.clip(0, len(sound.samples) - length)
@@ -230,7 +230,7 @@ def sound_windows(sound, centers):
 
 
 def log_spectrogram(samples):
-    """Logarithm of the power of sound by frequency and time.
+    """Compute the logarithm of the power of sound by frequency and time.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def _check_counts(**counts):
 
 @contextmanager
 def _opened(path):
-    """A container of PyAV; what goes wrong with the file, also while decoding, is a ValueError that names it."""
+    """Open a PyAV container; errors of the file, also while decoding, become a ValueError that names it."""
     import av
 
     if not Path(path).is_file():
@@ -269,7 +269,7 @@ def _opened(path):
 
 
 def _crop(frame, size):
-    """The middle of a decoded frame, the right way up."""
+    """Return the middle of a decoded frame, the right way up."""
     scale = size / _CROPPED / min(frame.width, frame.height)
     width, height = round(frame.width * scale), round(frame.height * scale)
     picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
@@ -278,12 +278,12 @@ def _crop(frame, size):
 
 
 def _halve_differences(frames):
-    """uint8 ``[..., n + 1, H, W, 3]`` to uint8 ``[..., n, H, W, 3]``: of each frame to the next, from 0 to 255."""
+    """Map uint8 ``[..., n + 1, H, W, 3]`` to uint8 ``[..., n, H, W, 3]``: each frame to the next, from 0 to 255."""
     change = frames[..., 1:, :, :, :].astype(np.int16) - frames[..., :-1, :, :, :]
     return ((change + 255) // 2).astype(np.uint8)
 
 
 def _to_input(pictures):
-    """uint8 ``[..., H, W, 3]`` to normalised float ``[..., 3, H, W]``."""
+    """Map uint8 ``[..., H, W, 3]`` to normalised float ``[..., 3, H, W]``."""
     images = torch.from_numpy(pictures).movedim(-1, -3)
     return normalize(images.flatten(0, -4)).unflatten(0, images.shape[:-3])

@@ -53,7 +53,7 @@ def main(args):
 
 
 def _run_parts(args, skipped):
-    """What the parts give, one after the other; ``skipped`` gets those that cannot run, and the packages they miss."""
+    """Return the results of the parts, one after the other; ``skipped`` gets those that lack packages, with these."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("", total=len(args.parts))
@@ -73,7 +73,7 @@ def _run_parts(args, skipped):
 
 
 def write_page(parts, folder):
-    """Write the page, its picture, and what ``dynexec report`` needs to show the same later; return the page's path.
+    """Write the page, its picture, and what ``dynexec report`` needs to show them later; return the page's path.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The parts of ``dynexec demo``: each runs one experiment on real input and says what came out."""
+"""The parts of ``dynexec demo``: each runs one experiment on real input and returns what came out."""
 
 import importlib.util
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _EXAMPLE_FRAMES = (15, 60, 110, 160, 215)  # one of each scene
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asks of a part.
+    """Settings from the command line for a part.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Run:
     seconds : float
         Timing per experiment.
     progress : callable
-        Called with the share of the part done (0 to 1) and what is going on.
+        Called with the share of the part done (0 to 1) and the current step.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Run:
     progress: Callable[[float, str], None] = lambda share, text: None
 
     def between(self, low, high, prefix=""):
-        """``progress`` for a step that takes the part from the share ``low`` to ``high``."""
+        """Return ``progress`` for a step that takes the part from the share ``low`` to ``high``."""
         return lambda share, text="": self.progress(low + (high - low) * share, prefix + text)
 
 
@@ -70,7 +70,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of the demo gives: lines of the table, sections of the page, and figures for ``--json``."""
+    """The result of a part of the demo: lines of the table, sections of the page, and figures for ``--json``."""
 
     results: tuple[Result, ...]
     sections: tuple[Section, ...]
@@ -150,7 +150,7 @@ def clip(run):
 
 
 def _time_clip(run, net, frames, decisions):
-    """Rows for a batch of frames spread over the clip, and for one frame at a time."""
+    """Return rows for a batch of frames spread over the clip, and for one frame at a time."""
     chosen = torch.linspace(0, len(frames) - 1, _CLIP_BATCH).round().long()
     images = media.normalize(frames[chosen])
     common = {"name": "EfficientNet-Lite0", "baselines": BASELINES, "seconds": run.seconds}
@@ -232,7 +232,7 @@ def published(run):
 
 
 def missing(*modules):
-    """Those of ``modules`` that cannot be imported: tuple of names to install."""
+    """Return those of ``modules`` that cannot be imported, as a tuple of names to install."""
     names = {"sklearn": "scikit-learn"}
     return tuple(names.get(name, name) for name in modules if importlib.util.find_spec(name) is None)
 
@@ -246,7 +246,7 @@ PARTS = {
 
 
 def _of_policy(decisions):
-    """A setting of decisions that a policy took."""
+    """Return a setting with the decisions that a policy took."""
     return Setting(decisions.double().mean().item(), PUBLISHED, 0, (decisions,))
 
 

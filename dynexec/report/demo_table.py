@@ -37,7 +37,7 @@ _AGAINST = {
 
 
 def cells(result):
-    """The texts of a result under :data:`COLUMNS`."""
+    """Return the texts of a result under :data:`COLUMNS`."""
     return tuple(text(result) for text in COLUMNS.values())
 
 
@@ -52,7 +52,7 @@ def print_table(console, results):
 
 
 def plot_results(results, path):
-    """Realised over theoretical speed-up of every result with the ideal diagonal, as a PNG; return ``path``."""
+    """Plot realised over theoretical speed-up of every result, with the ideal diagonal, as a PNG; return ``path``."""
     figure = Figure(figsize=(7, 6.4), layout="constrained")
     axes = figure.add_subplot()
     points = [0.9, 1.2]

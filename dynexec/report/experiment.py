@@ -39,13 +39,13 @@ def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
         Probability that a (sample, block) pair is kept, independently of the others.
     num_blocks, batch : int
     policies : int, optional
-        Draw this many different policies, and for every sample one of them: trained policies repeat themselves.
+        Draw this many different policies, and one of them for every sample: trained policies repeat themselves.
     seed : int
 
     Returns
     -------
     Setting
-        Of kind "published" if ``policies`` is given, else "bernoulli".
+        Of kind "published" if ``policies`` is given, otherwise "bernoulli".
     """
     if not 0.0 <= keep <= 1.0:
         raise ValueError(f"keep must be between 0 and 1, got {keep}")
@@ -77,22 +77,22 @@ def run_experiment(
     Parameters
     ----------
     model : nn.Module
-        With dynamic blocks, in evaluation mode, float32. A policy network of its own runs in settings of the kind
-        "published", and only there.
+        With dynamic blocks, in evaluation mode, float32. Its own policy network, if any, runs only in settings of the
+        kind "published".
     images : float32 tensor ``[N, C, H, W]``
         On the device of the model.
     settings : sequence of Setting
     name : str
-        What rows call the network.
+        Name of the network in rows.
     baselines : sequence of Baseline classes
     executor : subclass of Dynexec
         What stands for dynexec.
     dtype : torch.dtype
-        What all candidates compute in. Their outputs are compared with the reference's in float32.
+        Dtype in which all candidates compute. Their outputs are compared with the reference's in float32.
     seconds : float
         Time for the timed rounds; at least five are made.
     progress : callable, optional
-        Called with the share done (0 to 1) and what is going on.
+        Called with the share done (0 to 1) and the current step.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def run_experiment(
 
 
 def _prepare(model, images, classes, progress):
-    """Candidates that can run here, and why others cannot."""
+    """Return the candidates that can run here, and why others cannot."""
     candidates, unavailable = [], {}
     classes = [candidate for candidate in classes if candidate.device in (None, images.device.type)]
     for number, candidate in enumerate(classes):
@@ -165,7 +165,7 @@ def _prepare(model, images, classes, progress):
 
 
 def _errors(model, images, narrow, settings, candidates):
-    """Setting -> candidate -> largest difference from the reference over all draws; candidates get ``narrow``."""
+    """Map setting to candidate to largest difference from the reference over all draws; candidates get ``narrow``."""
     reference = REFERENCE(model, images, threads=torch.get_num_threads())
     full = torch.ones_like(settings[0].draws[0])
     dense_output = reference(images, full)
@@ -190,16 +190,16 @@ def _errors(model, images, narrow, settings, candidates):
 
 
 def allowed_error(errors, dtype):
-    """The largest error that counts as equal.
+    """Return the largest error that counts as equal.
 
-    In 16 bits deep networks amplify rounding: twice what masked eager itself differs from float32 is allowed.
+    In 16 bits deep networks amplify rounding: twice the difference of masked eager itself from float32 is allowed.
     """
     own = errors.get(REFERENCE.name, 0.0) if dtype != torch.float32 else 0.0
     return max(TOLERANCE[dtype], min(2 * own, _LARGEST_TOLERANCE))
 
 
 def _calls(candidates, images, settings, frozen):
-    """What to time, by (candidate, setting or None where the time holds for all)."""
+    """Return what to time, by (candidate, setting or None if the time holds for all)."""
     calls = {}
     for candidate in candidates:
         for setting in settings:
@@ -257,9 +257,10 @@ def _row(common, setting, errors, tolerance, comparison, flops, dense):
 
 
 def _losses(row, setting, frozen):
-    """Milliseconds per forward that dynexec takes above its own dense time for the same FLOPs: measured, and by cause.
+    """Return the milliseconds per forward that dynexec takes above its own dense time for the same FLOPs, by cause.
 
-    The executors' causes are what their cost model predicts, planning is measured, the rest is what remains.
+    The total is measured. The executors' causes are predicted by their cost model, planning is measured, and the rest
+    is what remains.
     """
     times = row["milliseconds"]
     if "dynexec" not in times or "dense frozen" not in times:
@@ -278,5 +279,5 @@ def _milliseconds(timing, draws):
 
 
 def num_blocks(model):
-    """L of a model, with or without a policy."""
+    """Return L of a model, with or without a policy."""
     return count_blocks(getattr(model, "backbone", model))

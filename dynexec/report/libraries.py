@@ -1,4 +1,4 @@
-"""Other people's inference libraries: a module as an ONNX file, and that as a function of tensors."""
+"""Other inference libraries: a module as an ONNX file, and such a file as a function of tensors."""
 
 import io
 import logging
@@ -8,7 +8,7 @@ import torch
 
 
 def export_module(module, *inputs):
-    """A module as an ONNX file (bytes), for inputs of these shapes."""
+    """Export a module as an ONNX file (bytes), for inputs of these shapes."""
     file = io.BytesIO()
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -23,7 +23,7 @@ def export_module(module, *inputs):
 
 
 def open_in_onnx_runtime(content, threads):
-    """An ONNX file (bytes) as a function of tensors, which gives a list of tensors; all graph optimisations on."""
+    """Turn an ONNX file (bytes) into a function from tensors to a list of tensors, with all graph optimisations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -43,7 +43,7 @@ def open_in_onnx_runtime(content, threads):
 
 
 def open_in_openvino(content, threads):
-    """The same by OpenVINO, set for latency, float32."""
+    """:func:`open_in_onnx_runtime` with OpenVINO, set for latency, float32."""
     import openvino
 
     core = openvino.Core()

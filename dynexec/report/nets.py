@@ -33,7 +33,7 @@ class Net:
     Attributes
     ----------
     build : callable
-        Gives an ``nn.Module`` with dynamic blocks, or a DynamicNetwork.
+        Returns an ``nn.Module`` with dynamic blocks, or a DynamicNetwork.
     size : int
         Height and width of its images.
     batches : tuple of int
@@ -42,7 +42,7 @@ class Net:
     needs : tuple of str
         Packages that must be installed.
     trained : bool
-        Whether ``build`` gives trained weights; otherwise statistics and affine parameters are drawn.
+        Whether ``build`` returns trained weights; otherwise statistics and affine parameters are drawn.
     """
 
     build: Callable[[], nn.Module]
@@ -53,13 +53,13 @@ class Net:
     trained: bool = False
 
     def missing(self):
-        """Why it cannot be built here, or None."""
+        """Return why it cannot be built here, or None."""
         absent = [package for package in self.needs if importlib.util.find_spec(package) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def efficientnet_lite0():
-    """EfficientNet-Lite0 with its ImageNet weights, from an optional package, converted: 9 of 16 blocks can be dropped.
+    """Load EfficientNet-Lite0 with ImageNet weights from an optional package, converted: 9 of 16 blocks can be dropped.
 
     Images are ``[N, 3, 224, 224]``, RGB, scaled to [0, 1] and normalised with the ImageNet mean and deviation.
     """
@@ -106,9 +106,9 @@ DEFAULT_NETS = ("resnet110", "resnet101", "efficientnet_lite0", "resnet32")
 def build(net, *, seed=0, statistics=True):
     """Build a network of the bench in evaluation mode, the same every time.
 
-    Untrained ones get affine parameters of BatchNorm drawn at random and running statistics taken from a batch of
-    images: fresh ones (mean 0, variance 1, scale 1) would hide folding errors, and let the activations of a deep
-    network overflow. ``statistics=False`` leaves those, for who needs no outputs.
+    Untrained networks get random affine parameters of BatchNorm, and running statistics from a batch of images: fresh
+    ones (mean 0, variance 1, scale 1) would hide folding errors, and let the activations of a deep network overflow.
+    ``statistics=False`` leaves those, for callers that need no outputs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -119,7 +119,7 @@ def build(net, *, seed=0, statistics=True):
 
 
 def make_images(count, size, *, seed=0, channels=3):
-    """Smooth random images, float32 ``[count, channels, size, size]``: unlike noise they differ as whole images do."""
+    """Make smooth random images, float32 ``[count, channels, size, size]``; unlike noise, whole images differ."""
     generator = torch.Generator().manual_seed(seed + 1)
     coarse = torch.randn(count, channels, 4, 4, generator=generator)
     fine = torch.randn(count, channels, size, size, generator=generator)
@@ -150,8 +150,8 @@ def randomize_batch_norm(model, images):
 def draw_batch_norm(model, run, ends=()):
     """Draw the scales and biases of all BatchNorm2d of ``model``, and set their running statistics by ``run()``.
 
-    ``ends``: those that end a residual branch. They get small scales: untrained networks with normalised branches
-    amplify rounding errors from block to block, up to where two correct implementations differ visibly.
+    ``ends`` are those that end a residual branch. They get small scales: untrained networks with normalised branches
+    amplify rounding errors from block to block, until two correct implementations differ visibly.
     """
     norms = _norms(model)
     momenta = [norm.momentum for norm in norms]

@@ -1,4 +1,4 @@
-"""``dynexec report``: one self-contained HTML page of bench rows and, where there are, demo results."""
+"""``dynexec report``: one self-contained HTML page of bench rows and, if there are any, demo and profile results."""
 
 import base64
 import json
@@ -97,7 +97,7 @@ pre { overflow-x: auto; font-size: .8rem; }
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table of a page: texts under headings, the numbers of the rows to print red, and a note below."""
+    """A table of a page: texts under headings, the numbers of the rows to print in red, and a note below."""
 
     headings: tuple
     rows: tuple
@@ -126,7 +126,7 @@ class Section:
 
 
 def write_html(path, title, sections):
-    """Write an HTML page that needs no other file: pictures are inside. For screens of any width, light or dark."""
+    """Write an HTML page that needs no other file, pictures included. For screens of any width, light or dark."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = _data_uri
     html = environment.from_string(_PAGE).render(title=title, sections=sections)
@@ -146,7 +146,7 @@ def write_sections(path, sections):
 
 
 def read_sections(path):
-    """Sections written by :func:`write_sections`; ValueError names a file that is something else."""
+    """Read sections written by :func:`write_sections`; ValueError names a file that is something else."""
     path = Path(path)
     sections = []
     try:
@@ -166,7 +166,7 @@ def read_sections(path):
 
 
 def bench_sections(rows, folder):
-    """Sections for result rows; their plots are written to ``folder``."""
+    """Return sections for result rows; their plots are written to ``folder``."""
     figures = _speed_up_figures([row for row in rows if row["realised"] is not None], Path(folder))
     sections = []
     if figures:
@@ -184,7 +184,7 @@ def bench_sections(rows, folder):
 
 
 def profile_sections(profiles, folder):
-    """A section for each :class:`Profile`, by path of its file; their plots are written to ``folder``."""
+    """Return a section for each :class:`Profile`, by path of its file; their plots are written to ``folder``."""
     sections = []
     for number, (path, profile) in enumerate(profiles.items()):
         stem = f"{folder}/profile_{number}"
@@ -201,7 +201,7 @@ def profile_sections(profiles, folder):
 
 
 def _speed_up_figures(rows, folder):
-    """(PNG, caption) per network, and per machine of all networks that have one row for each batch size."""
+    """Return (PNG, caption) per network, and per machine for all networks with one row for each batch size."""
     several, single = {}, {}
     for title, members in group_rows(rows):
         if len(members) > len({row["batch"] for row in members}):
@@ -228,7 +228,7 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Run ``dynexec report``; return the exit status: 1 if there is nothing to report, or a file is not one."""
+    """Run ``dynexec report``; return the exit status: 1 if there is nothing to report, or a file is invalid."""
     paths = args.results or [Path(path) for path in DEFAULT_RESULTS if Path(path).exists()]
     try:
         rows = read_rows(*paths)

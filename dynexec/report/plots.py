@@ -1,4 +1,4 @@
-"""The pictures: theoretical against realised speed-up, and what a policy keeps over the frames of a clip."""
+"""Plots: theoretical against realised speed-up, and what a policy keeps over the frames of a clip."""
 
 import matplotlib
 import numpy as np
@@ -10,7 +10,7 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 
 
 def plot_speed_up(rows, path, *, title=""):
-    """Realised over theoretical speed-up with the ideal diagonal: a line per network and batch size.
+    """Plot realised over theoretical speed-up with the ideal diagonal: a line per network and batch size.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def plot_speed_up(rows, path, *, title=""):
 
 
 def plot_clip(kept, frames, path, *, title="", num_blocks=None, seconds=None):
-    """Blocks kept over the frames of a clip, with example frames above where they were taken.
+    """Plot the blocks kept over the frames of a clip, with example frames above where they were taken.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def plot_clip(kept, frames, path, *, title="", num_blocks=None, seconds=None):
 
 
 def _plot_series(axes, rows, number, label):
-    """One line of bernoulli rows by theoretical speed-up, and hollow markers for the published ones."""
+    """Plot one line of bernoulli rows by theoretical speed-up, and hollow markers for the published ones."""
     style = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLOURS[number % len(_COLOURS)], "markersize": 6}
     for kind, more in (("bernoulli", {"linewidth": 1}), ("published", {"linestyle": "none", "fillstyle": "none"})):
         points = sorted((row["theoretical"], row["realised"]) for row in rows if row["decisions"] == kind)
@@ -107,7 +107,7 @@ def _plot_series(axes, rows, number, label):
 
 
 def _logarithmic(axes, low, high):
-    """Both axes logarithmic over the same range, labelled with plain numbers."""
+    """Make both axes logarithmic over the same range, labelled with plain numbers."""
     ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if low <= tick <= high]
     axes.set(xscale="log", yscale="log", xlim=(min(low, 0.95), high), ylim=(low, high), aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):

@@ -33,7 +33,7 @@ def add_arguments(parser):
 def main(args):
     """Run ``dynexec profile``; return the exit status: 1 if there is no such network or setting here.
 
-    2 if both files are the same one.
+    2 if both files are the same.
     """
     if args.chrome and args.json and os.path.realpath(args.chrome) == os.path.realpath(args.json):
         print(f"dynexec profile: --chrome and --json must be two files, both are {args.json}", file=sys.stderr)
@@ -59,7 +59,7 @@ def main(args):
 
 
 def profile_net(net, args):
-    """The profile of a network of blocks, or why there is none."""
+    """Return the profile of a network of blocks, or why there is none."""
     model, images = build(net), make_images(args.batch or 8, net.size)
     settings = make_settings(net, num_blocks(model), len(images), [0.5 if args.keep is None else args.keep])
     if not settings:
@@ -68,7 +68,7 @@ def profile_net(net, args):
 
 
 def profile_system(system, args):
-    """The profile of a network of parts, or why there is none."""
+    """Return the profile of a network of parts, or why there is none."""
     if args.keep not in (None, PUBLISHED):
         return SYSTEM_KEEP
     network, inputs = build_system(system), system.inputs(args.batch or system.batches[0])

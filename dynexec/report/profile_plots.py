@@ -1,4 +1,4 @@
-"""The pictures of a profile: what each part took, and what was lost to what."""
+"""Plots of a profile: the time of each part, and how much was lost to which cause."""
 
 from math import ceil
 
@@ -35,13 +35,13 @@ _BY_KIND = {
 
 
 def plot_parts(profile, stem):
-    """A bar of measured time per part, with marks for roofline and theoretical time.
+    """Plot a bar of measured time per part, with marks for roofline and theoretical time.
 
     Parameters
     ----------
     profile : Profile
     stem : path
-        What the pictures' paths begin with.
+        Common beginning of the pictures' paths.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def _plot_some(profile, numbers, path):
 
 
 def plot_losses(profile, path):
-    """A bar per cause of the milliseconds that a :class:`Profile` lost to it, as a PNG; returns ``path``."""
+    """Plot a bar per cause of the milliseconds that a :class:`Profile` lost to it, as a PNG; return ``path``."""
     names, seconds = zip(*profile.losses.items(), strict=True)
     milliseconds = [1e3 * value for value in seconds]
     figure = Figure(figsize=(4.8, 0.7 + 0.28 * len(names)), layout="constrained")
@@ -111,7 +111,7 @@ def plot_losses(profile, path):
 
 
 def group_parts(parts):
-    """What each part is drawn as, a list of keys of the legend: layers before the first block are the stem."""
+    """Return what each part is drawn as, a list of keys of the legend: layers before the first block are the stem."""
     blocks = [number for number, part in enumerate(parts) if part.kind in ("block", "other", "shortcut")]
     first, last = (blocks[0], blocks[-1]) if blocks else (len(parts), len(parts))
     around = [

@@ -1,4 +1,4 @@
-"""Result rows: what one is made of, the arithmetic from times to efficiency, and reading and writing them.
+"""Result rows: their contents, the arithmetic from times to efficiency, and reading and writing them.
 
 A row is a dict, one JSON line: one network, batch size and keep rate, with the times of every candidate from one
 interleaved run.
@@ -56,7 +56,7 @@ SCHEMA = {
 
 
 def strongest_dense(milliseconds, dense):
-    """The fastest of the candidates named ``dense`` that have a time, or None.
+    """Return the fastest of the candidates named in ``dense`` that have a time, or None.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def strongest_dense(milliseconds, dense):
 
 
 def speed_up(milliseconds, flops_dense, flops_needed, dense):
-    """What times and FLOPs say: the computed columns of a row.
+    """Compute the columns of a row that follow from times and FLOPs.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def speed_up(milliseconds, flops_dense, flops_needed, dense):
     Returns
     -------
     dict
-        Keys from ``strongest_dense`` to ``own_dense`` of :data:`SCHEMA`; None where a time is missing.
+        Keys from ``strongest_dense`` to ``own_dense`` of :data:`SCHEMA`; None if a time is missing.
     """
     median = {name: times["median"] for name, times in milliseconds.items()}
     strongest = strongest_dense(milliseconds, dense)
@@ -130,9 +130,9 @@ def check_row(row):
 
 
 def append_row(path, row, *, anew=False):
-    """Write one row at the end of a JSON-lines file, at once: whenever this is interrupted, only whole rows are there.
+    """Append one row to a JSON-lines file, atomically: whenever this is interrupted, the file has only whole rows.
 
-    ``anew``: in place of the rows that the file holds.
+    ``anew``: replace the rows in the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def append_row(path, row, *, anew=False):
 
 
 def read_rows(*paths):
-    """Rows of JSON-lines files; of rows for the same machine and setting, the latest.
+    """Read rows of JSON-lines files, keeping the latest of those for the same machine and setting.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def read_rows(*paths):
 
 
 def environment(device=None, dtype=torch.float32):
-    """The columns of a row that say where and in which dtype it was measured, except ``time``."""
+    """Return the columns of a row that say where and in which dtype it was measured, except ``time``."""
     packages, gpu = ("torch", "onnxruntime", "openvino"), device is not None and device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else "cpu",
@@ -186,12 +186,12 @@ def environment(device=None, dtype=torch.float32):
 
 
 def now():
-    """The present time for a row: UTC, ISO 8601, to the second."""
+    """Return the current time for a row: UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _commit():
-    """The commit of the source tree that this file lies in, "+" appended if changed since; None outside one."""
+    """Return the commit of this file's source tree, with "+" appended if changed since; None outside one."""
     folder = Path(__file__).parent
 
     def git(*arguments):

