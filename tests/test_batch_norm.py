@@ -298,6 +298,18 @@ def test_recompute_under_decisions_weighs_with_what_is_kept(batch_norm):
     assert block.bn1.training == (batch_norm != "frozen")
 
 
+def test_recompute_where_batch_norm_gets_its_input_by_name():
+    class ByName(nn.BatchNorm2d):
+        def __call__(self, x):
+            return super().__call__(input=x)
+
+    batches = [torch.randn(3, 4, 5, 5), torch.randn(2, 4, 5, 5)]
+    model, twin = nn.Sequential(ByName(4)), nn.Sequential(nn.BatchNorm2d(4))
+    for net in (model, twin):
+        recompute_batch_norm(net, batches)
+    assert_same_buffers(model, twin)
+
+
 def test_recompute_by_the_policy_of_a_network():
     model = toys.torchvision_style()
     num_blocks = dynexec.convert(model).num_blocks

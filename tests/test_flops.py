@@ -173,6 +173,23 @@ def test_names_that_other_models_use_mean_nothing():
     assert flops.fixed == flops.dense == 2 * 25 * (3 * 4 + 4 * 2) and flops.block == ()
 
 
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = toys.BasicBlock(4, 6, 2)
+
+    def forward(self, x):
+        return self.block(x=x)
+
+
+@pytest.mark.parametrize("fine_tune", [None, "nothing"])
+def test_a_block_that_gets_its_input_by_name(fine_tune):
+    model, x = ByName(), torch.randn(2, 4, 6, 6)
+    dynexec.convert(model, fine_tune=fine_tune)
+    cost = measure.count_flops(model, x)
+    assert cost == measure.count_flops(nn.Sequential(model.block), x) and len(cost.block) == 1
+
+
 class Calm(toys.BasicBlock):
     """Looks at values."""
 

@@ -146,19 +146,19 @@ def _count(model, image):
         if get_ident() == thread:
             entered[block] = counter.get_total_flops()
 
-    def leave(block, arguments, output):
+    def leave(block, arguments, named, output):
         nonlocal repeated, inside
         if get_ident() != thread:
             return
         total = counter.get_total_flops()
         own = total - entered[block]
-        x = arguments[0]
         if getattr(block, "chooses_weights", False):
-            block.expert()(x)
+            block.expert()(*arguments, **named)
             other = counter.get_total_flops() - total
             repeated += other
             per_block[block.placement.column] += other - own
             return
+        x = (*arguments, *named.values())[0]  # a block with a shortcut of its own takes nothing else
         for layer in block.shortcut_layers():  # once more, to tell the shortcut from the residual branch
             x = layer(x)
         shortcut = counter.get_total_flops() - total
@@ -167,7 +167,7 @@ def _count(model, image):
         per_block[block.placement.column] += own - shortcut
 
     hooks = [block.register_forward_pre_hook(enter) for block in blocks]
-    hooks += [block.register_forward_hook(leave) for block in blocks]
+    hooks += [block.register_forward_hook(leave, with_kwargs=True) for block in blocks]
     try:
         with counter:
             model(image)

@@ -126,10 +126,11 @@ class _Average:
 
     def __init__(self, norm):
         self.momentum, self.norm, self.values = norm.momentum, norm, 0
-        self.hook = norm.register_forward_pre_hook(self.weigh)
+        self.hook = norm.register_forward_pre_hook(self.weigh, with_kwargs=True)
 
-    def weigh(self, norm, inputs):
-        values = inputs[0].numel() // inputs[0].shape[1]
+    def weigh(self, norm, arguments, named):
+        x = (*arguments, *named.values())[0]
+        values = x.numel() // x.shape[1]
         if self.values == 0 and values:
             norm.reset_running_stats()
         self.values += values
