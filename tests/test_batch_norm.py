@@ -252,6 +252,30 @@ def test_sync_batch_norm(batch_norm, monkeypatch):
     assert not any(actual[name].any() for name in actual if "conv" in name or "bn" in name)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sync_batch_norm_of_two_sets_of_weights(layout, monkeypatch):
+    model = pre_activation().double().train()
+    dynexec.convert(model, fine_tune="nothing", batch_norm="kept")
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, nn.SyncBatchNorm)}
+    for norm in norms.values():
+        norm.__class__ = Meets
+    some, none = torch.tensor([[True], [False], [True], [True]]).expand(-1, 3), torch.zeros(4, 3).bool()
+    for decisions in (some, none, ~none, none[:0]):
+        x = torch.randn(len(decisions), 4, 7, 5).double().contiguous(memory_format=layout)
+        forward = inside(model, decisions)
+        alone, strides = gradients(model, x, forward), forward(x).stride()
+        for norm in norms.values():
+            norm.seen = []
+        with monkeypatch.context() as patched:
+            patched.setattr(distributed, "is_initialized", lambda: True)
+            assert_same(gradients(model, x, forward), alone)
+            second = int(decisions[:, 0].sum())
+            counts = {name: second if "fine_tuned" in name else len(x) - second for name in norms}
+            assert {name: norm.seen for name, norm in norms.items()} == {name: [n] for name, n in counts.items()}
+            assert forward(x).stride() == strides
+
+
 def randomised(model):
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)

@@ -2,13 +2,13 @@
 
 import torch
 
-from dynexec.nn.batch_norm import explain_batch_norm, hold_batch_norm, uses_batch_statistics
-from dynexec.nn.residual import (
-    DynamicBlock,
-    choose,
-    computes_all,
-    with_zero_gradients,
+from dynexec.nn.batch_norm import (
+    explain_batch_norm,
+    hold_batch_norm,
+    meets_other_processes,
+    uses_batch_statistics,
 )
+from dynexec.nn.residual import DynamicBlock, choose, computes_all, with_zero_gradients
 from dynexec.nn.rows import join_rows, part_rows
 
 
@@ -52,13 +52,13 @@ class ExpertBlock(DynamicBlock):
 
 
 def _run_groups(groups, x, args, kwargs):
-    """Run each group's function on its samples; the module of an empty group gets zero gradients."""
-    idle = [module for _, module, index in groups if len(index) == 0]
-    if not idle:
+    """Run each group's function on its samples; a module that need not run gets zero gradients."""
+    running = [group for group in groups if len(group[2]) or meets_other_processes(group[1])]
+    if len(running) > 1:
         indices = [index for _, _, index in groups]
         parts = part_rows(x, indices)
         return join_rows([f(rows, *args, **kwargs) for (f, _, _), rows in zip(groups, parts, strict=True)], indices)
-    # Of an empty batch both are, and the first runs.
-    function = next((function for function, _, index in groups if len(index)), groups[0][0])
+    ((function, module, _),) = running or groups[:1]  # of an empty batch, the first runs
     y = function(x, *args, **kwargs)
-    return with_zero_gradients(y, idle[-1]) if torch.is_grad_enabled() else y
+    (idle,) = (other for _, other, _ in groups if other is not module)
+    return with_zero_gradients(y, idle) if torch.is_grad_enabled() else y

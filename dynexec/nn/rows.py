@@ -44,12 +44,12 @@ def part_rows(x, indices):
 
 
 def join_rows(parts, indices):
-    """Undo :func:`part_rows`; the result is laid out like the first of ``parts``."""
+    """Undo :func:`part_rows`; the result is laid out like the largest of ``parts``."""
     for rows, index in zip(parts, indices, strict=True):
         ops.check_scatter(parts[0], index, rows, False, False)
     if _backward_only(*parts):
         return _Join.apply(indices, *parts)
-    y = empty_rows(parts[0], sum(map(len, indices)))
+    y = empty_rows(max(parts, key=len), sum(map(len, indices)))
     for rows, index in zip(parts, indices, strict=True):
         y = ops.scatter_rows_(y, index, rows)
     return y
@@ -133,7 +133,7 @@ def _is_batch(x):
 def _place_rows(num_samples, indices, parts):
     """Put rows in their places, with zeros elsewhere and for parts that are None."""
     known = [(index, rows) for index, rows in zip(indices, parts, strict=True) if rows is not None]
-    some = known[0][1]
+    some = max((rows for _, rows in known), key=len)  # where there are no rows, the layout means nothing
     # Gradients in batches have no rule for what writes in place, and gradients of gradients need a graph.
     if _is_batch(some) or needed(*(rows for _, rows in known)):
         y = some.new_zeros(num_samples, *some.shape[1:])
