@@ -276,6 +276,20 @@ def test_sync_batch_norm_of_two_sets_of_weights(layout, monkeypatch):
             assert forward(x).stride() == strides
 
 
+def test_a_shortcut_elsewhere_belongs_to_the_first_set_of_weights():
+    model = Blocks(*own()).double().train()
+    dynexec.convert(model, fine_tune="nothing")
+    x, keep = torch.randn(4, 4, 5, 5).double(), torch.tensor([True, False, True, False])[:, None].expand(-1, 3)
+    for block in model[:3]:
+        block.eval()  # only the BatchNorm of the shortcut trains: over all samples, as batch_norm="all" says
+    counts = []
+    model[3].register_forward_pre_hook(lambda shortcut, arguments: counts.append(len(*arguments)))
+    inside(model, keep)(x)
+    assert counts == [4]
+    found = gradients(model.eval(), x, inside(model, torch.ones(3).bool()))
+    assert all(gradient is not None for gradient in found.values())  # as DistributedDataParallel needs
+
+
 def randomised(model):
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)

@@ -36,13 +36,14 @@ class ExpertBlock(DynamicBlock):
         column, expert = self.placement.column, self.expert()
         if self.training and self.placement.batch_norm == "frozen":
             hold_batch_norm(expert)  # it may be registered elsewhere
-        trains = uses_batch_statistics(self, expert)
+        own = (self, *self.shortcut_layers())  # which may be registered elsewhere
+        trains = uses_batch_statistics(*own, expert)
         if computes_all(self, execution, x) or (trains and self.placement.batch_norm == "all"):
             # A branch may overwrite its input, which the other one needs.
             other = self.forward_dense(x.clone(), *args, **kwargs)
             return choose(execution.column(column), expert(x, *args, **kwargs), other)
         route = execution.route(x.shape[0])
-        groups = [(self.forward_dense, self, route.group(column, 0)), (expert, expert, route.group(column, 1))]
+        groups = [(self.forward_dense, own, route.group(column, 0)), (expert, (expert,), route.group(column, 1))]
         try:
             return _run_groups(groups, x, args, kwargs)
         except ValueError as error:
@@ -52,13 +53,13 @@ class ExpertBlock(DynamicBlock):
 
 
 def _run_groups(groups, x, args, kwargs):
-    """Run each group's function on its samples; a module that need not run gets zero gradients."""
-    running = [group for group in groups if len(group[2]) or meets_other_processes(group[1])]
+    """Run each group's function on its samples; the modules of one that need not run get zero gradients."""
+    running = [group for group in groups if len(group[2]) or meets_other_processes(*group[1])]
     if len(running) > 1:
         indices = [index for _, _, index in groups]
         parts = part_rows(x, indices)
         return join_rows([f(rows, *args, **kwargs) for (f, _, _), rows in zip(groups, parts, strict=True)], indices)
-    ((function, module, _),) = running or groups[:1]  # of an empty batch, the first runs
+    ((function, modules, _),) = running or groups[:1]  # of an empty batch, the first runs
     y = function(x, *args, **kwargs)
-    (idle,) = (other for _, other, _ in groups if other is not module)
-    return with_zero_gradients(y, idle) if torch.is_grad_enabled() else y
+    (idle,) = (others for _, others, _ in groups if others is not modules)
+    return with_zero_gradients(y, *idle) if torch.is_grad_enabled() else y

@@ -396,10 +396,14 @@ class _ZeroGradients(torch.autograd.Function):
             return tangent.clone()
 
 
-def with_zero_gradients(x, block):
-    """Return a copy of ``x``, as for any other decisions; in backward the block's parameters get zero gradients."""
+def with_zero_gradients(x, *parts):
+    """Return a copy of ``x``, as for any other decisions; in backward the parameters of ``parts`` get zero gradients.
+
+    Those of ``parts`` that are plain functions have no parameters.
+    """
     # A copy also because an in-place layer behind the block must not reach the block's input.
     parameters = []
     if torch.is_grad_enabled():
-        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        having = (part for part in parts if hasattr(part, "parameters"))
+        parameters = [parameter for part in having for parameter in part.parameters() if parameter.requires_grad]
     return _ZeroGradients.apply(x, *parameters) if parameters else x.clone()
