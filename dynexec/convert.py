@@ -158,7 +158,9 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
             "convert the model before wrapping it"
         )
     if any(block.placement for block in dynamic_blocks(model)):
-        remedy = "call dynexec.revert(model) before converting it anew" if _reversible(model) else "as it was built to"
+        remedy = "its class gives its blocks their columns, so use it without convert"
+        if _reversible(model):
+            remedy = "call dynexec.revert(model) before converting it anew"
         raise ValueError(f"model obeys decisions already: {remedy}")
     if _subset_blocks(model):
         raise ValueError("model computes stochastic depth by subsets already: call dynexec.revert(model) before")

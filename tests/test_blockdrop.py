@@ -183,7 +183,7 @@ def test_revert_leaves_a_network_that_was_never_converted():
     assert [block.placement for block in dynamic_blocks(net)] == placements
     assert torch.equal(net(images, decisions), expected)
     for model in (net, net.backbone):
-        with pytest.raises(ValueError, match="model obeys decisions already: as it was built to"):
+        with pytest.raises(ValueError, match="already: its class gives its blocks their columns, so use it with"):
             dynexec.convert(model)
 
 

@@ -127,5 +127,7 @@ def test_what_has_no_running_statistics_cannot_be_frozen():
     model = nn.Sequential(toys.BasicBlock(4, 4), Own())
     with pytest.raises(ValueError, match="a BatchNorm of block '1' has no running statistics to freeze"):
         dynexec.convert(model, batch_norm="frozen")
+    with pytest.raises(ValueError, match="a BatchNorm of the model itself has no running statistics to freeze"):
+        dynexec.convert(Own(), batch_norm="frozen")
     assert type(model[0]) is toys.BasicBlock and type(model[1]) is Own and model[0].bn1.training
     assert dynexec.convert(model, batch_norm="kept").num_blocks == 2

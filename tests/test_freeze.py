@@ -363,6 +363,9 @@ def test_statistics_of_the_batch_are_refused():
     norm.running_mean = norm.running_var = None
     with pytest.raises(ValueError, match="BatchNorm of block 'layers.1.0' has no running statistics"):
         dynexec.freeze(model, toys.images(2))
+    block = model.get_submodule("layers.1.0")
+    with pytest.raises(ValueError, match="BatchNorm of the model itself has no running statistics"):
+        dynexec.freeze(block, torch.randn(2, 8, 5, 5))
 
 
 def test_bad_arguments():

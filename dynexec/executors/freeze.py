@@ -214,8 +214,9 @@ def check_arguments(model, example_input, dtype=None, policy=None):
 def _check_batch_norm(model):
     for name, block in model.named_modules():
         if isinstance(block, DynamicBlock) and any(norm.running_mean is None for norm in batch_norms(block)):
+            where = f"block {name!r}" if name else "the model itself"
             raise ValueError(
-                f"model cannot be frozen: a BatchNorm of block {name!r} has no running statistics "
+                f"model cannot be frozen: a BatchNorm of {where} has no running statistics "
                 "(track_running_stats=False), so what a sample becomes depends on the others"
             )
 

@@ -350,8 +350,9 @@ def check_batch_norm(batch_norm, blocks):
         raise ValueError(f'batch_norm must be "all" or "kept" (samples), or "frozen", got {batch_norm!r}')
     for name, block in blocks.items() if batch_norm == "frozen" else ():
         if any(norm.running_mean is None for norm in batch_norms(block)):
+            where = f"block {name!r}" if name else "the model itself"
             raise ValueError(
-                f'batch_norm must be "all" or "kept", got "frozen": a BatchNorm of block {name!r} has no running '
+                f'batch_norm must be "all" or "kept", got "frozen": a BatchNorm of {where} has no running '
                 f"statistics to freeze (track_running_stats=False)"
             )
 
