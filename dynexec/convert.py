@@ -11,14 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynexec.nn.network import DynamicNetwork
 from dynexec.nn.residual import DynamicBlock, check_batch_norm, dynamic_blocks, place
-from dynexec.nn.stochastic_depth import (
-    SubsetBranches,
-    drop_path_blocks,
-    make_subset,
-    read_branches,
-    subset_class,
-    undo_subset,
-)
+from dynexec.nn.stochastic_depth import SubsetBranches, drop_path_blocks, read_branches
 from dynexec.nn.structure import (
     CONVOLUTIONS,
     Adapter,
@@ -30,14 +23,15 @@ from dynexec.nn.structure import (
 )
 from dynexec.nn.swap import (
     FROZEN,
+    Converted,
     ConvertedExpert,
     Swapped,
     add_expert,
-    dynamic_class,
-    make_dynamic,
     original_class,
     second_weights,
-    undo,
+    swap,
+    swapped_class,
+    unswap,
 )
 
 
@@ -182,7 +176,7 @@ def convert(model, match=None, *, batch_norm="all", fine_tune=None, stochastic_d
     else:
         for name in columns:
             if found[name] is not None:
-                make_dynamic(modules[name], found[name])
+                swap(modules[name], Converted, _dynexec_adapter=found[name], placement=None)
     place({name: modules[name] for name in columns}, batch_norm, by_convert=True)
     rows = []
     for column, name in enumerate(columns):
@@ -210,7 +204,7 @@ def _convert_stochastic_depth(model, match, rules, batch_norm, fine_tune):
         block = model.get_submodule(name)
         drop_paths = tuple(dict.fromkeys(branch.drop_path for branch in branches.branches))
         rows.append((number, name, type(block).__name__, drop_paths))
-        make_subset(block, branches, batch_norm)
+        swap(block, SubsetBranches, _dynexec_branches=branches, _dynexec_batch_norm=batch_norm)
     return Conversion(tuple(rows), tuple(skipped), stochastic_depth=True)
 
 
@@ -222,7 +216,7 @@ def _find_stochastic_depth(model, rules):
         if not any(_fits(rule, name, block) for rule in rules):
             continue
         try:
-            _check_swap(block, subset_class)
+            _check_swap(block, SubsetBranches)
             branches = read_branches(block)
         except NotABlock as reason:
             skipped.append((name, type(block).__name__, str(reason)))
@@ -261,18 +255,17 @@ def revert(model):
         If the class of a block was changed after :func:`convert`. Nothing is reverted then.
     """
     _check_model(model)
-    blocks, subsets = _reversible(model), _subset_blocks(model)
-    swapped = [(block, dynamic_class(block._dynexec_original, block._dynexec_base)) for block in _swapped(blocks)]
-    for block, own in [*swapped, *((block, subset_class(block._dynexec_original)) for block in subsets)]:
-        if own is not type(block):
+    blocks = [*_reversible(model), *_subset_blocks(model)]
+    swapped = [block for block in blocks if isinstance(block, Swapped)]
+    for block in swapped:
+        if swapped_class(original_class(block), block._dynexec_base) is not type(block):
             raise ValueError(f"a block is a {type(block).__name__} since it was converted: undo that change first")
     for block in blocks:
-        del block.placement
-    for block in _swapped(blocks):
-        undo(block)
-    for block in subsets:
-        undo_subset(block)
-    return len(blocks) + len(subsets)
+        if isinstance(block, Swapped):
+            unswap(block)
+        else:
+            del block.placement
+    return len(blocks)
 
 
 def recall(model):
@@ -283,10 +276,10 @@ def recall(model):
     blocks = _reversible(model)
     if not blocks:
         return None
-    adapters = [block._dynexec_adapter for block in _swapped(blocks)]
-    fine_tune = next((block._dynexec_adapter for block in blocks if isinstance(block, ConvertedExpert)), None)
-    if fine_tune is None and not all(isinstance(adapter, TracedAdapter) for adapter in adapters):
+    adapters = [block._dynexec_adapter for block in blocks if isinstance(block, Converted)]
+    if not all(isinstance(adapter, TracedAdapter) for adapter in adapters):
         return None
+    fine_tune = next((block._dynexec_frozen for block in blocks if isinstance(block, ConvertedExpert)), None)
     names = [escape(name) for name, module in model.named_modules() if module in blocks]
     return {"match": names, "batch_norm": blocks[0].placement.batch_norm, "fine_tune": fine_tune}
 
@@ -299,11 +292,7 @@ def _check_model(model):
 def _reversible(model):
     """The blocks that :func:`convert` changed: those of other classes, and dynexec's own that had no column before."""
     placed = [block for block in dynamic_blocks(model) if block.placement]
-    return [block for block in placed if isinstance(block, Swapped) or block.placement.by_convert]
-
-
-def _swapped(blocks):
-    return [block for block in blocks if isinstance(block, Swapped)]
+    return [block for block in placed if isinstance(block, _CONVERTED) or block.placement.by_convert]
 
 
 def _subset_blocks(model):
@@ -375,7 +364,7 @@ def _worth_saying(modules, found, reasons):
 
 def _read(module, rule):
     """Return the adapter for a module that matches a rule."""
-    _check_swap(module, dynamic_class)
+    _check_swap(module, Converted)
     adapter = isinstance(rule, Adapter)
     if not adapter and not is_candidate(module):
         raise NotABlock("one of torch's own layers, or no convolution inside: it takes a dynexec.Adapter")
@@ -389,20 +378,21 @@ def _read(module, rule):
     return rule
 
 
-def _check_swap(module, swapped_class):
-    """Raise :class:`NotABlock` unless the class of ``module`` can be swapped for ``swapped_class(type(module))``."""
+def _check_swap(module, base):
+    """Raise :class:`NotABlock` unless the class of ``module`` can be swapped for one with ``base`` before it."""
     if isinstance(module, _GRAPHS):
         raise NotABlock("a traced or scripted graph has no blocks: convert the model before")
     if "forward" in vars(module):
         raise NotABlock("its forward is replaced on the object, not in its class")
     original = type(module)
     try:
-        module.__class__ = swapped_class(original)
+        module.__class__ = swapped_class(original, base)
         module.__class__ = original
     except TypeError as error:
         raise NotABlock(f"its class cannot be swapped ({error})") from error
 
 
+_CONVERTED = (Converted, ConvertedExpert)
 _NO_RULE = object()
 _GRAPHS = (fx.GraphModule, torch.jit.ScriptModule)
 _RESERVED = [name for name in vars(DynamicBlock) if not name.startswith("__") and name != "forward"]

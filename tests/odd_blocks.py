@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from drop_path_toys import DropPath
 from torch import nn
 
 
@@ -305,10 +306,14 @@ class PrivateNames(ScaledAddition):
 
 
 class OwnState(ScaledAddition):
-    """Drops attributes it does not know when it is pickled."""
+    """Drops attributes it does not know when it is pickled. Trains with stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_path = DropPath(0.5)
 
     def forward(self, x):
-        return x + self.conv(x)
+        return x + self.drop_path(self.conv(x))
 
     def __getstate__(self):
         known = ("training", "_parameters", "_buffers", "_modules")

@@ -2,9 +2,11 @@
 
 import copy
 
+import odd_blocks
 import pytest
 import torch
 from drop_path_toys import ALMOST_1, DropPath, StochasticDepth, ViTBlock, assert_same, results, set_rates
+from test_converted_models import COPIES
 from torch import nn
 
 import dynexec
@@ -218,3 +220,19 @@ def test_a_block_that_copies_itself_and_one_that_is_registered_twice():
     x = torch.randn(4, 7, 8)
     assert_same(results(copied, x, 3), results(block, x, 3), 1e-6)
     assert dynexec.revert(nn.Sequential(model, copied)) == 2 and type(copied) is CopiesItself
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("kind", ["OwnState", "OwnReduce", "OwnDeepcopy", "OwnNew", "Slots"])
+def test_blocks_that_are_copied_in_their_own_way(kind, way):
+    kind = getattr(odd_blocks, kind)
+    model = odd_blocks.shallow(kind(4) if kind is odd_blocks.OwnNew else kind())
+    dynexec.convert(model, stochastic_depth=True)
+    copied, x = COPIES[way](model), torch.randn(6, 3, 5, 5)
+    assert type(copied[1]) is type(model[1])
+    assert_same(results(copied.train(), x, 1), results(model.train(), x, 1))
+    calls = []
+    copied[1].conv.register_forward_pre_hook(lambda *given: calls.append(given))
+    set_rates(copied, ALMOST_1)
+    assert torch.equal(copied(x), copied[0](x)) and not calls  # the copy is converted, too
+    assert dynexec.revert(copied) == 1 and type(copied[1]) is kind

@@ -8,7 +8,6 @@ import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import fx
@@ -16,6 +15,7 @@ from torch import fx
 from dynexec.nn.batch_norm import uses_batch_statistics
 from dynexec.nn.drop_path import SubsetDropPath, add_branch, draw_samples, needs_fixed_shapes
 from dynexec.nn.structure import BlockTracer, NotABlock, OneInput, is_addition, overwrites
+from dynexec.nn.swap import Swapped, original_class
 
 _ARITHMETIC = {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
 
@@ -88,8 +88,8 @@ def _unread():
 
 def read_branches(block):
     """Trace ``block`` in training mode and return its :class:`Branches`; raise :class:`NotABlock` if that fails."""
-    own = getattr(type(block), "_dynexec_original", type(block))
-    parameters = list(inspect.signature(own.forward).parameters.values())[2:]  # without the block and its input
+    signature = inspect.signature(original_class(block).forward)
+    parameters = list(signature.parameters.values())[2:]  # without the block and its input
     graph = _training_graph(block)
     for node in reversed(graph.nodes):
         if not node.users and _measured(node) is not None:  # as of ``n, h, w, c = x.shape``, where nobody reads n
@@ -254,8 +254,11 @@ class _BoundBranch:
         yield from (operator.attrgetter(name)(self.block) for name in self.branch.parameters)
 
 
-class SubsetBranches:
-    """Mixin placed before a block's own class in the bases of the class that it is swapped to."""
+class SubsetBranches(Swapped):
+    """A block that computes its branches for the samples only that its stochastic depth keeps."""
+
+    _dynexec_kept = ("_dynexec_branches", "_dynexec_batch_norm")
+    _dynexec_prefix = "Subset"
 
     def forward(self, *args, **kwargs):
         if not (self.training and args and isinstance(args[0], torch.Tensor)) or needs_fixed_shapes(args[0]):
@@ -277,50 +280,9 @@ class SubsetBranches:
         keep, scale = draw_samples(x.shape[0], rate)
         return add_branch(shortcut, x, branch, keep, scale if divides else 1.0, branch_first=branch.branch.first)
 
-    def __reduce_ex__(self, protocol):
-        # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
-        function, arguments, *state = super().__reduce_ex__(protocol)
-        arguments = tuple(self._dynexec_original if argument is type(self) else argument for argument in arguments)
-        return _rebuild, (function, arguments), *state
-
 
 def _as_traced(defaults, others, kwargs):
     """Whether a block is called with its input alone, or with the default values of its other parameters."""
     given = dict(zip(defaults, others)) | kwargs
     known = len(others) <= len(defaults)
     return known and all(name in defaults and value is defaults[name] for name, value in given.items())
-
-
-def make_subset(block, branches, batch_norm):
-    """Swap the class of ``block`` for one that computes only the kept samples of ``branches``; return the block."""
-    block.__class__ = subset_class(type(block))
-    vars(block).update(_dynexec_branches=branches, _dynexec_batch_norm=batch_norm)
-    return block
-
-
-def undo_subset(block):
-    """Give a block its original class back."""
-    block.__class__ = block._dynexec_original
-    del block._dynexec_branches, block._dynexec_batch_norm
-
-
-@cache
-def subset_class(original):
-    """Return the class for blocks of class ``original``."""
-    namespace = {"__module__": original.__module__, "_dynexec_original": original}
-    if hasattr(original, "__deepcopy__"):
-        namespace["__deepcopy__"] = _deepcopy
-    return type(f"Subset{original.__name__}", (SubsetBranches, original), namespace)
-
-
-def _deepcopy(block, memo):
-    """Let the block copy itself in its own way, which may yield one of its original class, and convert the copy."""
-    copied = block._dynexec_original.__deepcopy__(block, memo)
-    copied.__class__ = block._dynexec_original
-    return make_subset(copied, None, block._dynexec_batch_norm)
-
-
-def _rebuild(function, arguments):
-    block = function(*arguments)
-    block.__class__ = subset_class(type(block))
-    return block

@@ -1,4 +1,4 @@
-"""Classes that blocks of existing models are swapped to so that they obey decisions."""
+"""Swaps the classes of blocks of existing models: the mechanism, and the classes with which blocks obey decisions."""
 
 import copy
 from functools import cache
@@ -14,19 +14,26 @@ from dynexec.nn.structure import CONVOLUTIONS
 FROZEN = ("convolutions", "all", "nothing")
 
 
-class Swapped(DynamicBlock):
-    """Mixin placed before a block's own class in the bases of the class that it is swapped to."""
+class Swapped:
+    """Mixin placed before a block's own class in the bases of the class that it is swapped to.
+
+    ``_dynexec_kept`` names the attributes that swapped blocks and their copies have besides their own.
+    """
+
+    _dynexec_kept = ()
+    _dynexec_prefix = "Dynamic"  # of the class's name, before that of the block's own class
 
     def __reduce_ex__(self, protocol):
         # The class exists in memory only: pickle and deepcopy make the block as one of its own class, in its own way.
         function, arguments, *state = super().__reduce_ex__(protocol)
         arguments = tuple(self._dynexec_original if argument is type(self) else argument for argument in arguments)
-        swap = self._dynexec_adapter, self.placement, self._dynexec_base
-        return _rebuild, (function, arguments, *swap), *state
+        return _rebuild, (function, arguments, self._dynexec_base, _kept(self)), *state
 
 
-class Converted(Swapped):
+class Converted(Swapped, DynamicBlock):
     """A block that is kept or dropped, split as an adapter says."""
+
+    _dynexec_kept = ("_dynexec_adapter", "placement")
 
     def residual_layers(self):
         return self._dynexec_adapter.residual_layers(self)
@@ -38,26 +45,65 @@ class Converted(Swapped):
         return self._dynexec_adapter.activation_layer(self)
 
 
-class ConvertedExpert(ExpertBlock, Swapped):
+class ConvertedExpert(Swapped, ExpertBlock):
     """A block with a second set of weights, its submodule ``fine_tuned``."""
+
+    _dynexec_kept = ("_dynexec_frozen", "placement")
 
     def expert(self):
         return self.fine_tuned
 
     def train(self, mode=True):
         super().train(mode)
-        if self._dynexec_adapter == "all":
+        if self._dynexec_frozen == "all":
             for name, child in self.named_children():
                 if name != "fine_tuned":
                     child.eval()
         return self
 
 
-def make_dynamic(block, adapter, base=Converted, placement=None):
-    """Swap the class of ``block`` for one with ``base`` before it in its bases; return the block."""
-    block.__class__ = dynamic_class(original_class(block), base)
-    vars(block).update(_dynexec_adapter=adapter, placement=placement)
+def swap(block, base, **kept):
+    """Swap the class of ``block`` for one with ``base`` before it in its bases, set ``kept``, and return the block."""
+    block.__class__ = swapped_class(original_class(block), base)
+    vars(block).update(kept)
     return block
+
+
+def unswap(block):
+    """Give ``block`` its original class back, and take from it what it had besides its own."""
+    for name in block._dynexec_kept:
+        del vars(block)[name]
+    if isinstance(block, ConvertedExpert):
+        del block.fine_tuned
+    block.__class__ = block._dynexec_original
+
+
+@cache
+def swapped_class(original, base):
+    """Return the class for blocks of class ``original``, with ``base``, a :class:`Swapped`, before it in its bases."""
+    namespace = {"__module__": original.__module__, "_dynexec_original": original, "_dynexec_base": base}
+    if hasattr(original, "__deepcopy__"):
+        namespace["__deepcopy__"] = _deepcopy
+    return type(f"{base._dynexec_prefix}{original.__name__}", (base, original), namespace)
+
+
+def original_class(block):
+    """Return the block's original class."""
+    return block._dynexec_original if isinstance(block, Swapped) else type(block)
+
+
+def _kept(block):
+    return {name: getattr(block, name) for name in block._dynexec_kept}
+
+
+def _deepcopy(block, memo):
+    """Let the block copy itself in its own way, which may yield one of its original class, and swap the copy's."""
+    copied = block._dynexec_original.__deepcopy__(block, memo)
+    return swap(copied, block._dynexec_base, **copy.deepcopy(_kept(block), memo))
+
+
+def _rebuild(function, arguments, base, kept):
+    return swap(function(*arguments), base, **kept)
 
 
 def second_weights(block, frozen):
@@ -81,39 +127,7 @@ def add_expert(block, second, frozen):
         if isinstance(layer, kinds):
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(False)
-    make_dynamic(block, frozen, ConvertedExpert)
+    swap(block, ConvertedExpert, _dynexec_frozen=frozen, placement=None)
     block.fine_tuned = second
     if frozen == "all":
         block.train(block.training)
-
-
-def undo(block):
-    """Give a block its original class back, with only its first set of weights."""
-    if isinstance(block, ConvertedExpert):
-        del block.fine_tuned
-    block.__class__ = block._dynexec_original
-    del block._dynexec_adapter
-
-
-@cache
-def dynamic_class(original, base=Converted):
-    """Return the class for blocks of class ``original``."""
-    namespace = {"__module__": original.__module__, "_dynexec_original": original, "_dynexec_base": base}
-    if hasattr(original, "__deepcopy__"):
-        namespace["__deepcopy__"] = _deepcopy
-    return type(f"Dynamic{original.__name__}", (base, original), namespace)
-
-
-def original_class(block):
-    """Return the block's original class."""
-    return block._dynexec_original if isinstance(block, Swapped) else type(block)
-
-
-def _deepcopy(block, memo):
-    """Let the block copy itself in its own way, which may yield one of its original class, and convert the copy."""
-    copied = block._dynexec_original.__deepcopy__(block, memo)
-    return make_dynamic(copied, block._dynexec_adapter, block._dynexec_base, block.placement)
-
-
-def _rebuild(function, arguments, adapter, placement, base):
-    return make_dynamic(function(*arguments), adapter, base, placement)
