@@ -40,7 +40,7 @@ def prepare(model, images, device, dry):
         try:
             frozen = freeze(model, images, executor=name)
             ways[name] = partial(frozen, images)
-            remarks += [f"{name}: {note}" for note in frozen.notes]
+            remarks += [f"{name}: {note}" for note in (*frozen.notes, *frozen.graph_notes())]
         except RuntimeError as error:
             remarks.append(f"{name}: {error}")
     return ways, remarks

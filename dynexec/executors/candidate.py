@@ -75,7 +75,6 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
         fast.graphs = None
         return None, refused[executor] if executor else "; ".join(f"{name}: {why}" for name, why in refused.items())
     fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
-    fast.note_failed_graphs()
     return fast, None
 
 

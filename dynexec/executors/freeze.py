@@ -135,7 +135,6 @@ def freeze(
             frozen.prove_one_launch(images)
             if frozen.graphs is not None:
                 frozen.call(images, None)
-        frozen.note_failed_graphs()
     cache.save()
     return frozen
 
@@ -168,7 +167,7 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     if chosen is fast:
         fast.use(fastest)
     else:
-        layers.notes += fast.notes
+        layers.notes += fast.notes + fast.graph_notes()
         fast.graphs = None  # and their memory
     expected = {name: f" ({1e3 * seconds:.2f} expected)" for name, seconds in fast.expected.items()}
     compared = ", ".join(f"{name} {1e3 * times[name]:.2f} ms{expected.get(name, '')}" for name in times)

@@ -128,16 +128,15 @@ class FrozenNetwork(nn.Module):
         """Return the output of :meth:`call` alone."""
         return self.call(x, decisions)[0]
 
-    def note_failed_graphs(self):
-        """Make ``explain`` say for which inputs there is no CUDA graph, and why."""
+    def graph_notes(self):
+        """Return lines of text: for which inputs so far there is no CUDA graph, or not the intended one, and why."""
         if self.graphs is None:
-            return
-        for what, found in (("no", self.graphs.failed), ("another", self.graphs.replaced)):
-            for (executor, shape, decided), reason in found.items():
-                by = "by the policy" if decided else "given"
-                note = f"{what} CUDA graph for {executor}, {shape}, decisions {by}: {reason}"
-                if note not in self.notes:
-                    self.notes.append(note)
+            return []
+        return [
+            f"{what} CUDA graph for {executor}, {shape}, decisions {'by the policy' if decided else 'given'}: {reason}"
+            for what, found in (("no", self.graphs.failed), ("another", self.graphs.replaced))
+            for (executor, shape, decided), reason in list(found.items())  # a copy: other threads may add to it
+        ]
 
     def compute(self, x, decisions):
         """Return output and decisions for ``x``, in the network's dtype, and ``decisions`` bool ``[N, L]`` or None."""
@@ -279,6 +278,7 @@ class FrozenNetwork(nn.Module):
             f"{len(self.stages)} stages by layer, {self.dtype}, {self.samples_at_once or 'all'} samples at once, "
             f"policy: {self._policy_name()}",
             *self.notes,
+            *self.graph_notes(),
         ]
         for part in (*self.segments, *self.stages):
             lines += part.explain()
