@@ -15,13 +15,15 @@ from dynexec.executors.launches import LaunchPrograms
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Graphs on a CPU, where those of a function that has ``waits`` cannot be captured; what was, in order."""
+    """Graphs on a CPU; a function that ``waits`` or is ``short`` cannot be captured. What was, in order."""
     found = []
 
     class Graph:
         def __init__(self, function, x, decisions, layout):
             if hasattr(function, "waits"):
                 raise RuntimeError(f"{function.__name__} waits for the device")
+            if hasattr(function, "short"):
+                raise torch.OutOfMemoryError("none left")
             found.append(function.__name__)
             self.function = function
 
@@ -81,6 +83,49 @@ def test_the_graph_not_used_for_longest_gives_way(captured):
         found(torch.zeros(samples), None, "way")
     assert [shape for _, (shape,), _ in found.graphs] == [4, 5, 6, 7, 8, 9, 1, 2]
     assert len(captured) == 10
+
+
+def test_what_cannot_be_captured_leaves_the_others_their_graphs(captured):
+    function, waits = functions("a", "A")
+    found = graphs.Graphs(function)
+    for samples in range(1, 9):
+        found(torch.zeros(samples), None, "way")
+    found.function = waits
+    assert found(torch.zeros(9), None, "way") == "A"
+    assert [shape for _, (shape,), _ in found.graphs] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["A", "b"]])
+def test_a_shortage_of_memory_passes(names, captured):
+    """Meanwhile the last function runs without a graph, and ``failed`` says why; then there is one."""
+    *_, last = given = functions(*names)
+    short = next(function for function in given if function.__name__.islower())
+    found = graphs.Graphs(given[0], given[1:])
+    x, key = torch.zeros(2, 3), ("way", (2, 3), True)
+    for _ in range(2):
+        short.short = True
+        assert found(x, None, "way") == last.__name__
+        assert found.failed == {key: "OutOfMemoryError: none left"} and not found.replaced and not captured
+    del short.short
+    for _ in range(2):
+        assert found(x, None, "way") == short.__name__
+    assert not found.failed and captured == [short.__name__]
+    assert list(found.replaced) == [key] * names[0].isupper()
+
+
+def test_where_memory_is_short_the_graph_not_used_for_longest_gives_way(captured):
+    """But no more of them: a shape that never fits would take one after the other from the rest."""
+    (function,) = functions("a")
+    found = graphs.Graphs(function)
+    for samples in range(1, 9):
+        found(torch.zeros(samples), None, "way")
+    function.short = True
+    for _ in range(3):
+        found(torch.zeros(9), None, "way")
+        assert [shape for _, (shape,), _ in found.graphs] == [2, 3, 4, 5, 6, 7, 8]
+    del function.short
+    found(torch.zeros(9), None, "way")
+    assert [shape for _, (shape,), _ in found.graphs] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_streams_are_not_shared_while_there_are_others(monkeypatch):

@@ -22,9 +22,10 @@ class Graphs:
     ``decisions`` if these are a result; ``decisions`` may be None, and ``variant`` names what else the function depends
     on. The function must not wait for the device. If it does, or if its capture fails for another reason, it is
     replaced by the first of the equivalent functions ``instead`` that can be captured, and ``replaced`` says why. If
-    none can be, the last one runs without a graph, and ``failed`` says why. Calls from several streams and threads are
-    ordered on the device, since a graph has its memory only once. ``layout`` is the memory format of the graph's ``x``;
-    if networks read images as channels_last, copying them there also converts them.
+    none can be, the last one runs without a graph, and ``failed`` says why; where memory was short, the next call tries
+    again. Calls from several streams and threads are ordered on the device, since a graph has its memory only once.
+    ``layout`` is the memory format of the graph's ``x``; if networks read images as channels_last, copying them there
+    also converts them.
     """
 
     def __init__(self, function, instead=(), layout=torch.preserve_format):
@@ -32,6 +33,7 @@ class Graphs:
         self.done = torch.cuda.Event()
         self.lock = RLock()
         self.graphs, self.replaced, self.failed = {}, {}, {}
+        self._hopeless = set()  # keys of those that failed for another reason than a shortage of memory
 
     def __call__(self, x, decisions, variant):
         key = variant, tuple(x.shape), decisions is None
@@ -50,28 +52,38 @@ class Graphs:
 
     def _find(self, key, x, decisions):
         """Return the graph of a key, a new one if there is none, or None if it cannot be captured."""
-        if key in self.failed:
+        if key in self._hopeless:
             return None
         graph = self.graphs.pop(key, None)
         if graph is None:
-            if len(self.graphs) >= _MOST:
+            graph = self._make(key, x, decisions)
+            if len(self.graphs) >= _MOST and key not in self._hopeless:  # also for want of memory, which this frees
                 torch.cuda.synchronize()  # the oldest may still run
                 del self.graphs[next(iter(self.graphs))]
-            reasons = []
-            for function in (self.function, *self.instead):
-                try:
-                    with _capturing:
-                        graph = _Graph(function, x, decisions, self.layout)
-                    break
-                except Exception as error:  # of anybody's code
-                    reasons.append(f"{type(error).__name__}: {error}")
-            if graph is None:
-                self.failed[key] = reasons[0]
-                return None
-            if reasons:
-                self.replaced[key] = reasons[0]
-        self.graphs[key] = graph  # the last one again
+        if graph is not None:
+            self.graphs[key] = graph  # the last one again
         return graph
+
+    def _make(self, key, x, decisions):
+        """Return a graph of the first function that can be captured; None, and why in ``failed``, if there is none."""
+        self.failed.pop(key, None)
+        reasons = []
+        for function in (self.function, *self.instead):
+            try:
+                with _capturing:
+                    graph = _Graph(function, x, decisions, self.layout)
+            except Exception as error:  # of anybody's code
+                reasons.append(f"{type(error).__name__}: {error}")
+                if isinstance(error, torch.OutOfMemoryError):
+                    self.failed[key] = reasons[-1]
+                    return None
+            else:
+                if reasons:
+                    self.replaced[key] = reasons[0]
+                return graph
+        self.failed[key] = reasons[0]
+        self._hopeless.add(key)
+        return None
 
 
 class _Graph:
