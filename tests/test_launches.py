@@ -318,6 +318,40 @@ def test_where_dense_becomes_the_faster_one(dense, fused, share, monkeypatch, tm
     assert candidate._measure_switch(frozen, x, cache) == 1.0
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for graphs")
+@pytest.mark.parametrize("executor", ["switched", None])
+def test_a_share_that_is_not_in_the_file_is_an_error(executor, monkeypatch, tmp_path):
+    """What goes wrong while it is measured, also by a ValueError, is a reason not to switch."""
+    from dynexec.executors import candidate
+
+    class WithGraphs(candidate.FrozenNetwork):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.graphs = SimpleNamespace(lock=nullcontext(), keep_only=lambda variant: None, failed={}, replaced={})
+
+        def call(self, x, decisions):
+            return self.run(x, decisions), decisions
+
+    def fail(call, device):
+        raise ValueError("no kernel")
+
+    model = toys.finish(nn.Sequential(toys.BasicBlock(4, 4)))
+    dynexec.convert(model)
+    x, path = torch.randn(2, 4, 5, 5), tmp_path / "costs.json"
+    dynexec.freeze(model, x, cost_cache=path)  # without graphs, and so without a switch
+    monkeypatch.setattr(candidate, "FrozenNetwork", WithGraphs)
+    monkeypatch.setattr(candidate, "conditional_missing", lambda: None)
+    with pytest.raises(ValueError, match="holds no times for .*switch.*measure=True first"):
+        dynexec.freeze(model, x, executor=executor, cost_cache=path, measure=False)
+    monkeypatch.setattr(candidate, "seconds", fail)
+    if executor is None:
+        monkeypatch.setattr(sys.modules["dynexec.executors.freeze"], "race", lambda *_: {"fused": 1.0, "layers": 2.0})
+        assert "switched refused: ValueError: no kernel" in dynexec.freeze(model, x, cost_cache=path).explain()
+    else:
+        with pytest.raises(RuntimeError, match="'switched' cannot run this network: ValueError: no kernel"):
+            dynexec.freeze(model, x, executor=executor, cost_cache=path)
+
+
 def test_a_switch_needs_graphs_and_bodies_that_run(monkeypatch):
     """That ``dense`` is not worth trying is no reason against it: where nothing is dropped the static network runs."""
     from dynexec.executors import candidate

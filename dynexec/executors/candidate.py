@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from dynexec.executors.conditional import conditional_missing
-from dynexec.executors.costs import are_times, device_name, digest, seconds
+from dynexec.executors.costs import MissingTime, are_times, device_name, digest, seconds
 from dynexec.executors.frozen import FrozenNetwork
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.segment import listed, make_segments
@@ -64,6 +64,8 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
                 reason = proof.difference(fast)
                 if reason is None and fast.graphs is not None:
                     reason = proof.difference(fast, FrozenNetwork.in_graphs)
+        except MissingTime:
+            raise
         except Exception as error:  # a kernel that does not compile, or fails: then layers are there
             reason = f"{type(error).__name__}: {error}"
         if reason is not None:

@@ -32,6 +32,10 @@ def _library_version():
     return importlib.metadata.version("dynexec")
 
 
+class MissingTime(ValueError):
+    """Raised for what would have to be measured and may not be."""
+
+
 class CostCache:
     """Measured costs, kept in one JSON file per user; a missing file is an empty cache.
 
@@ -70,7 +74,7 @@ class CostCache:
         known = key in self.entries
         if not known or not valid(self.entries[key]):
             if not self._measure:
-                raise ValueError(
+                raise MissingTime(
                     f"cost_cache {str(self.path)!r} holds no times for {key:.200}: freeze with measure=True first, "
                     "a batch and images of this size, on this machine, with this number of threads and these versions "
                     "of dynexec and torch"
