@@ -334,7 +334,7 @@ def test_bad_arguments(saved, tmp_path):
     for error, message, options in (
         (ValueError, "executor must be None or one of .*'switched'.*, got 1", {"executor": 1}),
         (ValueError, "executor must be None or one of .*, got 'quick'", {"executor": "quick"}),
-        (TypeError, "winograd", {"winograd": 1}),
+        (TypeError, "winograd must be True or False", {"winograd": 1}),
         (ValueError, "dtype must be None or one of", {"dtype": torch.float8_e5m2}),
     ):
         with pytest.raises(error, match=message):

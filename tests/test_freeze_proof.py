@@ -157,6 +157,9 @@ def test_bad_arguments_are_named():
         dynexec.freeze(model, x, dtype="bf16")
     with pytest.raises(TypeError, match="policy must be"):
         dynexec.freeze(model, x, policy=3)
+    for name, value in (("winograd", "off"), ("batch_invariant", None), ("measure", 1), ("keep_memory", 0)):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+            dynexec.freeze(model, x, **{name: value})
     frozen = dynexec.freeze(model, x)
     with pytest.raises(TypeError, match="model must be the original one, got a FrozenNetwork"):
         dynexec.freeze(frozen, x)

@@ -57,13 +57,11 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     ImportError
         If the package safetensors is not installed.
     """
-    check_arguments(model, example_input, dtype, policy)
+    check_arguments(model, example_input, dtype, policy, winograd=winograd, batch_invariant=batch_invariant)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype}")
     if executor not in (None, *EXECUTORS):
         raise ValueError(f"executor must be None or one of {list(EXECUTORS)}, got {executor!r}")
-    if not (isinstance(winograd, bool) and isinstance(batch_invariant, bool)):
-        raise TypeError(f"winograd and batch_invariant must be True or False, got {winograd!r} and {batch_invariant!r}")
     folder = Path(folder).resolve()
     if not any(_is_ours(folder) for _ in range(3)):  # of one that another process is just removing some are left
         raise _foreign(folder)

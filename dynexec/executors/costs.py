@@ -53,8 +53,6 @@ class CostCache:
     """
 
     def __init__(self, path=None, measure=True):
-        if not isinstance(measure, bool):
-            raise TypeError(f"measure must be True or False, got {measure!r}")
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"cost_cache must be a path or None, got {path!r}")
         self._asked_for = path is not None

@@ -103,7 +103,8 @@ def freeze(
     RuntimeError
         If the frozen network's output is not the original's, or ``executor`` cannot run the network.
     """
-    device = check_arguments(model, example_input, dtype, policy)
+    flags = {"winograd": winograd, "batch_invariant": batch_invariant, "measure": measure, "keep_memory": keep_memory}
+    device = check_arguments(model, example_input, dtype, policy, **flags)
     backend = choose_backend(device, winograd, batch_invariant)
     known = sorted((*EXECUTORS, *backend.executors))
     if executor is not None and executor not in known:
@@ -175,8 +176,11 @@ def _freeze_backbone(backbone, images, executor, backend, cache):
     return chosen.keep_only()
 
 
-def check_arguments(model, example_input, dtype=None, policy=None):
-    """Return the device of a model and its example input; TypeError or ValueError if :func:`freeze` refuses them."""
+def check_arguments(model, example_input, dtype=None, policy=None, **flags):
+    """Return the device of a model and its example input; TypeError or ValueError if :func:`freeze` refuses them.
+
+    ``flags`` are its other arguments that are True or False.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, (FrozenNetwork, FrozenRouted)):
@@ -199,6 +203,9 @@ def check_arguments(model, example_input, dtype=None, policy=None):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if policy is not None and not isinstance(policy, nn.Module):
         raise TypeError(f"policy must be an nn.Module, got {type(policy).__name__}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *tensors_of(example_input))}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(map(str, devices)))
