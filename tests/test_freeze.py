@@ -16,6 +16,7 @@ from torch import nn
 
 import dynexec
 from dynexec.executors import backends
+from dynexec.executors.block import run_rows
 from dynexec.executors.candidate import halves
 from dynexec.executors.engine import engine_missing
 from dynexec.executors.stage import EXECUTORS
@@ -251,6 +252,13 @@ def test_executor_with_wrong_output_is_refused(monkeypatch, no_engine):
     assert "grouped refused" in frozen.explain()
     with pytest.raises(RuntimeError, match="grouped"):
         dynexec.freeze(model, toys.images(2), executor="grouped")
+
+
+def test_nobody_waits_for_a_device_to_say_which_rows_run():
+    """The meta device stands in for a GPU: it has no values to read."""
+    x, index = torch.empty(5, 8, 3, 3, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    sizes = []
+    assert run_rows(lambda x, s: sizes.append(len(x)) or x, x, x, index, 2) is x and sizes == [2, 1]
 
 
 def test_cheapest_executor_is_chosen_per_stage_and_route(no_engine):

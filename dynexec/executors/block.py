@@ -110,9 +110,10 @@ def run_slice(body, x, s, start, stop, chunk):
 
 def run_rows(body, x, s, index, chunk):
     """Compute the rows ``index`` (int32, ascending) of ``x`` into the same rows of ``s``; return ``s``."""
-    first, last = int(index[0]), int(index[-1])
-    if last - first + 1 == len(index):
-        return run_slice(body, x, s, first, last + 1, chunk)
+    if index.device.type == "cpu":  # of another device this would wait
+        first, last = int(index[0]), int(index[-1])
+        if last - first + 1 == len(index):
+            return run_slice(body, x, s, first, last + 1, chunk)
     for part in index.split(chunk):
         rows = dispatch.gather_rows(x, part)
         shortcuts = rows if x is s else dispatch.gather_rows(s, part)
