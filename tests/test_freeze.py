@@ -250,6 +250,9 @@ def test_executor_with_wrong_output_is_refused(monkeypatch, no_engine):
     frozen = dynexec.freeze(model, toys.images(2))
     assert all("grouped" in stage.refused for stage in frozen.stages)
     assert "grouped refused" in frozen.explain()
+    with monkeypatch.context() as patch:
+        patch.setattr(EXECUTORS["grouped"], "prepare", lambda *_: pytest.fail("samples are grouped for nothing"))
+        frozen(toys.images(4), torch.rand(4, num_blocks) < 0.5)
     with pytest.raises(RuntimeError, match="grouped"):
         dynexec.freeze(model, toys.images(2), executor="grouped")
 

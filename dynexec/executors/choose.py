@@ -55,7 +55,7 @@ class StageCosts:
     def losses(self, executor, kept, parts, num_samples):
         """Predict the seconds above the dense time of the kept rows, by cause; arguments as in ``predict``.
 
-        Small batches cost more per row; row moves are gathering and scattering.
+        Small batches cost more per row; row moves are gathering and scattering. Only of ``grouped`` are ``parts`` read.
         """
         small = moves = computed = 0.0
         dense = [block.body(num_samples) / num_samples for block in self.blocks]

@@ -4,11 +4,6 @@ from dynexec.executors.block import run_all, run_rows
 from dynexec.measure.ranges import part_range
 
 
-def prepare(stage, route):
-    """Return what ``run`` needs of the route: the route itself."""
-    return route
-
-
 def run(stage, x, route):
     """Run ``stage`` on ``x`` ``[N, ...]``, which is overwritten."""
     for block in stage.blocks:

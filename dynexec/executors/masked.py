@@ -6,11 +6,6 @@ from dynexec.executors.block import run_all
 from dynexec.measure.ranges import part_range
 
 
-def prepare(stage, route):
-    """Return what ``run`` needs of the route: the route itself."""
-    return route
-
-
 def run(stage, x, route):
     """Run ``stage`` on ``x`` ``[N, ...]``, which may be overwritten."""
     for block in stage.blocks:

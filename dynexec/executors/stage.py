@@ -43,9 +43,9 @@ class Stage:
     def __call__(self, x, route):
         if not self.owns_input:
             x = x.clone()
-        name, prepared = self.choose(route)
+        name, given = self.choose(route)
         self.used[name] += 1
-        return EXECUTORS[name].run(self, x, prepared)
+        return EXECUTORS[name].run(self, x, given)
 
     @property
     def signature(self):
@@ -53,23 +53,26 @@ class Stage:
         return " ".join(block.signature for block in self.blocks)
 
     def choose(self, route):
-        """Return the name of the executor for ``route``, and what it prepared."""
+        """Return the name of the executor for ``route``, and what its ``run`` takes."""
         if self.executor is not None or len(self.proven) == 1 or route.num_samples <= 1:
             name = self.executor or self.proven[0]
-            return name, EXECUTORS[name].prepare(self, route)
+            return name, self._prepare(name, route)
         seconds, parts = self.predict(route)
         name = min(self.proven, key=seconds.get)
-        return name, parts if name == "grouped" else EXECUTORS[name].prepare(self, route)
+        return name, parts if name == "grouped" else route
+
+    def _prepare(self, name, route):
+        return grouped.prepare(self, route) if name == "grouped" else route
 
     def predict(self, route):
-        """Predict seconds by executor; return also what ``grouped`` prepared on the way."""
-        parts = grouped.prepare(self, route)
+        """Predict the seconds of each ``proven`` executor; return also what ``grouped`` takes, empty if refused."""
+        parts = grouped.prepare(self, route) if "grouped" in self.proven else {}
         return self.costs.predict(self._kept(route), parts, route.num_samples), parts
 
     def predict_losses(self, route):
         """Predict seconds by cause, see :meth:`StageCosts.losses`, for the executor that would be chosen."""
-        name, _ = self.choose(route)
-        return self.costs.losses(name, self._kept(route), grouped.prepare(self, route), route.num_samples)
+        name, given = self.choose(route)
+        return self.costs.losses(name, self._kept(route), given, route.num_samples)
 
     def _kept(self, route):
         return [route.count(block.column) for block in self.blocks]
@@ -84,7 +87,7 @@ class Stage:
     def prove(self, x, route, reference):
         """Run ``x`` with every executor and refuse those whose output is not ``reference``."""
         for name in list(self.proven):
-            y = EXECUTORS[name].run(self, x.clone(), EXECUTORS[name].prepare(self, route))
+            y = EXECUTORS[name].run(self, x.clone(), self._prepare(name, route))
             error = relative_error(y, reference)
             if not error <= tolerance(reference.dtype, reference.device):
                 self.proven.remove(name)
