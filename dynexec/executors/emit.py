@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
-from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, ADDITIONS
+from dynexec.executors.rewrite import ACTIVATION_CALLS, ACTIVATION_MODULES, pair
 from dynexec.executors.stage import Stage
-from dynexec.nn.structure import hooked
+from dynexec.nn.structure import ADDITIONS, hooked
 
 _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -113,19 +113,19 @@ def _emit_module(builder, module, x, out):
     if out is not None:
         return None
     if kind is nn.MaxPool2d:
-        if module.return_indices or _pair(module.dilation) != (1, 1):
+        if module.return_indices or pair(module.dilation) != (1, 1):
             return None
-        geometry = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
+        geometry = pair(module.kernel_size), pair(module.stride), pair(module.padding)
         return builder.pool(x, "max", *geometry, ceil=module.ceil_mode)
     if kind is nn.AvgPool2d:
-        geometry = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
+        geometry = pair(module.kernel_size), pair(module.stride), pair(module.padding)
         divisor = module.divisor_override
         if divisor is None and module.count_include_pad and any(geometry[2]):
             if module.ceil_mode:  # windows at the end count less padding
                 return None
             divisor = geometry[0][0] * geometry[0][1]
         return builder.pool(x, "sum", *geometry, divisor or 0, module.ceil_mode)
-    if kind is nn.AdaptiveAvgPool2d and _pair(module.output_size) == (1, 1):
+    if kind is nn.AdaptiveAvgPool2d and pair(module.output_size) == (1, 1):
         return _pool_all(builder, x)
     if kind is nn.Flatten and (module.start_dim, module.end_dim) in ((1, -1), (1, 3)):
         return Flat(x, x.pooled) if x.pixels == 1 else None
@@ -247,7 +247,3 @@ def _reads(node, values, out):
 
 def _argument(node, position, name, default):
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)

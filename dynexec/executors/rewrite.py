@@ -10,7 +10,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dynexec.executors.packing import PackedConv
-from dynexec.nn.structure import hooked
+from dynexec.nn.structure import ADDITIONS, IN_PLACE_OPERATORS, hooked
 
 ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 ACTIVATION_CALLS = {
@@ -23,7 +23,6 @@ ACTIVATION_CALLS = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass
@@ -119,7 +118,7 @@ def _read_conv(module, modules, node):
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         tensors = [_constant(module, given.get(name)) for name in ("weight", "bias")]
-        geometry = [_pair(given.get(name, default)) for name, default in zip(names[3:6], (1, 0, 1), strict=True)]
+        geometry = [pair(given.get(name, default)) for name, default in zip(names[3:6], (1, 0, 1), strict=True)]
         if tensors[0] is not None and None not in geometry and (tensors[1] is not None or given.get("bias") is None):
             return _Conv(*tensors, *geometry, given.get("groups", 1))
     return None
@@ -189,7 +188,8 @@ def _changes_in_place(modules, node):
         getattr(target, "inplace", False) is True
         or node.kwargs.get("inplace", False) is True
         or (target is F.relu and len(node.args) > 1 and node.args[1] is True)
-        or target in (torch.relu_, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+        or target is torch.relu_
+        or target in IN_PLACE_OPERATORS
         or (node.op == "call_method" and target.endswith("_") and not target.endswith("__"))
     )
     return in_place and len(node.args[0].users) > 1
@@ -203,7 +203,8 @@ def _constant(module, node):
     return getattr(module.get_submodule(path), name)
 
 
-def _pair(value):
+def pair(value):
+    """Return a number for both dimensions as two; None for what is neither one number nor several."""
     if isinstance(value, int):
         return value, value
     return tuple(value) if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value) else None

@@ -16,8 +16,8 @@ from torch import fx, nn
 from dynexec.nn.tracing import Tracer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 # What may give its input itself, or a view of it.
 _HAND_ON = (
     nn.Identity,
@@ -268,7 +268,7 @@ def is_addition(node):
     """Whether ``node`` adds two different values, neither of them constant or scaled."""
     return (
         node.op in ("call_function", "call_method")
-        and node.target in _ADDITIONS
+        and node.target in ADDITIONS
         and len(node.args) == len(node.all_input_nodes) == 2
         and not node.kwargs
     )
@@ -320,7 +320,7 @@ def overwrites(block, node, x):
     else:
         name = node.target if node.op == "call_method" else node.target.__name__
         in_place_name = name.endswith("_") and not name.endswith("__")
-        if node.target in _IN_PLACE_OPERATORS or in_place_name or node.kwargs.get("inplace") is True:
+        if node.target in IN_PLACE_OPERATORS or in_place_name or node.kwargs.get("inplace") is True:
             return True
         if name not in _VIEWS:
             return False
