@@ -352,6 +352,22 @@ def test_a_share_that_is_not_in_the_file_is_an_error(executor, monkeypatch, tmp_
             dynexec.freeze(model, x, executor=executor, cost_cache=path)
 
 
+def test_times_of_a_function_hold_for_one_dtype_and_version(monkeypatch, tmp_path):
+    from dynexec.executors import function
+    from dynexec.executors.costs import CostCache
+
+    monkeypatch.setattr(function, "seconds", lambda run, device: 1.0)
+    cache, backend = CostCache(tmp_path / "costs.json"), backends.kernels(DEVICE, False)
+    for dtype, version in ((torch.float32, "old"), (torch.float16, "old"), (torch.float32, "new")):
+        net = toys.finish(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).to(DEVICE, dtype).requires_grad_(False)
+        of_version = replace(backend, version=(version,))
+        x = torch.randn(2, 3, 5, 5).to(DEVICE, dtype)
+        _, note = function.freeze_function(net, x, None, of_version, cache, in_graph=False)
+        assert note is None
+    assert len(cache.entries) == 3
+    assert all(entry.keys() == {"Triton kernels", "layers"} for entry in cache.entries.values())
+
+
 def test_a_switch_needs_graphs_and_bodies_that_run(monkeypatch):
     """That ``dense`` is not worth trying is no reason against it: where nothing is dropped the static network runs."""
     from dynexec.executors import candidate

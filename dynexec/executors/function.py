@@ -61,13 +61,15 @@ def freeze_function(module, example, executor, backend, cache, *, in_graph):
         return packed.forward, f"by the {backend.name} {reason}"
     if executor is None and not in_graph:
         signature = digest([module, *(segment.signature for segment in segments)])
-        key = cache.key("function", signature, tuple(example.shape), *device_name(example.device))
-        runs = {"engine": lambda: fast.forward(example), "layers": lambda: packed.forward(example)}
+        what = signature, tuple(example.shape), example.dtype, *backend.version, *device_name(example.device)
+        runs = {backend.name: fast.forward, "layers": packed.forward}
         times = cache.get(
-            key, are_times(runs), lambda: {name: seconds(run, example.device) for name, run in runs.items()}
+            cache.key("function", *what),
+            are_times(runs),
+            lambda: {name: seconds(partial(run, example), example.device) for name, run in runs.items()},
         )
-        if times["engine"] > times["layers"]:
-            took = [f"{1e3 * times[name]:.2f} ms" for name in ("engine", "layers")]
+        if times[backend.name] > times["layers"]:
+            took = [f"{1e3 * times[name]:.2f} ms" for name in runs]
             return packed.forward, f"by the {backend.name} {took[0]}, by layer {took[1]} (measured)"
     for segment in segments:
         segment.release()
