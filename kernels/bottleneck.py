@@ -17,8 +17,6 @@ from dynexec.kernels.device import (
 )
 from dynexec.kernels.tiles import finish_tile, sum_taps
 
-MAX_MIDDLE = 256  # channels between the two: a tile holds all of them
-
 
 @triton.jit(**ONCE)
 def _conv_pair(
@@ -117,9 +115,9 @@ def conv_pair(
 ):
     """Compute two calls of :func:`conv`, the second with ``last_weight`` ``[K, M, 1, 1]``; return ``out``.
 
-    The values between them are rounded to the dtype, as in memory. ``weight`` is ``[M, C, KH, KW]`` with at most
-    :data:`MAX_MIDDLE` channels M; the other arguments are those of :func:`conv`. Results do not depend on the rest of
-    the batch.
+    The values between them are rounded to the dtype, as in memory. ``weight`` is ``[M, C, KH, KW]``: a tile holds all M
+    channels, and there are tiles for up to 256. The other arguments are those of :func:`conv`. Results do not depend on
+    the rest of the batch.
     """
     n, c, h, w = x.shape
     m, _, kh, kw = weight.shape

@@ -30,7 +30,7 @@ _AMPERE = {
     64: {4096: Tile(64, 64, 32, 4, 4, 2), None: Tile(128, 64, 32, 4, 4, 2)},
     None: {1024: Tile(64, 64, 32, 4, 4, 2), None: Tile(128, 128, 32, 8, 4, 1)},
 }
-# {largest number of channels between two convolutions: tile}.
+# {largest number of channels between two convolutions: tile}; only benchmarks use the last one.
 _AMPERE_PAIRS = {64: Tile(64, 64, 32, 4, 3, 2), 128: Tile(64, 64, 32, 4, 3, 1), 256: Tile(64, 32, 32, 8, 3, 1)}
 
 
