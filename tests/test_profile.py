@@ -122,7 +122,7 @@ def test_recording_changes_no_bit_and_fits_into_the_call(case, executor, at_once
     frozen.samples_at_once = at_once
     expected, x = frozen(x, decisions), x.contiguous(memory_format=torch.channels_last)
     start = time.perf_counter()
-    output, run = record(frozen, x, decisions)
+    output, run = record(frozen, x, decisions, frozen.executor)
     wall = time.perf_counter() - start
     assert torch.equal(output, expected)
     assert 0 < run.total <= wall and run.idle >= 0 and run.launches >= 0
@@ -189,7 +189,7 @@ def test_time_of_threads_is_shared(case, executor):
     frozen = dynexec.freeze(model, x, executor=executor)
     torch.set_num_threads(2)
     try:
-        _, run = record(frozen, x, decisions)
+        _, run = record(frozen, x, decisions, frozen.executor)
     finally:
         torch.set_num_threads(1)
     engine = [span for span in run.spans if span.kind in ("block", "shortcut", "layer")]

@@ -85,10 +85,10 @@ def profile(frozen, x, decisions, rounds):
     )
 
 
-def record(frozen, x, decisions, executor=None):
-    """Return the output of one call and the :class:`Run` of its times, with this executor or the one in use."""
+def record(frozen, x, decisions, executor):
+    """Return the output of one call with this executor, and the :class:`Run` of its times."""
     run, outputs, engine_spans = Run(), [], []
-    with torch.no_grad(), frozen.using(executor or frozen.executor), Recorder(x.device) as recorder:
+    with torch.no_grad(), frozen.using(executor), Recorder(x.device) as recorder:
         if decisions is None:
             with recorder.span(*POLICY, len(x)):
                 decisions = frozen.decide(x)
