@@ -53,21 +53,8 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
             )
             fast.executors.remove(name)
             continue
-        try:
-            if name == "switched":
-                both = executor is not None or "dense" in accepted
-                fast.switch_at = _measure_switch(fast, images, cache) if both else 1.0
-                share = f"{100 * fast.switch_at:.0f} % of blocks"
-                fast.notes.append(f"switched: static where all blocks are kept, dense from {share} on, else fused")
-            fast.use(name)
-            with choosing_algorithms():
-                reason = proof.difference(fast)
-                if reason is None and fast.graphs is not None:
-                    reason = proof.difference(fast, FrozenNetwork.in_graphs)
-        except MissingTime:
-            raise
-        except Exception as error:  # a kernel that does not compile, or fails: then layers are there
-            reason = f"{type(error).__name__}: {error}"
+        dense = executor is not None or "dense" in accepted
+        reason = _refusal(fast, name, dense, proof, images, cache)
         if reason is not None:
             refused[name] = reason
             fast.executors.remove(name)
@@ -78,6 +65,25 @@ def try_backend(backend, network, layers, proof, images, executor, cache):
         return None, refused[executor] if executor else "; ".join(f"{name}: {why}" for name, why in refused.items())
     fast.notes += [f"{name} refused: {reason}" for name, reason in refused.items()]
     return fast, None
+
+
+def _refusal(fast, name, dense, proof, images, cache):
+    """Try an executor; return why it cannot be used, or None. ``dense``: whether that one may be a body of a switch."""
+    try:
+        if name == "switched":
+            fast.switch_at = _measure_switch(fast, images, cache) if dense else 1.0
+            share = f"{100 * fast.switch_at:.0f} % of blocks"
+            fast.notes.append(f"switched: static where all blocks are kept, dense from {share} on, else fused")
+        fast.use(name)
+        with choosing_algorithms():
+            reason = proof.difference(fast)
+            if reason is None and fast.graphs is not None:
+                reason = proof.difference(fast, FrozenNetwork.in_graphs)
+        return reason
+    except MissingTime:
+        raise
+    except Exception as error:  # a kernel that does not compile, or fails: then layers are there
+        return f"{type(error).__name__}: {error}"
 
 
 def _can_switch(fast, accepted, refused):
