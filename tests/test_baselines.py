@@ -77,7 +77,7 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
     The bias of a projection shortcut is added by the convolution that the shortcut is added to.
     """
     pytest.importorskip("triton", reason="needs Triton")
-    from dynexec.executors import launches
+    from dynexec.executors import launch_program
     from dynexec.kernels import conv
 
     class AsItIs:  # no graph, which only a GPU has
@@ -87,9 +87,9 @@ def test_the_librarys_baseline_runs_every_convolution_folded(model, own, monkeyp
         def __call__(self, images, decisions, variant):
             return self.function(images, decisions)
 
-    ran, run = [], launches._run_by_library
+    ran, run = [], launch_program._run_by_library
     monkeypatch.setattr(baselines, "Graphs", AsItIs)
-    monkeypatch.setattr(launches, "_run_by_library", lambda step, *rest: ran.append(step) or run(step, *rest))
+    monkeypatch.setattr(launch_program, "_run_by_library", lambda step, *rest: ran.append(step) or run(step, *rest))
     monkeypatch.setattr(conv, "conv", None)  # none of our own
     network = model if own else converted("timm")[0]
     backbone, images = getattr(network, "backbone", network), nets.make_images(3, 16)

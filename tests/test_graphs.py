@@ -10,8 +10,8 @@ from test_routed import choice
 from torch import nn
 
 import dynexec
-from dynexec.executors import launches
 from dynexec.executors.conditional import conditional_missing
+from dynexec.executors.launch_program import LaunchProgram
 from dynexec.nn.context import decide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -73,12 +73,12 @@ def test_executors_have_graphs_of_their_own():
 def test_the_device_switches(monkeypatch):
     """Each way to run is made to give what the others do not."""
     _, num_blocks, x, frozen = freeze(batch=8, executor="switched")
-    launch = launches.LaunchProgram._launch
+    launch = LaunchProgram._launch
 
     def shifted(program, x, route, name, *rest):
         return launch(program, x, route, name, *rest) + {"static": 200.0, "dense": 100.0, "fused": 0.0}[name]
 
-    monkeypatch.setattr(launches.LaunchProgram, "_launch", shifted)
+    monkeypatch.setattr(LaunchProgram, "_launch", shifted)
     frozen.switch_at = 0.5
     frozen.use("switched")
     frozen.graphs.graphs.clear()

@@ -15,10 +15,11 @@ from kernel_cases import DEVICE
 from torch import nn
 
 import dynexec
-from dynexec.executors import backends, launches
+from dynexec.executors import backends, launch_program, launches
 from dynexec.executors.conditional import conditional_missing
 from dynexec.executors.instructions import Value
-from dynexec.executors.launches import LaunchBuilder, _find_pairs
+from dynexec.executors.launch_program import LaunchProgram, _find_pairs
+from dynexec.executors.launches import LaunchBuilder
 from dynexec.executors.packing import PackedConv
 from dynexec.executors.profile import record
 from dynexec.executors.proof import relative_error
@@ -113,13 +114,13 @@ def test_output_is_the_models(name, dtype, executor):
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a node chooses, and nobody sees which")
 def test_switched_is_dense_where_enough_is_kept(monkeypatch):
     model, num_blocks, x, frozen = frozen_pair("two", executor="switched")
-    launch, ran = launches.LaunchProgram._launch, []
+    launch, ran = LaunchProgram._launch, []
 
     def take_down(program, x, route, name):
         ran.append(name)
         return launch(program, x, route, name)
 
-    monkeypatch.setattr(launches.LaunchProgram, "_launch", take_down)
+    monkeypatch.setattr(LaunchProgram, "_launch", take_down)
     pairs = len(x) * num_blocks
     for share in (1.0, 0.6875, 0.1):
         frozen.switch_at = share
@@ -147,13 +148,13 @@ def test_launches_depend_on_each_other_but_beside_nodes(executor, plain, monkeyp
     monkeypatch.setattr(
         launches.LaunchPrograms, "take_conditional", lambda self, x, executor: nodes if executor in with_nodes else None
     )
-    launch, seen = launches.LaunchProgram._launch, []
+    launch, seen = LaunchProgram._launch, []
 
     def take_down(*arguments):
         seen.append(device._plain.get())
         return launch(*arguments)
 
-    monkeypatch.setattr(launches.LaunchProgram, "_launch", take_down)
+    monkeypatch.setattr(LaunchProgram, "_launch", take_down)
     _, num_blocks, x, frozen = frozen_pair("two", executor="fused")
     seen.clear()
     route = Route.from_decisions(torch.rand(len(x), num_blocks) < 0.5, exact=False)
@@ -395,7 +396,7 @@ def test_a_shortage_of_memory_is_not_what_the_library_lacks(monkeypatch):
                 raise error
             return "plain"
 
-        monkeypatch.setattr(launches, "_run_by_library", fail)
+        monkeypatch.setattr(launch_program, "_run_by_library", fail)
         image = type("Image", (), {"device": torch.device("cuda"), "__len__": lambda self: 1})()
         if given_up:
             assert program._run_by_library(step, image, None) == "plain"

@@ -94,7 +94,7 @@ def _digest_of_kernels():
     sources = sorted(Path(package.__file__).parent.glob("*.py"))
     sources += [
         Path(__file__).with_name(f"{name}.py")
-        for name in ("launches", "frames", "conditional", "graphs", "resident", "twins")
+        for name in ("launches", "launch_program", "frames", "conditional", "graphs", "resident", "twins")
     ]
     if (module := importlib.util.find_spec("dynexec._cuda")) is not None:
         sources.append(Path(module.origin))

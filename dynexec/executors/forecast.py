@@ -3,7 +3,7 @@
 from dataclasses import replace
 from math import log, sqrt
 
-from dynexec.executors.launches import in_one_pass
+from dynexec.executors.launch_program import in_one_pass
 from dynexec.executors.resident import cluster_size, read_network
 from dynexec.measure.roofline import Layer, layer_seconds
 

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from dynexec import dispatch
 from dynexec.executors.choose import CAUSES
-from dynexec.executors.launches import most_dropped
+from dynexec.executors.launch_program import most_dropped
 from dynexec.executors.profile import check_rounds, profile
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import only_segment

@@ -16,7 +16,8 @@ from dynexec.executors import freeze
 from dynexec.executors.block import pack_module
 from dynexec.executors.graphs import Graphs, choosing_algorithms
 from dynexec.executors.instructions import count_readers
-from dynexec.executors.launches import LaunchPrograms, is_plain
+from dynexec.executors.launch_program import is_plain
+from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.segment import make_segments
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import apply_layers, count_blocks, dynamic_blocks
