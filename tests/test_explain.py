@@ -3,6 +3,7 @@
 import pytest
 import torch
 import toys
+from test_routed import choice
 from torch import nn
 
 import dynexec
@@ -96,6 +97,21 @@ def test_a_slow_engine_says_how_slow(monkeypatch):
     policy = make_policy(dynexec.convert(model).num_blocks)
     frozen = dynexec.freeze(model, x, policy=policy)
     assert notes(frozen) == ["policy: by the engine 2000.00 ms, by layer 1000.00 ms (measured)"]
+
+
+@needs_engine
+def test_one_is_singular():
+    model, x = toys.finish(nn.Sequential(nn.Conv2d(3, 4, 3), toys.BasicBlock(4, 4))), toys.images(2)
+    dynexec.convert(model)
+    lines = dynexec.freeze(model, x, executor="resident").explain().splitlines()
+    assert lines[0].startswith("1 block, 1 segment of the engine (") and ", 1 block, for images" in lines[-1]
+    frozen = dynexec.freeze(model, x, executor="masked")
+    frozen.samples_at_once = 1
+    text = frozen.explain()
+    assert text.startswith("1 block, 0 segments, 1 stage by layer, torch.float32, 1 sample at once")
+    assert "\nstage 0: 1 block 1 .. 1, rows" in text
+    part = dynexec.freeze(choice(), x, executor="fused").explain().splitlines()[0]
+    assert part.startswith("nets.0: 1 segment of 5 instructions, 0 other layers")
 
 
 def test_a_part_says_why():

@@ -12,6 +12,7 @@ from dynexec.executors.launch_program import most_dropped
 from dynexec.executors.profile import check_rounds, profile
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import only_segment
+from dynexec.executors.stage import counted
 from dynexec.nn.context import check_decisions
 from dynexec.ops import check_dense
 from dynexec.policy import threshold
@@ -274,9 +275,9 @@ class FrozenNetwork(nn.Module):
         by = f" of the {self.backend.name} ({self.backend.runs_on})" if self.segments else ""
         graphs = ", in CUDA graphs" if self.graphs is not None else ""
         lines = [
-            f"{self.num_blocks} blocks, {len(self.segments)} segments{by}{graphs}, "
-            f"{len(self.stages)} stages by layer, {self.dtype}, {self.samples_at_once or 'all'} samples at once, "
-            f"policy: {self._policy_name()}",
+            f"{counted(self.num_blocks, 'block')}, {counted(len(self.segments), 'segment')}{by}{graphs}, "
+            f"{counted(len(self.stages), 'stage')} by layer, {self.dtype}, "
+            f"{counted(self.samples_at_once or 'all', 'sample')} at once, policy: {self._policy_name()}",
             *self.notes,
             *self.graph_notes(),
         ]

@@ -12,6 +12,7 @@ from dynexec.executors.graphs import Graphs
 from dynexec.executors.profile import check_rounds
 from dynexec.executors.proof import is_rounding, relative_error, tolerance
 from dynexec.executors.routed_profile import profile_routed
+from dynexec.executors.stage import counted
 from dynexec.nn.batch_norm import uses_batch_statistics
 
 
@@ -114,10 +115,9 @@ class FrozenPart(nn.Module):
         segments = [call for call in calls if hasattr(call, "programs")]
         if not segments:
             return "by layer"
-        instructions = sum(len(segment.operations) for segment in segments)
-        return (
-            f"{len(segments)} segments of {instructions} instructions, {len(calls) - len(segments)} layers beside them"
-        )
+        instructions = counted(sum(len(segment.operations) for segment in segments), "instruction")
+        others = counted(len(calls) - len(segments), "other layer")
+        return f"{counted(len(segments), 'segment')} of {instructions}, {others}"
 
 
 class InGraphs:

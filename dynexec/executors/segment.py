@@ -6,7 +6,7 @@ from dynexec.executors.emit import Flat, emit_nodes
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
 from dynexec.executors.recent import IMAGE_SIZES, Recent
-from dynexec.executors.stage import ROUTE, Stage
+from dynexec.executors.stage import ROUTE, Stage, counted
 from dynexec.nn.structure import hooked
 
 
@@ -57,10 +57,10 @@ class Segment:
 
     def explain(self):
         """Return lines of text: the nodes, the number of blocks, how it runs."""
-        blocks = sum(len(stage.blocks) for stage in self.stages)
+        blocks = counted(sum(len(stage.blocks) for stage in self.stages), "block")
         names = f"{self.nodes[0].name} .. {self.nodes[-1].name}"
         sizes = ", ".join(map(str, list(self.programs)))  # a copy: other threads may add to it
-        return [f"segment {self.number}: {names}, {blocks} blocks, for images {sizes} -> {self.executor}"]
+        return [f"segment {self.number}: {names}, {blocks}, for images {sizes} -> {self.executor}"]
 
     def release(self):
         """Free the weights that are now packed in the programs, and what programs allocated while they were tried."""

@@ -100,8 +100,8 @@ class Stage:
         """Return lines of text: the blocks, the cost of each executor at three keep rates, what was chosen so far."""
         first, last = self.blocks[0], self.blocks[-1]
         lines = [
-            f"stage {self.number}: {len(self.blocks)} blocks {first.name} .. {last.name}, rows {first.input_shape} -> "
-            f"{self.output_shape}, {self.chunk} rows at a time"
+            f"stage {self.number}: {counted(len(self.blocks), 'block')} {first.name} .. {last.name}, "
+            f"rows {first.input_shape} -> {self.output_shape}, {counted(self.chunk, 'row')} at a time"
         ]
         n = self.batch
         for keep in (0.25, 0.5, 1.0):
@@ -113,6 +113,11 @@ class Stage:
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
         used = ", ".join(f"{name} {count}" for name, count in self.used.items() if count)
         return [*lines, f"  calls so far: {used or 'none'}"]
+
+
+def counted(number, noun):
+    """Return a number of things in words: "1 block", "2 blocks"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def spread_decisions(num_samples, num_blocks, keep):
