@@ -1,4 +1,4 @@
-"""Instructions of the engine for the nodes of a packed graph."""
+"""Instructions for the nodes of a packed graph, for the CPU engine and for a GPU's kernels alike."""
 
 import operator
 import re
@@ -67,7 +67,7 @@ def _describe(node, modules):
 
 
 def _emit(builder, node, modules, values, out):
-    """Return the value of ``node``, or None if the engine cannot compute it."""
+    """Return the value of ``node``, or None if there is no instruction for it."""
     target = modules.get(node.target) if node.op == "call_module" else node.target
     inputs = [values.get(arg) for arg in node.args if isinstance(arg, fx.Node)]
     if isinstance(target, Stage):

@@ -20,7 +20,7 @@ def onednn_available():
 
 
 class PackedLinear:
-    """A frozen Linear layer as the engine sees it: a 1x1 convolution of one pixel."""
+    """A frozen Linear layer as programs see it: a 1x1 convolution of one pixel."""
 
     def __init__(self, linear):
         self.geometry, self.activation = ([0, 0], [1, 1], [1, 1], 1), None

@@ -124,7 +124,7 @@ def _count_function(work, function, *arguments):
 
 
 def _count_node(work, interpreter, node, run_node):
-    """Add the cost of a node that neither engine nor stage runs to ``work``; return its value."""
+    """Add the cost of a node that neither a program nor a stage runs to ``work``; return its value."""
     if isinstance(node.target, PackedConv):
         y = run_node(node)
         _count_packed(work, node.target, y.shape[0] * y.shape[2] * y.shape[3], y.element_size())

@@ -77,7 +77,7 @@ def pack(root, graph, *example, may_overwrite=()):
 
 
 def _flatten_views(graph):
-    """Replace ``x.view(x.size(0), -1)`` by ``torch.flatten(x, 1)``: the engine only makes tensors, not sizes."""
+    """Replace ``x.view(x.size(0), -1)`` by ``torch.flatten(x, 1)``: programs only make tensors, not sizes."""
     for node in list(graph.nodes):
         if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3 or node.kwargs:
             continue
