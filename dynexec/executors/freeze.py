@@ -59,7 +59,8 @@ def freeze(
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
 
     Layers that none of these support run as they are. In a :class:`dynexec.nn.RoutedNetwork` (AdaShare, AR-Net, AdaMML,
-    feature sharing) each part is replaced by the faster of the engine (or kernels) and layers; the forward stays.
+    feature sharing) each part is replaced: on a CPU by the faster of the engine and layers, on a GPU by the kernels if
+    they can run it, else by layers. The forward stays.
 
     Parameters
     ----------
