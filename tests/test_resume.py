@@ -1,5 +1,6 @@
 """An interrupted training goes on bit for bit, and the arguments of policies are checked."""
 
+import errno
 import math
 import os
 import signal
@@ -139,6 +140,29 @@ def test_a_file_is_replaced_not_written_over(tmp_path):
 
     train("train_policy", *make(), checkpoint=path, on_epoch=keep)
     assert first.read_bytes() == content[0] != path.read_bytes()
+
+
+def test_a_link_to_a_file_on_another_file_system(tmp_path, monkeypatch):
+    expected, images, labels = make()
+    history = train("train_policy", expected, images, labels)
+    (tmp_path / "there").mkdir()
+    path, target = tmp_path / "policy.pt", tmp_path / "there" / "policy.pt"
+    with pytest.raises(Interrupted):
+        train("train_policy", *make(), augment=stop_at(5), checkpoint=target)
+    path.symlink_to(target)
+    replace = os.replace
+
+    def within_a_folder(source, destination):
+        if os.path.dirname(source) != os.path.dirname(destination):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", within_a_folder)
+    net = make(seed=9)[0]
+    assert train("train_policy", net, images, labels, checkpoint=path) == history
+    assert_equal(net, expected)
+    assert path.is_symlink() and os.listdir(target.parent) == ["policy.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["policy.pt", "there"]
 
 
 def refused(path, match, net=None, name="train_policy", **options):

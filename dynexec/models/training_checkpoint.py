@@ -73,7 +73,7 @@ class TrainingCheckpoint:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"format": _FORMAT, "settings": self.settings, "generators": generators, "history": history}
-        with replacing(self.path, "wb", partial=f"{self.path}.part") as file:
+        with replacing(self.path, "wb", suffix=".part") as file:
             torch.save(state, file)
 
     def _load(self, saved, generators):
