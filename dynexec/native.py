@@ -40,12 +40,17 @@ def cuda_missing():
     """Return why :func:`cuda` is not available, or None."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    if importlib.util.find_spec("dynexec._cuda") is None:
+    spec = importlib.util.find_spec("dynexec._cuda")
+    if spec is None:
         if CUDA_FAILURE.exists():
             return f"the build failed: {CUDA_FAILURE.read_text().strip()}"
         return (
             "built without CUDA: `pip install --no-build-isolation .` builds it where torch has CUDA and nvcc is found"
         )
+    try:
+        cuda()
+    except ImportError as error:
+        return f"{Path(spec.origin).name} does not load: {error}"
     return None
 
 

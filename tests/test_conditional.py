@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
+import dynexec
 from dynexec import native
 from dynexec.executors.conditional import Conditional, conditional_missing
 
@@ -84,6 +86,17 @@ for call in (lambda: _cuda.insert_conditional(0, 0, 0, 2), lambda: _cuda.end_bod
 def test_without_a_gpu_there_is_a_reason():
     if not torch.cuda.is_available():
         assert native.cuda_missing() == "torch sees no GPU"
+
+
+def test_a_native_module_that_does_not_load_is_missing(tmp_path, monkeypatch):
+    library = tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}"
+    library.write_text("built for another machine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dynexec, "__path__", [str(tmp_path)])
+    monkeypatch.delattr(dynexec, "_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "dynexec._cuda", raising=False)
+    reason = native.cuda_missing.__wrapped__()
+    assert reason.startswith(f"{library.name} does not load: ") and "\n" not in reason
 
 
 @needs_gpu
