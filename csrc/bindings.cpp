@@ -7,5 +7,4 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = DYNEXEC_COMPILER;
   module.attr("flags") = DYNEXEC_FLAGS;
   module.attr("torch") = DYNEXEC_TORCH;
-  module.attr("cuda") = false;
 }

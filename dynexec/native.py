@@ -72,9 +72,9 @@ def free_program(handle):
 
 
 def build_facts():
-    """Return how the native part was built (compiler, flags, torch, cuda), or None if there is none."""
+    """Return how the native part was built (compiler, flags, torch), or None if there is none."""
     try:
         from dynexec import _C
     except ImportError:
         return None
-    return {name: getattr(_C, name) for name in ("compiler", "flags", "torch", "cuda")}
+    return {name: getattr(_C, name) for name in ("compiler", "flags", "torch")}

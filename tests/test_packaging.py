@@ -113,7 +113,7 @@ def test_native_wheel(tmp_path):
     assert not [line for line in required if "torchvision" in line or "timm" in line]
     facts = probe(wheel, tmp_path)
     assert facts["native"] == {"rows": None, "plan": None, "engine": None}
-    assert facts["build"]["cuda"] is False
+    assert facts["build"].keys() == {"compiler", "flags", "torch"}
 
 
 def test_without_torch_at_build_time(tmp_path):
