@@ -36,9 +36,9 @@ def facts():
     -------
     dict
         Plain values only: ``versions`` and ``optional`` (package -> version, None if not installed), ``system``,
-        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set used by torch, oneDNN), ``native`` (part ->
-        None if native, otherwise why not), ``engine`` (instruction set of its convolutions, or None), ``kernels`` and
-        ``conditional`` (why there are no Triton kernels, or no conditional nodes in CUDA graphs, or None) and ``build``
+        ``devices`` (names), ``cpu`` (name, cores, threads, instruction set used by torch, oneDNN), ``native``,
+        ``kernels`` and ``conditional`` (why there is no native code for CPUs, no Triton, no conditional node in CUDA
+        graphs; None where there is), ``engine`` (instruction set of the native convolutions, or None) and ``build``
         (how the native part was built, or None).
     """
     return {
@@ -53,7 +53,7 @@ def facts():
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "onednn": torch.backends.mkldnn.is_available(),
         },
-        "native": dict.fromkeys(("rows", "plan", "engine"), dispatch.native_missing),
+        "native": dispatch.native_missing,
         "kernels": dispatch.triton_missing(),
         "conditional": native.cuda_missing(),
         "engine": instruction_set(),
@@ -82,13 +82,11 @@ def _lines(found):
     yield f"{'devices':<14}{', '.join(found['devices'])}"
     yield f"{'cpu':<14}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instruction_set']}"
     yield f"{'oneDNN':<14}{'yes' if cpu['onednn'] else 'no: frozen networks use plain convolutions'}"
-    for part, missing in found["native"].items():
-        how = (
-            f"native{', ' + found['engine'] if part == 'engine' else ''}" if missing is None else f"portable: {missing}"
-        )
-        yield f"{part + ' (cpu)':<14}{how}"
-    for part, key in (("kernels (gpu)", "kernels"), ("graphs (gpu)", "conditional")):
-        what = "Triton" if key == "kernels" else "with conditional nodes"
+    for part, key, what in (
+        ("native (cpu)", "native", found["engine"]),
+        ("kernels (gpu)", "kernels", "Triton"),
+        ("graphs (gpu)", "conditional", "with conditional nodes"),
+    ):
         yield f"{part:<14}{what if found[key] is None else f'without: {found[key]}'}"
     if (build := found["build"]) is not None:
         yield f"{'built with':<14}{build['compiler']}, {build['flags']}, torch {build['torch']}"
