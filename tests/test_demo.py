@@ -165,7 +165,7 @@ class Always(torch.nn.Module):
 @pytest.fixture(scope="module")
 def result(tiny):
     model, images = tiny
-    setting = experiment.Setting(0.625, experiment.PUBLISHED, 0, (KEPT,))
+    setting = experiment.Setting(0.625, experiment.PUBLISHED, (KEPT,))
     (row,) = experiment.run_experiment(
         model, images[:2], [setting], name="tiny", baselines=demo_parts.BASELINES, seconds=0
     )

@@ -107,7 +107,7 @@ def a_row(**changed):
 
 
 WRITES = {
-    "row": (lambda path: rows.append_row(path, a_row(seed=1)), lambda path: rows.append_row(path, a_row(seed=2))),
+    "row": (lambda path: rows.append_row(path, a_row(draws=1)), lambda path: rows.append_row(path, a_row(draws=2))),
     "page": (lambda path: page.write_html(path, "old", []), lambda path: page.write_html(path, "new", [])),
     "sections": (
         lambda path: page.write_sections(path, []),

@@ -74,6 +74,13 @@ def test_rows_of_another_form_are_refused(model, images, tmp_path):
         rows.read_rows(path)
 
 
+def test_rows_of_earlier_versions_are_read(model, images, tmp_path):
+    (row,) = run(model, images)
+    assert "seed" not in row
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"seed": 0}))
+    assert rows.read_rows(tmp_path / "rows.jsonl") == [row | {"seed": 0}]
+
+
 # The command
 
 

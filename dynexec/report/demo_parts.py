@@ -247,7 +247,7 @@ PARTS = {
 
 def _of_policy(decisions):
     """Return a setting with the decisions that a policy took."""
-    return Setting(decisions.double().mean().item(), PUBLISHED, 0, (decisions,))
+    return Setting(decisions.double().mean().item(), PUBLISHED, (decisions,))
 
 
 def _summary(judged):

@@ -26,11 +26,10 @@ class Setting:
 
     keep: float
     kind: str
-    seed: int
     draws: tuple[torch.Tensor, ...]
 
 
-def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
+def draw_decisions(keep, num_blocks, batch, *, policies=None):
     """Draw the decisions of one row, the same every time.
 
     Parameters
@@ -40,7 +39,6 @@ def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
     num_blocks, batch : int
     policies : int, optional
         Draw this many different policies, and one of them for every sample: trained policies repeat themselves.
-    seed : int
 
     Returns
     -------
@@ -49,7 +47,7 @@ def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
     """
     if not 0.0 <= keep <= 1.0:
         raise ValueError(f"keep must be between 0 and 1, got {keep}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     draws = []
     pool = None if policies is None else torch.rand(policies, num_blocks, generator=generator) < keep
     for _ in range(-(-_MIN_DECIDED_SAMPLES // batch)):
@@ -57,7 +55,7 @@ def draw_decisions(keep, num_blocks, batch, *, policies=None, seed=0):
             draws.append(torch.rand(batch, num_blocks, generator=generator) < keep)
         else:
             draws.append(pool[torch.randint(len(pool), (batch,), generator=generator)])
-    return Setting(float(keep), BERNOULLI if pool is None else PUBLISHED, seed, tuple(draws))
+    return Setting(float(keep), BERNOULLI if pool is None else PUBLISHED, tuple(draws))
 
 
 def run_experiment(
@@ -241,7 +239,6 @@ def _row(common, setting, errors, tolerance, comparison, flops, dense):
         "keep": setting.keep,
         "kept": torch.stack(setting.draws).double().mean().item(),
         "decisions": setting.kind,
-        "seed": setting.seed,
         "draws": len(setting.draws),
         "rounds": comparison.rounds,
         "flops_dense": flops.dense,

@@ -31,7 +31,6 @@ SCHEMA = {
     "keep": float,  # asked for
     "kept": float,  # share of (sample, block) pairs really kept, or of (row, part) pairs computed
     "decisions": str,  # "bernoulli" or "published": at the rates of a trained policy, whose network then runs too
-    "seed": int,
     "draws": int,  # different decisions cycled through in every timed call
     "rounds": int,
     "flops_dense": int,  # per image
@@ -53,6 +52,7 @@ SCHEMA = {
     "own_dense": (float, type(None)),  # time of the strongest dense / time of dynexec at keep 1
     "losses": dict,  # milliseconds of dynexec above its own dense time x FLOPs needed / dense: "total", and by cause
 }
+_FORMER_KEYS = {"seed"}  # of rows that earlier versions wrote
 
 
 def strongest_dense(milliseconds, dense):
@@ -114,10 +114,10 @@ def speed_up(milliseconds, flops_dense, flops_needed, dense):
 
 
 def check_row(row):
-    """Return ``row`` if it has exactly the keys and types of :data:`SCHEMA`; raise ValueError or TypeError."""
+    """Return ``row`` if it has the keys and types of :data:`SCHEMA`; raise ValueError or TypeError."""
     if not isinstance(row, dict):
         raise TypeError(f"row must be a dict, got {type(row).__name__}")
-    missing, unknown = SCHEMA.keys() - row.keys(), row.keys() - SCHEMA.keys()
+    missing, unknown = SCHEMA.keys() - row.keys(), row.keys() - SCHEMA.keys() - _FORMER_KEYS
     if missing or unknown:
         raise ValueError(f"row must have the keys of SCHEMA; missing: {sorted(missing)}, unknown: {sorted(unknown)}")
     for key, kind in SCHEMA.items():

@@ -82,7 +82,6 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
         "keep": kept,
         "kept": kept,
         "decisions": PUBLISHED,
-        "seed": 0,
         "draws": len(draws),
         "rounds": comparison.rounds,
         "flops_dense": flops.dense,
