@@ -54,6 +54,20 @@ def test_speed_up_without_dense_or_saving():
     assert rows.speed_up(times(dense_eager=5.0, dynexec=5.0), 4, 4, ("dense eager",))["saved_share"] is None
 
 
+def test_losses_are_means_over_the_draws():
+    row = {"flops_needed": 1.0, "flops_dense": 2.0, "planning_share": None}
+    row["milliseconds"] = times(dynexec=60.0, dense_frozen=80.0)
+    seconds = [{"policy": 0.002, "launches": 0.001}, {"policy": 0.006, "launches": 0.001}]
+    expected = {"total": 20.0, "policy": 4.0, "launches": 1.0, "rest": 15.0}
+    assert rows.find_losses(row, lambda draw: seconds[draw], [0, 1]) == pytest.approx(expected)
+    expected |= {"planning": 3.0, "rest": 12.0}
+    assert rows.find_losses(row | {"planning_share": 0.05}, lambda draw: seconds[draw], [0, 1]) == pytest.approx(
+        expected
+    )
+    row["milliseconds"] = times(dynexec=60.0)
+    assert rows.find_losses(row, None, [0, 1]) == {}
+
+
 def test_policy_is_charged_where_it_runs(model, images):
     flops = experiment.count_flops(model, images)
     bernoulli = experiment.draw_decisions(0.5, 4, 4)

@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import adamml_cases
 import pytest
@@ -202,15 +201,3 @@ def test_every_model_has_a_name():
 def test_the_table_of_models_is_what_they_are():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     assert markdown_table(HEADINGS, model_rows()) in text, "run python bench/tables.py"
-
-
-def test_losses_of_a_row_are_those_of_its_profiles():
-    row = {"flops_needed": 1.0, "flops_dense": 2.0}
-    row["milliseconds"] = {"dynexec": {"median": 60.0}, "dense frozen": {"median": 80.0}}
-    causes = dict.fromkeys(ROUTED_LOSSES, 0.001) | {"policy": 0.002, "not explained": 7.0}
-    profiles = [SimpleNamespace(losses=causes), SimpleNamespace(losses=causes | {"policy": 0.006})]
-    losses = systems_experiment._losses(row, profiles)
-    assert losses == pytest.approx({
-        "total": 20.0, "policy": 4.0, "fewer rows at once": 1.0, "parts of unequal speed": 1.0, "between parts": 1.0,
-        "rest": 13.0,
-    })  # fmt: skip

@@ -1,6 +1,5 @@
 """One experiment of the bench: a network and a batch at several keep rates, all candidates in one interleaved run."""
 
-import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ from dynexec.measure.flops import count_flops
 from dynexec.measure.timing import compare
 from dynexec.nn.residual import count_blocks
 from dynexec.report.baselines import BASELINES, REFERENCE, DenseFrozen, Dynexec
-from dynexec.report.rows import environment, now, speed_up
+from dynexec.report.rows import environment, find_losses, make_row
 
 BERNOULLI, PUBLISHED = "bernoulli", "published"
 # At least this many samples are decided for: at small batches a timed call goes through several draws.
@@ -38,12 +37,12 @@ def draw_decisions(keep, num_blocks, batch, *, policies=None):
         Probability that a (sample, block) pair is kept, independently of the others.
     num_blocks, batch : int
     policies : int, optional
-        Draw this many different policies, and one of them for every sample: trained policies repeat themselves.
+        Draw this many different policies, and for every sample one of them: trained policies repeat themselves.
 
     Returns
     -------
     Setting
-        Of kind "published" if ``policies`` is given, otherwise "bernoulli".
+        Of kind "published" if ``policies`` is given, else "bernoulli".
     """
     if not 0.0 <= keep <= 1.0:
         raise ValueError(f"keep must be between 0 and 1, got {keep}")
@@ -75,22 +74,22 @@ def run_experiment(
     Parameters
     ----------
     model : nn.Module
-        With dynamic blocks, in evaluation mode, float32. Its own policy network, if any, runs only in settings of the
-        kind "published".
+        With dynamic blocks, in evaluation mode, float32. A policy network of its own runs in settings of the kind
+        "published", and only there.
     images : float32 tensor ``[N, C, H, W]``
         On the device of the model.
     settings : sequence of Setting
     name : str
-        Name of the network in rows.
+        What rows call the network.
     baselines : sequence of Baseline classes
     executor : subclass of Dynexec
         What stands for dynexec.
     dtype : torch.dtype
-        Dtype in which all candidates compute. Their outputs are compared with the reference's in float32.
+        What all candidates compute in. Their outputs are compared with the reference's in float32.
     seconds : float
         Time for the timed rounds; at least five are made.
     progress : callable, optional
-        Called with the share done (0 to 1) and the current step.
+        Called with the share done (0 to 1) and what is going on.
 
     Returns
     -------
@@ -137,12 +136,13 @@ def run_experiment(
         for setting in settings
     ]
     for row, setting in zip(rows, settings, strict=True):
-        row["losses"] = _losses(row, setting, frozen)
+        # Causes are what the cost model of its executor predicts.
+        row["losses"] = find_losses(row, frozen.predict_losses, setting.draws)
     return rows
 
 
 def _prepare(model, images, classes, progress):
-    """Return the candidates that can run here, and why others cannot."""
+    """Candidates that can run here, and why others cannot."""
     candidates, unavailable = [], {}
     classes = [candidate for candidate in classes if candidate.device in (None, images.device.type)]
     for number, candidate in enumerate(classes):
@@ -163,7 +163,7 @@ def _prepare(model, images, classes, progress):
 
 
 def _errors(model, images, narrow, settings, candidates):
-    """Map setting to candidate to largest difference from the reference over all draws; candidates get ``narrow``."""
+    """Setting -> candidate -> largest difference from the reference over all draws; candidates get ``narrow``."""
     reference = REFERENCE(model, images, threads=torch.get_num_threads())
     full = torch.ones_like(settings[0].draws[0])
     dense_output = reference(images, full)
@@ -188,16 +188,16 @@ def _errors(model, images, narrow, settings, candidates):
 
 
 def allowed_error(errors, dtype):
-    """Return the largest error that counts as equal.
+    """The largest error that counts as equal.
 
-    In 16 bits deep networks amplify rounding: twice the difference of masked eager itself from float32 is allowed.
+    In 16 bits deep networks amplify rounding: twice what masked eager itself differs from float32 is allowed.
     """
     own = errors.get(REFERENCE.name, 0.0) if dtype != torch.float32 else 0.0
     return max(TOLERANCE[dtype], min(2 * own, _LARGEST_TOLERANCE))
 
 
 def _calls(candidates, images, settings, frozen):
-    """Return what to time, by (candidate, setting or None if the time holds for all)."""
+    """What to time, by (candidate, setting or None where the time holds for all)."""
     calls = {}
     for candidate in candidates:
         for setting in settings:
@@ -223,58 +223,24 @@ def _plan(frozen, draws):
 
 
 def _row(common, setting, errors, tolerance, comparison, flops, dense):
-    times = {}
+    timings = {}
     for (name, timed), timing in comparison.timings.items():
         # The time of this very setting goes before one that holds for all.
         if timed is setting or (timed is None and (name, setting) not in comparison.timings):
-            times[name] = _milliseconds(timing, len(setting.draws))
-    planning = times.pop("planning")["median"]
-    failed = [name for name, error in errors.items() if error > tolerance]
-    times = {name: time for name, time in times.items() if name not in failed}
+            timings[name] = timing
+    planning = timings.pop("planning")
     idle = 0 if setting.kind == PUBLISHED else flops.policy
-    needed = torch.cat([flops.of(draw.cpu()) for draw in setting.draws]).double().mean().item() - idle
-    return {
-        "time": now(),
-        **common,
+    known = common | {
         "keep": setting.keep,
         "kept": torch.stack(setting.draws).double().mean().item(),
         "decisions": setting.kind,
         "draws": len(setting.draws),
-        "rounds": comparison.rounds,
         "flops_dense": flops.dense,
-        "flops_needed": needed,
-        "milliseconds": times,
-        "planning_share": planning / times["dynexec"]["median"] if "dynexec" in times else None,
-        "spread": comparison.spread,
-        "max_error": {name: error if math.isfinite(error) else None for name, error in errors.items()},
-        "tolerance": tolerance,
-        "failed": failed,
-        **speed_up(times, flops.dense, needed, dense),
+        "flops_needed": torch.cat([flops.of(draw.cpu()) for draw in setting.draws]).double().mean().item() - idle,
     }
-
-
-def _losses(row, setting, frozen):
-    """Return the milliseconds per forward that dynexec takes above its own dense time for the same FLOPs, by cause.
-
-    The total is measured. The executors' causes are predicted by their cost model, planning is measured, and the rest
-    is what remains.
-    """
-    times = row["milliseconds"]
-    if "dynexec" not in times or "dense frozen" not in times:
-        return {}
-    own, dense = times["dynexec"]["median"], times["dense frozen"]["median"]
-    total = own - dense * row["flops_needed"] / row["flops_dense"]
-    predicted = [frozen.predict_losses(draw) for draw in setting.draws]
-    causes = {cause: 1e3 * sum(p[cause] for p in predicted) / len(predicted) for cause in predicted[0]}
-    causes["planning"] = row["planning_share"] * own
-    return {"total": total, **causes, "rest": total - sum(causes.values())}
-
-
-def _milliseconds(timing, draws):
-    values = {"median": timing.median, "p10": timing.p10, "p90": timing.p90, "cpu": timing.cpu_median}
-    return {name: 1e3 * seconds / draws for name, seconds in values.items()}
+    return make_row(known, comparison, timings, errors, tolerance, dense, planning=planning)
 
 
 def num_blocks(model):
-    """Return L of a model, with or without a policy."""
+    """L of a model, with or without a policy."""
     return count_blocks(getattr(model, "backbone", model))

@@ -5,6 +5,7 @@ interleaved run.
 """
 
 import json
+import math
 import os
 import subprocess
 from datetime import datetime, timezone
@@ -111,6 +112,74 @@ def speed_up(milliseconds, flops_dense, flops_needed, dense):
         if flops_needed != flops_dense:
             row["saved_share"] = (1 - own / median[strongest]) / (1 - flops_needed / flops_dense)
     return row
+
+
+def make_row(known, comparison, timings, errors, tolerance, dense, *, planning=None):
+    """Make a row, without its losses.
+
+    Parameters
+    ----------
+    known : dict
+        The columns that the other arguments do not determine.
+    comparison : Comparison
+    timings : dict of str to Timing
+        Of the candidates, by name; each timed call goes through all draws.
+    errors : dict of str to float
+        Largest difference of each candidate from the reference.
+    tolerance : float
+        The largest error that counts as equal.
+    dense : iterable of str
+        See :func:`strongest_dense`.
+    planning : Timing, optional
+    """
+    failed = [name for name, error in errors.items() if not error <= tolerance]
+    times = {name: _milliseconds(timing, known["draws"]) for name, timing in timings.items() if name not in failed}
+    share = planning.median / timings["dynexec"].median if planning and "dynexec" in times else None
+    return {
+        "time": now(),
+        **known,
+        "rounds": comparison.rounds,
+        "milliseconds": times,
+        "planning_share": share,
+        "spread": comparison.spread,
+        "max_error": {name: error if math.isfinite(error) else None for name, error in errors.items()},
+        "tolerance": tolerance,
+        "failed": failed,
+        **speed_up(times, known["flops_dense"], known["flops_needed"], dense),
+        "losses": {},
+    }
+
+
+def _milliseconds(timing, draws):
+    values = {"median": timing.median, "p10": timing.p10, "p90": timing.p90, "cpu": timing.cpu_median}
+    return {name: 1e3 * seconds / draws for name, seconds in values.items()}
+
+
+def find_losses(row, explain, draws):
+    """Milliseconds per forward that dynexec takes above its own dense time for the same FLOPs: measured, and by cause.
+
+    Parameters
+    ----------
+    row : dict
+    explain : callable
+        Gives the seconds by cause, planning left out, for each of ``draws``.
+    draws : sequence of tensor
+
+    Returns
+    -------
+    dict of str to float
+        The "total", which is measured; causes; and the "rest". Empty where a time of dynexec is missing.
+    """
+    times = row["milliseconds"]
+    if not {"dynexec", "dense frozen"} <= times.keys():
+        return {}
+    own, dense = times["dynexec"]["median"], times["dense frozen"]["median"]
+    total = own - dense * row["flops_needed"] / row["flops_dense"]
+    found = [explain(draw) for draw in draws]
+    causes = {cause: 1e3 * sum(seconds[cause] for seconds in found) / len(found) for cause in found[0]}
+    if row["planning_share"] is not None:
+        causes["planning"] = row["planning_share"] * own
+    return {"total": total, **causes, "rest": total - sum(causes.values())}
 
 
 def check_row(row):

@@ -1,6 +1,5 @@
 """One row of the bench of a system: candidates, equal outputs first, then times."""
 
-import math
 from copy import deepcopy
 from functools import partial
 
@@ -10,12 +9,11 @@ from torch import nn
 from dynexec.executors import freeze
 from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.routed import convert_inputs
-from dynexec.measure.profile import ROUTED_LOSSES
 from dynexec.measure.timing import compare
 from dynexec.report.baselines import DenseCompiled, DenseEager, OnnxRuntime, OpenVino
 from dynexec.report.experiment import PUBLISHED, allowed_error
 from dynexec.report.libraries import export_module, open_in_onnx_runtime, open_in_openvino
-from dynexec.report.rows import environment, now, speed_up
+from dynexec.report.rows import environment, find_losses, make_row
 
 LIBRARIES = (DenseEager, DenseCompiled, OnnxRuntime, OpenVino)
 
@@ -23,10 +21,10 @@ LIBRARIES = (DenseEager, DenseCompiled, OnnxRuntime, OpenVino)
 def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch.float32, seconds=30.0, progress=None):
     """Compare dynexec with baselines at the published rates: equal outputs first, then times.
 
-    Candidates: ``masked eager``: everything computed and weighted, with the policy. ``naive gather``: the unchanged
-    routed network in eager mode. ``dynexec``: the same, frozen. ``dense frozen`` and those of ``libraries``:
-    everything, by dynexec or by a library. ``..., fixed policy``: if the policy is the same for all inputs, a library
-    with a static network for it. Where a policy network runs, its decisions are replaced by drawn ones.
+    Candidates: ``masked eager``, everything computed and weighted, with the policy; ``naive gather``, the routed
+    network as it is, in eager mode; ``dynexec``, the same frozen; ``dense frozen`` and those of ``libraries``:
+    everything, by dynexec or by a library; ``..., fixed policy``: where the policy is the same for all inputs, a
+    library with a static network for it. Where a policy network runs, its decisions are replaced by drawn ones.
 
     Runs on the device of ``network``, which is float32; the candidates compute in ``dtype``, and their outputs are
     compared with its own.
@@ -34,7 +32,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
     Returns
     -------
     list with one dict
-        A row as returned by :func:`dynexec.report.experiment.run_experiment`.
+        A row as of :func:`dynexec.report.experiment.run_experiment`.
     """
     progress = progress or (lambda share, text: None)
     device = next(network.parameters()).device
@@ -47,14 +45,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
         narrow = convert_inputs(inputs, dtype)
         candidates, unavailable = _prepare(given, system, narrow, draws, libraries, progress)
         progress(0.0, "comparing outputs")
-        outputs = [_masked(network, system, inputs, False, draw) for draw in draws]
-        other = system.other(network, inputs).to(device)
-        if relative_error(_masked(network, system, inputs, False, other), outputs[0]) <= 3 * TOLERANCE[dtype]:
-            raise ValueError("the decisions must change the network's output, or equal outputs would prove nothing")
-        errors = {
-            key: max(relative_error(call(draw), output) for draw, output in zip(draws, outputs, strict=True))
-            for key, call in candidates.items()
-        }
+        errors = _errors(network, system, inputs, draws, candidates, dtype)
         comparison = compare(
             {key: partial(_call_all, call, draws) for key, call in candidates.items()},
             baseline="dense eager" if "dense eager" in candidates else None,
@@ -62,63 +53,46 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
             seconds=seconds,
             progress=lambda share, key: progress(share, f"timing {key}"),
         )
-    flops = network.count_flops(inputs)
-    needed = torch.stack([flops.of(draw.cpu()).double().mean() for draw in draws]).mean().item()
-    most = allowed_error(errors, dtype)
-    failed = [key for key, error in errors.items() if not error <= most]
-    times = {
-        key: {k: 1e3 * v / len(draws) for k, v in zip(("median", "p10", "p90", "cpu"), _numbers(timing))}
-        for key, timing in comparison.timings.items()
-        if key not in failed
+    known = environment(device, dtype) | {"net": name, "batch": batch, "unavailable": unavailable}
+    known |= _columns(network, system, inputs, draws)
+    dense = [library.name for library in libraries]
+    row = make_row(known, comparison, comparison.timings, errors, allowed_error(errors, dtype), dense)
+    frozen, *told = candidates["dynexec"].args
+    row["losses"] = find_losses(row, partial(_profile_losses, frozen, told), draws)
+    return [row]
+
+
+def _errors(network, system, inputs, draws, candidates, dtype):
+    """Candidate -> largest difference from the output of ``network`` over all draws."""
+    outputs = [_masked(network, system, inputs, False, draw) for draw in draws]
+    other = system.other(network, inputs).to(draws[0].device)
+    if relative_error(_masked(network, system, inputs, False, other), outputs[0]) <= 3 * TOLERANCE[dtype]:
+        raise ValueError("the decisions must change the network's output, or equal outputs would prove nothing")
+    return {
+        key: max(relative_error(call(draw), output) for draw, output in zip(draws, outputs, strict=True))
+        for key, call in candidates.items()
     }
+
+
+def _columns(network, system, inputs, draws):
+    """The columns of a row that follow from the system and its decisions."""
+    flops = network.count_flops(inputs)
     kept = sum(system.kept(network, draw) for draw in draws) / len(draws)
-    row = {
-        "time": now(),
-        **environment(device, dtype),
-        "net": name,
+    return {
         "image_size": system.size,
-        "batch": batch,
-        "unavailable": unavailable,
         "keep": kept,
         "kept": kept,
         "decisions": PUBLISHED,
         "draws": len(draws),
-        "rounds": comparison.rounds,
         "flops_dense": flops.dense,
-        "flops_needed": needed,
-        "milliseconds": times,
-        "planning_share": None,
-        "spread": comparison.spread,
-        "max_error": {key: error if math.isfinite(error) else None for key, error in errors.items()},
-        "tolerance": most,
-        "failed": failed,
-        **speed_up(times, flops.dense, needed, [library.name for library in libraries]),
-        "losses": {},
+        "flops_needed": torch.stack([flops.of(draw.cpu()).double().mean() for draw in draws]).mean().item(),
     }
-    if not {"dynexec", "dense frozen"} & set(failed):
-        frozen, *told = candidates["dynexec"].args
-        profiles = [follow(partial(frozen.profile, rounds=2), *told, draw) for draw in draws]
-        row["losses"] = _losses(row, profiles)
-    return [row]
 
 
-def _losses(row, profiles):
-    """Return the milliseconds per forward that dynexec takes above its own dense time for the same FLOPs, by cause.
-
-    The total is measured. The causes are those of the profiles, one for each draw; the rest is what remains.
-    """
-    times = row["milliseconds"]
-    total = times["dynexec"]["median"] - times["dense frozen"]["median"] * row["flops_needed"] / row["flops_dense"]
-    causes = {
-        cause: 1e3 * sum(profile.losses[cause] for profile in profiles) / len(profiles)
-        for cause in ROUTED_LOSSES
-        if cause != "not explained"
-    }
-    return {"total": total, **causes, "rest": total - sum(causes.values())}
-
-
-def _numbers(timing):
-    return timing.median, timing.p10, timing.p90, timing.cpu_median
+def _profile_losses(frozen, told, draw):
+    """Seconds that ``frozen`` loses to each cause that its profile knows."""
+    profile = follow(partial(frozen.profile, rounds=2), *told, draw)
+    return {cause: seconds for cause, seconds in profile.losses.items() if cause != "not explained"}
 
 
 def _call_all(call, draws):
@@ -127,7 +101,7 @@ def _call_all(call, draws):
 
 
 def _prepare(network, system, inputs, draws, libraries, progress):
-    """Return candidates as functions of decisions, and why others cannot run here."""
+    """Candidates as functions of decisions, and why others cannot run here."""
     eager = deepcopy(network).to(memory_format=torch.channels_last)
     progress(0.0, "preparing dynexec")
     frozen = freeze(network, inputs)
@@ -155,7 +129,7 @@ def _prepare(network, system, inputs, draws, libraries, progress):
 
 
 def _by_library(library, network, system, inputs, draws):
-    """Return a network by a library as functions of decisions: everything, and its one policy, if it has one."""
+    """What a library makes of a network, as functions of decisions: everything, and the one policy that it has."""
     if library is DenseCompiled:
         torch.compiler.reset()  # the code of earlier networks counts against a limit
     if system.whole is None:
@@ -170,7 +144,7 @@ def _by_library(library, network, system, inputs, draws):
 
 
 def _open(library, module, *inputs):
-    """Return a module as the library runs it: a function of tensors."""
+    """A module as the library runs it: a function of tensors."""
     if library in (OnnxRuntime, OpenVino):
         content = export_module(module, *inputs)
         return (open_in_onnx_runtime if library is OnnxRuntime else open_in_openvino)(content, torch.get_num_threads())
@@ -181,16 +155,16 @@ def _open(library, module, *inputs):
 
 
 def _masked(network, system, inputs, policy, decisions):
-    """Compute everything, weighted; after the policy, if asked for."""
+    """Everything, weighted; after the policy, if it is asked for."""
     if policy:
         network.policy.decide(inputs)
     return system.run_masked(network, inputs, decisions)
 
 
 def follow(network, policy, system, inputs, decisions):
-    """Call ``network(inputs)`` with its policy made to return ``decisions``.
+    """Call ``network(inputs)`` with its policy, if it has one, which decides as it is told.
 
-    Without a policy, call ``network(inputs, decisions)``.
+    Without a policy, ``network(inputs, decisions)``.
     """
     if policy is None:
         return network(inputs, decisions)
@@ -202,7 +176,7 @@ def follow(network, policy, system, inputs, decisions):
 
 
 class _Part(nn.Module):
-    """A part as a library runs it, prepared for the shape of its first call."""
+    """A part as a library runs it, prepared for the shape that it is first called with."""
 
     def __init__(self, library, part):
         super().__init__()
