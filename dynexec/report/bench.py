@@ -144,15 +144,15 @@ def _measure(args, progress, errors):
     for done, (name, batch) in enumerate(plan):
         net, label = known[name], f"{name}, batch {batch}"
         progress.update(task, completed=done, description=f"{label}: building")
-        if (reason := net.missing()) is not None:
-            progress.console.print(f"{name}: {reason}", markup=False)
-            continue
         how = {"dtype": dtype, "seconds": args.seconds, "progress": partial(_report, progress, task, done, label)}
         try:
             if name in SYSTEMS:
                 libraries = [library for library in LIBRARIES if library.name in args.baselines]
                 system = build_system(net).to(args.device)
                 yield from run_system(system, net, batch, name=name, libraries=libraries, **how)
+                continue
+            if (reason := net.missing()) is not None:
+                progress.console.print(f"{name}: {reason}", markup=False)
                 continue
             if built != name:
                 model, built = build(net).to(args.device), name

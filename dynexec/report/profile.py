@@ -41,9 +41,6 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     net = (NETS | SYSTEMS)[args.net]
-    if (reason := net.missing()) is not None:
-        print(f"{args.net}: {reason}")
-        return 1
     for path in filter(None, (args.chrome, args.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
     profile = (profile_system if args.net in SYSTEMS else profile_net)(net, args)
@@ -59,7 +56,9 @@ def main(args):
 
 
 def profile_net(net, args):
-    """Return the profile of a network of blocks, or why there is none."""
+    """The profile of a network of blocks, or why there is none."""
+    if (reason := net.missing()) is not None:
+        return reason
     model, images = build(net), make_images(args.batch or 8, net.size)
     settings = make_settings(net, num_blocks(model), len(images), [0.5 if args.keep is None else args.keep])
     if not settings:

@@ -93,10 +93,6 @@ class System:
             return self.masked(network, inputs, decisions)
         return network(inputs, None, soft_decisions=self.weights(decisions))
 
-    def missing(self):
-        """Return why it cannot be built here, or None."""
-        return None
-
 
 def _adashare(name, policy, tasks):
     return System(
