@@ -178,7 +178,7 @@ def fake_parts(result, needs=()):
         sections = (page.Section("Fake", "text", (page.PageTable(("a",), (("1",),)),)),)
         return demo_parts.Part((result,), sections, {"fake": {"accuracy": 0.5}})
 
-    return {"fake": (run, lambda: ()), "other": (run, lambda: needs)}
+    return {"fake": (run, ()), "other": (run, needs)}
 
 
 def run_demo(monkeypatch, parts, tmp_path, *options):
@@ -231,7 +231,7 @@ def test_a_part_that_fails_leaves_what_the_others_gave(monkeypatch, tmp_path, re
     def fail(asked):
         raise RuntimeError("no memory")
 
-    parts = {"fake": fake_parts(result)["fake"], "other": (fail, lambda: ())}
+    parts = {"fake": fake_parts(result)["fake"], "other": (fail, ())}
     with pytest.raises(RuntimeError, match="no memory"):
         run_demo(monkeypatch, parts, tmp_path)
     assert "tiny, its policy" in (tmp_path / "out" / "report.html").read_text()

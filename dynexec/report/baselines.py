@@ -4,7 +4,6 @@ A baseline is prepared once for a network and a batch size, then called with ima
 ``dense`` run the static network and ignore the decisions.
 """
 
-import importlib.util
 import shutil
 from copy import copy, deepcopy
 from functools import lru_cache, partial
@@ -19,6 +18,7 @@ from dynexec.executors.instructions import count_readers
 from dynexec.executors.launch_program import is_plain
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.segment import make_segments
+from dynexec.measure.environment import why_missing
 from dynexec.nn.experts import ExpertBlock
 from dynexec.nn.residual import apply_layers, count_blocks, dynamic_blocks
 from dynexec.report.libraries import export_module, open_in_onnx_runtime, open_in_openvino
@@ -80,9 +80,8 @@ class Baseline:
 
     @classmethod
     def missing(cls):
-        """Return why it cannot run here, or None."""
-        absent = [package for package in cls.needs if importlib.util.find_spec(package) is None]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        """Why it cannot run here, or None."""
+        return why_missing(cls.needs)
 
 
 class _Eager:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynexec.files import replacing
+from dynexec.measure.environment import missing_packages
 from dynexec.report.arguments import seconds, threads
 from dynexec.report.demo_parts import PARTS, Run
 from dynexec.report.demo_table import COLUMNS, NOTE, cells, plot_results, print_table
@@ -58,8 +59,8 @@ def _run_parts(args, skipped):
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("", total=len(args.parts))
         for done, name in enumerate(args.parts):
-            run_part, find_missing = PARTS[name]
-            if absent := list(find_missing()):
+            run_part, needs = PARTS[name]
+            if absent := missing_packages(needs):
                 skipped[name] = absent
                 text = f"{name} skipped, not installed: {', '.join(absent)}; pip install 'dynexec[demo]' brings all"
                 progress.console.print(text, markup=False, highlight=False)

@@ -1,6 +1,5 @@
 """The parts of ``dynexec demo``: each runs one experiment on real input and returns what came out."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,17 +230,11 @@ def published(run):
     return Part(tuple(results), (Section("Published networks at their published keep rates", text),))
 
 
-def missing(*modules):
-    """Return those of ``modules`` that cannot be imported, as a tuple of names to install."""
-    names = {"sklearn": "scikit-learn"}
-    return tuple(names.get(name, name) for name in modules if importlib.util.find_spec(name) is None)
-
-
-#: Name -> (function, what it needs that is not installed).
+#: Name -> (function, modules that must be installed).
 PARTS = {
-    "digits": (digits, lambda: missing("sklearn")),
-    "clip": (clip, lambda: media.missing_media() + lite0.missing_lite0()),
-    "published": (published, tuple),
+    "digits": (digits, ("sklearn",)),
+    "clip": (clip, (*media.NEEDS, *NETS["efficientnet_lite0"].needs)),
+    "published": (published, ()),
 }
 
 

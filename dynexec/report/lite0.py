@@ -4,7 +4,6 @@ The policy was trained by ``examples/train_lite0_policy.py`` with agreement with
 weights come with dynexec, those of the network itself with an optional package.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,6 @@ POLICY_WEIGHTS = Path(__file__).parent / "data" / "lite0_policy.pt"
 FIRST_HELD_OUT_FRAME = 137
 _BATCH = 16
 _SHIFT = 4
-
-
-def missing_lite0():
-    """Return the packages to install for :func:`load_lite0`, as a tuple of names."""
-    needs = NETS["efficientnet_lite0"].needs
-    return tuple(name.replace("_", "-") for name in needs if importlib.util.find_spec(name) is None)
 
 
 def lite0_policy():

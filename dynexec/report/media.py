@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+#: Modules that must be installed.
+NEEDS = ("av", "skvideo", "skimage", "sklearn")
 #: Clips that scikit-video carries; its code is not imported, only its files are read.
 CLIPS = ("bikes", "bigbuckbunny", "carphone_pristine")
 #: Photos for training policies, and others to judge them by: names in skimage.data, or of scikit-learn's samples.
@@ -27,12 +29,6 @@ class Clip:
 
     frames: np.ndarray
     seconds: np.ndarray
-
-
-def missing_media():
-    """Return the packages that this module needs and that are not installed, as a tuple of names to install."""
-    needs = {"av": "av", "skvideo": "scikit-video", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-    return tuple(package for module, package in needs.items() if importlib.util.find_spec(module) is None)
 
 
 def clip_path(name):

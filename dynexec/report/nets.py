@@ -1,6 +1,5 @@
 """The networks that the bench runs, with weights that make their outputs worth comparing."""
 
-import importlib.util
 import io
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.convert import convert
+from dynexec.measure.environment import why_missing
 from dynexec.models import blockdrop_resnet, create_model
 from dynexec.models.blockdrop import Bottleneck
 from dynexec.nn.context import decide
@@ -53,9 +53,8 @@ class Net:
     trained: bool = False
 
     def missing(self):
-        """Return why it cannot be built here, or None."""
-        absent = [package for package in self.needs if importlib.util.find_spec(package) is None]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        """Why it cannot be built here, or None."""
+        return why_missing(self.needs)
 
 
 def efficientnet_lite0():
