@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dynexec.report.arguments import file, keep_share, positive, seconds, threads
 from dynexec.report.baselines import BASELINES
+from dynexec.report.console import new_progress, print_wide
 from dynexec.report.experiment import PUBLISHED, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
@@ -78,7 +78,7 @@ def main(args):
         torch.set_num_threads(args.threads)
     rows, errors = [], []
     try:
-        with _progress() as progress:
+        with new_progress() as progress:
             for row in _measure(args, progress, errors):
                 row["unavailable"] = _left_out(args, row["net"]) | row["unavailable"]
                 append_row(out, row, anew=not (rows or args.append))
@@ -185,9 +185,7 @@ def print_table(console, rows):
     table = Table("net", *COLUMNS, caption=LEGEND, caption_justify="left", row_styles=["", "dim"])
     for row in with_noise(rows):
         table.add_row(row["net"], *cells(row), style="bold red" if row["failed"] else None)
-    if console.width < _WIDE and not console.is_terminal:
-        console.width = _WIDE
-    console.print(table)
+    print_wide(console, table, _WIDE)
 
 
 def _device(text):
@@ -207,9 +205,3 @@ def make_settings(net, blocks, batch, keeps):
         elif net.published is not None:
             settings.append(draw_decisions(net.published.kept / blocks, blocks, batch, policies=net.published.policies))
     return settings
-
-
-def _progress():
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(file=sys.stderr)
-    )

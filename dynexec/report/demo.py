@@ -1,16 +1,15 @@
 """``dynexec demo``: dynamic networks on real digits, video and photos, and the published ones at their keep rates."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynexec.files import replacing
 from dynexec.measure.environment import missing_packages
 from dynexec.report.arguments import seconds, threads
+from dynexec.report.console import new_progress
 from dynexec.report.demo_parts import PARTS, Run
 from dynexec.report.demo_table import COLUMNS, NOTE, cells, plot_results, print_table
 from dynexec.report.page import DEFAULT_DEMO, DEFAULT_OUT, PageTable, Section, write_html, write_sections
@@ -54,9 +53,8 @@ def main(args):
 
 
 def _run_parts(args, skipped):
-    """Return the results of the parts, one after the other; ``skipped`` gets those that lack packages, with these."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    """What the parts give, one after the other; ``skipped`` gets those that cannot run, and the packages they miss."""
+    with new_progress() as progress:
         task = progress.add_task("", total=len(args.parts))
         for done, name in enumerate(args.parts):
             run_part, needs = PARTS[name]

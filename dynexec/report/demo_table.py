@@ -4,6 +4,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dynexec.report.console import print_wide
 from dynexec.report.tables import rounded
 
 #: Heading -> text of the cell for a result (see :class:`dynexec.report.demo_parts.Result`).
@@ -46,9 +47,7 @@ def print_table(console, results):
     table = Table(*COLUMNS, caption=NOTE, caption_justify="left")
     for result in results:
         table.add_row(*cells(result), style="bold red" if result.row["failed"] else None)
-    if console.width < _WIDE and not console.is_terminal:
-        console.width = _WIDE
-    console.print(table)
+    print_wide(console, table, _WIDE)
 
 
 def plot_results(results, path):

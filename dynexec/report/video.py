@@ -1,7 +1,6 @@
 """What the video examples share: untrained networks that can be compared, and the comparison."""
 
 import copy
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -18,6 +16,7 @@ from dynexec.measure.timing import compare
 from dynexec.models.efficientnet import MBConv
 from dynexec.models.mobilenet import InvertedResidual
 from dynexec.models.resnet import BasicBlock, Bottleneck
+from dynexec.report.console import new_progress
 from dynexec.report.media import clip_path
 from dynexec.report.nets import draw_batch_norm
 
@@ -100,9 +99,8 @@ def decided_by(args):
 
 @contextmanager
 def progress_bar():
-    """Show a bar on standard error: yields a function of the share done and the current step."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+    """A bar on standard error: a function of the share done and of what is going on."""
+    with new_progress(transient=True) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, text: progress.update(task, completed=share, description=text)
 
