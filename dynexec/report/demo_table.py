@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from dynexec.report.console import print_wide
-from dynexec.report.tables import rounded
+from dynexec.report.tables import factor, largest_error, rounded
 
 #: Heading -> text of the cell for a result (see :class:`dynexec.report.demo_parts.Result`).
 COLUMNS = {
@@ -17,11 +17,11 @@ COLUMNS = {
     "masked": lambda result: _per_second(result.row, "masked eager"),
     "dynexec, all blocks": lambda result: _per_second(result.row, "dense frozen"),
     "dynexec": lambda result: _per_second(result.row, "dynexec"),
-    "theoretical": lambda result: _times(result.row["theoretical"]),
-    "over all blocks": lambda result: _times(result.row["realised_against"].get("dense frozen")),
-    "over dense": lambda result: _times(result.row["realised_against"].get("dense eager")),
-    "over masked": lambda result: _times(result.row["realised_against"].get("masked eager")),
-    "max error": lambda result: _error(result.row),
+    "theoretical": lambda result: factor(result.row["theoretical"]),
+    "over all blocks": lambda result: factor(result.row["realised_against"].get("dense frozen")),
+    "over dense": lambda result: factor(result.row["realised_against"].get("dense eager")),
+    "over masked": lambda result: factor(result.row["realised_against"].get("masked eager")),
+    "max error": lambda result: largest_error(result.row),
 }
 NOTE = (
     "dense, masked, dynexec: images per second, medians of one interleaved run, after their outputs were compared. "
@@ -85,11 +85,3 @@ def plot_results(results, path):
 def _per_second(row, candidate):
     times = row["milliseconds"].get(candidate)
     return rounded(None if times is None else 1e3 * row["batch"] / times["median"], 4)
-
-
-def _times(value):
-    return "-" if value is None else f"{value:.2f}x"
-
-
-def _error(row):
-    return f"WRONG: {', '.join(row['failed'])}" if row["failed"] else f"{row['max_error']['dynexec']:.0e}"

@@ -12,18 +12,18 @@ COLUMNS = {
     "batch": lambda row: str(row["batch"]),
     "keep": lambda row: f"{row['keep']:.3g}" + ("*" if row["decisions"] == "published" else ""),
     "ms": lambda row: rounded(_median(row, "dynexec"), 4),
-    "theoretical": lambda row: f"{row['theoretical']:.2f}x",
-    "realised": lambda row: _times(row["realised"]),
+    "theoretical": lambda row: factor(row["theoretical"]),
+    "realised": lambda row: factor(row["realised"]),
     "strongest dense": lambda row: row["strongest_dense"] or "-",
     "efficiency": lambda row: rounded(row["efficiency"]),
     "own efficiency": lambda row: rounded(row["efficiency_own"]),
     "saved share": lambda row: rounded(row["saved_share"]),
-    "vs dense eager": lambda row: _times(row["realised_against"].get("dense eager")),
-    "vs masked eager": lambda row: _times(row["realised_against"].get("masked eager")),
-    "own dense": lambda row: _times(row["own_dense"]),
+    "vs dense eager": lambda row: factor(row["realised_against"].get("dense eager")),
+    "vs masked eager": lambda row: factor(row["realised_against"].get("masked eager")),
+    "own dense": lambda row: factor(row["own_dense"]),
     "planning": lambda row: "-" if row["planning_share"] is None else f"{100 * row['planning_share']:.2f} %",
     "noise": lambda row: f"{100 * row['spread']:.1f} %",
-    "max error": lambda row: _error(row),
+    "max error": lambda row: largest_error(row),
 }
 
 #: Of a candidate that ``--baselines`` leaves out.
@@ -133,7 +133,7 @@ def break_even_table(rows):
                 least["net"],
                 ", ".join(machine(least)),
                 ", ".join(map(str, sizes)),
-                f"{_times(least['realised'])} (batch {least['batch']}, keep {COLUMNS['keep'](least)}, "
+                f"{factor(least['realised'])} (batch {least['batch']}, keep {COLUMNS['keep'](least)}, "
                 f"{least['strongest_dense']})",
                 "none" if even == float("inf") else f"{even:.2f}",
             ]
@@ -219,7 +219,8 @@ def _median(row, name):
     return row["milliseconds"].get(name, {}).get("median")
 
 
-def _error(row):
+def largest_error(row):
+    """Dynexec's error, or which outputs are wrong."""
     if row["failed"]:
         return f"WRONG: {', '.join(row['failed'])}"
     return f"{row['max_error'].get('dynexec', 0.0):.0e}"
@@ -233,5 +234,6 @@ def rounded(value, digits=3):
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
 
 
-def _times(value):
+def factor(value):
+    """A factor with two decimals; "-" for None."""
     return "-" if value is None else f"{value:.2f}x"
