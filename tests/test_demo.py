@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,6 +196,11 @@ def test_cells_follow_the_row(result):
     assert cells["dense"] == f"{2e3 / row['milliseconds']['dense eager']['median']:.4g}"
     assert cells["over masked"] == f"{row['realised_against']['masked eager']:.2f}x"
     assert cells["theoretical"] == f"{row['theoretical']:.2f}x"
+
+
+def test_a_result_without_speed_ups_is_drawn(tmp_path, result):
+    wrong = replace(result, row=result.row | {"realised_against": {}})
+    assert demo_table.plot_results([wrong], tmp_path / "wrong.png").stat().st_size > 1000
 
 
 def test_demo_writes_table_page_and_picture(monkeypatch, tmp_path, capsys, result):

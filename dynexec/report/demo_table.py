@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from dynexec.report.console import print_wide
+from dynexec.report.plots import draw_ideal
 from dynexec.report.tables import factor, largest_error, rounded
 
 #: Heading -> text of the cell for a result (see :class:`dynexec.report.demo_parts.Result`).
@@ -54,7 +55,7 @@ def plot_results(results, path):
     """Plot realised over theoretical speed-up of every result, with the ideal diagonal, as a PNG; return ``path``."""
     figure = Figure(figsize=(7, 6.4), layout="constrained")
     axes = figure.add_subplot()
-    points = [0.9, 1.2]
+    speed_ups = []
     for number, result in enumerate(results):
         colour = matplotlib.color_sequences["tab10"][number % 10]
         against = result.row["realised_against"]
@@ -62,19 +63,11 @@ def plot_results(results, path):
         for name, (_, fill) in _AGAINST.items():
             if name in against:
                 axes.plot(result.row["theoretical"], against[name], fillstyle=fill, **style)
-                points += [result.row["theoretical"], against[name]]
+                speed_ups += [result.row["theoretical"], against[name]]
         axes.plot([], [], label=f"{result.what} (batch {result.row['batch']})", **style)
     for text, fill in _AGAINST.values():
         axes.plot([], [], "o", color="0.4", fillstyle=fill, label=f"realised {text}")
-    low, high = min(points) / 1.05, max(points) * 1.08
-    axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
-    axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster")
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-    ticks = [tick for tick in (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8) if low <= tick <= high]
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
-        axis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.grid(alpha=0.3)
+    draw_ideal(axes, speed_ups)
     axes.set_xlabel("theoretical speed-up: dense FLOPs / needed FLOPs, policy network included")
     axes.set_ylabel("realised speed-up")
     axes.legend(fontsize=8, loc="lower right")

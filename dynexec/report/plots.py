@@ -29,16 +29,12 @@ def plot_speed_up(rows, path, *, title=""):
         raise ValueError("rows hold no realised speed-up")
     figure = Figure(figsize=(4.8, 5.0), layout="constrained")
     axes = figure.subplots()
-    low = min(0.9, *(row["realised"] for row in drawn)) / 1.08
-    high = max(max(row["theoretical"], row["realised"]) for row in drawn) * 1.08
-    axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
-    axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster than dense")
+    draw_ideal(axes, [row[name] for row in drawn for name in ("theoretical", "realised")])
     series = sorted({(row["net"], row["batch"]) for row in drawn})
     names = {net for net, _ in series}
     for number, (net, batch) in enumerate(series):
         label = f"batch {batch}" if len(names) == 1 else f"{net}, batch {batch}"
         _plot_series(axes, [row for row in drawn if (row["net"], row["batch"]) == (net, batch)], number, label)
-    _logarithmic(axes, low, high)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, loc="upper left")
     axes.set_xlabel("theoretical speed-up: dense FLOPs / needed FLOPs", fontsize=10)
@@ -106,10 +102,13 @@ def _plot_series(axes, rows, number, label):
             label = None
 
 
-def _logarithmic(axes, low, high):
-    """Make both axes logarithmic over the same range, labelled with plain numbers."""
+def draw_ideal(axes, speed_ups):
+    """Draw the diagonal on which time follows FLOPs, and make both axes logarithmic over what holds the speed-ups."""
+    low, high = min([0.9, *speed_ups]) / 1.08, max([1.2, *speed_ups]) * 1.08
+    axes.plot([low, high], [low, high], color="0.4", linewidth=1, label="ideal: time follows FLOPs")
+    axes.axhline(1.0, color="0.4", linewidth=1, linestyle=":", label="no faster than dense")
     ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if low <= tick <= high]
-    axes.set(xscale="log", yscale="log", xlim=(min(low, 0.95), high), ylim=(low, high), aspect="equal")
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
         axis.set_minor_locator(NullLocator())
