@@ -13,6 +13,7 @@ is the ratio of FLOPs of DropPath's step to those of a step that computes (1 - r
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,20 +130,19 @@ def check(dense, subset, images, seed):
     return error
 
 
-def saved_megabytes(model, images):
-    """MB that autograd saves in one forward, each storage once, parameters not."""
+def saved_megabytes(model, forward):
+    """MB that autograd saves in ``forward()``, each storage once, parameters of ``model`` not."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    sizes = {}
+    storages = {}
 
-    def pack(x):
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return x
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that its address is not given away again
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = model(images)  # alive until the end: no address is used twice
-    assert y.requires_grad
-    return sum(size for pointer, size in sizes.items() if pointer not in own) / 1e6
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert forward().requires_grad
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own) / 1e6
 
 
 def set_rates(model, rate):
@@ -173,7 +173,7 @@ def measure(name, batch, rounds):
     everything, fixed = flops(dense, images, 0.0), flops(copy.deepcopy(models[RATES[0]]), images, 1 - 1e-12)
     set_rates(dense, RATES[0])
     memory = {
-        rate: sum(saved_megabytes(model, images) for _ in range(DRAWS)) / DRAWS
+        rate: sum(saved_megabytes(model, partial(model, images)) for _ in range(DRAWS)) / DRAWS
         for rate, model in [("dense", dense), *models.items()]
     }
     calls = {"dense": lambda: step(dense, images)}

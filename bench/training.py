@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from drop_path import saved_megabytes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,9 +82,12 @@ class Candidate:
         self.forward = forward
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
 
+    def logits(self):
+        return self.forward(self.net, self.images)
+
     def backward(self):
         self.optimizer.zero_grad()
-        F.cross_entropy(self.forward(self.net, self.images), self.labels).backward()
+        F.cross_entropy(self.logits(), self.labels).backward()
 
     def step(self):
         self.backward()
@@ -95,21 +99,6 @@ class Candidate:
         self.net.float()
         twin.backward()
         return [parameter.grad for parameter in twin.net.parameters()]
-
-    def saved_megabytes(self):
-        """What autograd saves for the backward pass."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.net.parameters()}
-        storages = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage  # held, so that its address is not given away again
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.forward(self.net, self.images)
-        return sum(storage.nbytes() for storage in storages.values()) / 1e6
 
 
 def dense(net, images):
@@ -227,7 +216,7 @@ def measure(title, size, batch, batch_norm, layout, seconds, device, profiled):
         if batch_norm != "all":
             candidates[f"naive {keep}"] = Candidate(net, images, labels, naive(decisions[keep]))
     error = max(check(candidates, others, decisions[keep], keep, batch_norm) for keep in KEEPS)
-    megabytes = {name: candidate.saved_megabytes() for name, candidate in candidates.items()}
+    megabytes = {name: saved_megabytes(one.net, one.logits) for name, one in candidates.items()}
     steps = {name: candidate.step for name, candidate in candidates.items()}
     found = compare(steps, device=device, seconds=seconds, min_rounds=5)
     note = f'"{batch_norm}": gradients within {error:.0e}, {found.rounds} rounds, noise {found.spread:.1%}'
