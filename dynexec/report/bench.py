@@ -15,7 +15,7 @@ from rich.table import Table
 from dynexec.report.arguments import file, keep_share, positive, seconds, threads
 from dynexec.report.baselines import BASELINES
 from dynexec.report.console import new_progress, print_wide
-from dynexec.report.experiment import PUBLISHED, draw_decisions, num_blocks, run_experiment
+from dynexec.report.experiment import PUBLISHED, describe_error, draw_decisions, num_blocks, run_experiment
 from dynexec.report.nets import DEFAULT_NETS, NETS, build, make_images
 from dynexec.report.rows import append_row, read_rows
 from dynexec.report.systems import SYSTEMS, build_system
@@ -163,8 +163,8 @@ def _measure(args, progress, errors):
             images = make_images(batch, net.size).to(args.device)
             yield from run_experiment(model, images, settings, name=name, baselines=baselines, **how)
         except Exception as error:  # too large a batch, for instance: the others are measured all the same
-            text = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            progress.console.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
+            text = f"{label}: {describe_error(error)}"
+            progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             errors.append(label)
     progress.update(task, completed=len(plan), description="done")
 

@@ -158,7 +158,7 @@ def _prepare(model, images, classes, progress):
         except Exception as error:  # of somebody else's library, on a network it may not know
             if candidate.own:
                 raise
-            unavailable[candidate.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            unavailable[candidate.name] = describe_error(error)
     return candidates, unavailable
 
 
@@ -239,6 +239,11 @@ def _row(common, setting, errors, tolerance, comparison, flops, dense):
         "flops_needed": torch.cat([flops.of(draw.cpu()) for draw in setting.draws]).double().mean().item() - idle,
     }
     return make_row(known, comparison, timings, errors, tolerance, dense, planning=planning)
+
+
+def describe_error(error):
+    """The kind of an exception and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def num_blocks(model):

@@ -11,7 +11,7 @@ from dynexec.executors.proof import TOLERANCE, relative_error
 from dynexec.executors.routed import convert_inputs
 from dynexec.measure.timing import compare
 from dynexec.report.baselines import DenseCompiled, DenseEager, OnnxRuntime, OpenVino
-from dynexec.report.experiment import PUBLISHED, allowed_error
+from dynexec.report.experiment import PUBLISHED, allowed_error, describe_error
 from dynexec.report.libraries import export_module, open_in_onnx_runtime, open_in_openvino
 from dynexec.report.rows import environment, find_losses, make_row
 
@@ -122,7 +122,7 @@ def _prepare(network, system, inputs, draws, libraries, progress):
             for call in found.values():
                 call(draws[0])
         except Exception as error:  # of somebody else's library, on a network it may not know
-            unavailable[library.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            unavailable[library.name] = describe_error(error)
             continue
         candidates |= found
     return candidates, unavailable
