@@ -190,7 +190,7 @@ def measure(name, batch, rounds):
 def case(text):
     """Network and batch size, as they are written in ``CASES``."""
     name, _, batch = text.partition(":")
-    if name not in NETWORKS:
+    if name not in NETWORKS or not batch:
         raise argparse.ArgumentTypeError(f"must be network:batch with a network of {list(NETWORKS)}, got {text!r}")
     return name, positive(batch)
 

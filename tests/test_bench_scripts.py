@@ -32,17 +32,17 @@ def script(monkeypatch):
 WRONG = {
     "drop_path": [
         ("--cases vit", "'vit'"),
-        ("--cases vit:0", "must be 1 or more"),
+        ("--cases vit:0", "must be a whole number of 1 or more"),
         ("--cases foo:1", "'foo:1'"),
         ("--cases", "expected at least one"),
-        ("--rounds 0", "must be 1 or more"),
+        ("--rounds 0", "must be a whole number of 1 or more"),
         ("--write --cases vit:2", "--write is for all cases"),
     ],
     "training": [
-        ("--batch -1", "must be 1 or more"),
-        ("--batch 0", "must be 1 or more"),
-        ("--size 0", "must be 1 or more"),
-        ("--seconds nan", "must be 0 or more"),
+        ("--batch -1", "must be a whole number of 1 or more"),
+        ("--batch 0", "must be a whole number of 1 or more"),
+        ("--size 0", "must be a whole number of 1 or more"),
+        ("--seconds nan", "must be a finite number of 0 or more"),
         ("--device foo", "invalid choice: 'foo'"),
         ("--only nothing", "no network is called 'nothing'"),
         ("--write --only bottleneck", "--write is for all networks"),

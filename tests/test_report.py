@@ -240,6 +240,21 @@ def test_bench_refuses_keep_rates_for_networks_of_parts(nothing_runs, tmp_path, 
         assert re.fullmatch(r"dynexec bench: arnet_resnet: .* published ones: .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("option", "values", "expected"),
+    [
+        ("--batch", ("x", "0", "1.5"), "must be a whole number of 1 or more"),
+        ("--threads", ("many", "0", "1025"), "must be a whole number from 1 to 1024"),
+        ("--seconds", ("x", "nan", "inf", "-1"), "must be a finite number of 0 or more"),
+    ],
+)
+def test_wrong_numbers_are_answered_with_what_is_expected(tmp_path, capsys, option, values, expected):
+    for value in values:
+        with pytest.raises(SystemExit):
+            arguments(tmp_path, f"{option}={value}")
+        assert capsys.readouterr().err.endswith(f"error: argument {option}: {expected}, got {value!r}\n")
+
+
 def test_bench_fails_on_a_wrong_executor(tiny_nets, tmp_path, capsys, monkeypatch):
     real = experiment.run_experiment
     monkeypatch.setattr(bench, "run_experiment", lambda *a, **k: real(*a, executor=ShiftsColumns, **k))

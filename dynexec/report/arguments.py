@@ -1,6 +1,7 @@
 """Types of command-line arguments, for argparse."""
 
 import math
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -11,25 +12,26 @@ _MOST_THREADS = 1024  # with ever more, torch ends the process
 
 def positive(text):
     """An int of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
+    return _number(text, int, 1, math.inf, "a whole number of 1 or more")
 
 
 def threads(text):
     """An int from 1 to 1024."""
-    value = int(text)
-    if not 1 <= value <= _MOST_THREADS:
-        raise ArgumentTypeError(f"must be from 1 to {_MOST_THREADS}, got {value}")
-    return value
+    return _number(text, int, 1, _MOST_THREADS, f"a whole number from 1 to {_MOST_THREADS}")
 
 
 def seconds(text):
     """A finite float of 0 or more."""
-    value = float(text)
-    if not 0.0 <= value < math.inf:
-        raise ArgumentTypeError(f"must be 0 or more, got {text}")
+    return _number(text, float, 0.0, sys.float_info.max, "a finite number of 0 or more")
+
+
+def _number(text, kind, low, high, expected):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise ArgumentTypeError(f"must be {expected}, got {text!r}")
     return value
 
 
@@ -45,10 +47,4 @@ def keep_share(text):
     """A float from 0 to 1, or the word :data:`PUBLISHED`."""
     if text == PUBLISHED:
         return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise ArgumentTypeError(f"must be a share between 0 and 1, or {PUBLISHED!r}; got {text!r}")
-    return value
+    return _number(text, float, 0.0, 1.0, f"a share between 0 and 1, or {PUBLISHED!r}")
