@@ -336,6 +336,13 @@ def test_command(monkeypatch, tmp_path, capsys):
         cli.main(["profile", "no_such_net"])
 
 
+@pytest.mark.parametrize("batch", [10**12, 10**17], ids=["memory", "size"])
+def test_a_batch_that_does_not_fit_is_answered_in_one_line(batch, monkeypatch, capsys):
+    monkeypatch.setitem(nets.NETS, "tiny", TINY)
+    assert cli.main(["profile", "tiny", "--batch", str(batch)]) == 1
+    assert re.fullmatch(r"dynexec profile: tiny: RuntimeError: .*\n", capsys.readouterr().err)
+
+
 def test_one_file_for_both_outputs_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(nets.NETS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from dynexec.executors import freeze
 from dynexec.report.arguments import file, keep_share, positive, threads
 from dynexec.report.bench import SYSTEM_KEEP, make_settings
-from dynexec.report.experiment import PUBLISHED, num_blocks
+from dynexec.report.experiment import PUBLISHED, describe_error, num_blocks
 from dynexec.report.nets import NETS, build, make_images
 from dynexec.report.systems import SYSTEMS, build_system
 from dynexec.report.systems_experiment import follow
@@ -33,7 +33,7 @@ def add_arguments(parser):
 def main(args):
     """Run ``dynexec profile``; return the exit status: 1 if there is no such network or setting here.
 
-    2 if both files are the same.
+    1 also where memory does not suffice; 2 if both files are the same one.
     """
     if args.chrome and args.json and os.path.realpath(args.chrome) == os.path.realpath(args.json):
         print(f"dynexec profile: --chrome and --json must be two files, both are {args.json}", file=sys.stderr)
@@ -43,7 +43,11 @@ def main(args):
     net = (NETS | SYSTEMS)[args.net]
     for path in filter(None, (args.chrome, args.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    profile = (profile_system if args.net in SYSTEMS else profile_net)(net, args)
+    try:
+        profile = (profile_system if args.net in SYSTEMS else profile_net)(net, args)
+    except (MemoryError, RuntimeError) as error:  # too large a batch, for instance
+        print(f"dynexec profile: {args.net}: {describe_error(error)}", file=sys.stderr)
+        return 1
     if isinstance(profile, str):
         print(f"{args.net}: {profile}")
         return 1
