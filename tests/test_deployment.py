@@ -327,7 +327,8 @@ def test_bad_arguments(saved, tmp_path):
             "example_input must be of floating-point numbers, got torch.int64",
             (net, tmp_path / "net", x.long()),
         ),
-        (FileNotFoundError, "missing", (net, tmp_path / "missing" / "net", x)),
+        (FileNotFoundError, "in a folder that exists, got '.*/missing/net'$", (net, tmp_path / "missing" / "net", x)),
+        (FileNotFoundError, f"got '.*{MANIFEST}/net'$", (net, folder / MANIFEST / "net", x)),
     ):
         with pytest.raises(error, match=message):
             dynexec.save(*arguments)

@@ -52,6 +52,8 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     ------
     TypeError, ValueError
         If an argument is invalid.
+    FileNotFoundError
+        If the parent of ``folder`` does not exist.
     FileExistsError
         If ``folder`` exists and holds anything else.
     ImportError
@@ -63,6 +65,8 @@ def save(model, folder, example_input, *, policy=None, dtype=None, executor=None
     if executor not in (None, *EXECUTORS):
         raise ValueError(f"executor must be None or one of {list(EXECUTORS)}, got {executor!r}")
     folder = Path(folder).resolve()
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"folder must be in a folder that exists, got {str(folder)!r}")
     if not any(_is_ours(folder) for _ in range(3)):  # of one that another process is just removing some are left
         raise _foreign(folder)
     net, safetensors = join(model, policy), import_safetensors()
