@@ -104,6 +104,13 @@ def test_manifests_are_checked_entry_by_entry(folder, changes, message):
     assert MANIFEST in str(caught.value)
 
 
+def test_a_manifest_that_was_edited_says_so(folder):
+    entries = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(entries | {"batch_size": 5}))
+    with pytest.raises(ValueError, match="was changed: its content does not match the sha256 that it holds"):
+        dynexec.load(folder)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "{}", "[" * 100_000, '{"format": NaN}', "\ud800", '{"format": 1}']
 )

@@ -76,7 +76,7 @@ class Manifest:
         if entries.keys() != names:
             raise ValueError(f"{path} must have the entries {sorted(names)}, got {reprlib.repr(sorted(entries))}")
         if entries.pop("sha256") != _digest(entries):
-            raise ValueError(f"{path} is damaged or was changed: its own sha256 is another one")
+            raise ValueError(f"{path} is damaged or was changed: its content does not match the sha256 that it holds")
         del entries["format"]
         for name, value in entries.items():
             expected, fits = _EXPECTED[name]
