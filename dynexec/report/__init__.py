@@ -1,1 +1,1 @@
-"""What users see: baselines, bench tables, plots, the HTML page."""
+"""Benchmarks, their networks and baselines, video decoding, reports and the demo: the code of the commands."""
