@@ -171,9 +171,12 @@ class ARNetPolicy(nn.Module):
                 step = self._project(frames[rows, t]) if self.cheap else gates[:, t]
                 if t == 0:
                     h = c = step.new_zeros(shape[0], self.rnn.hidden_size)
-                    weights = log_probabilities = step.new_zeros(shape[0], self.num_actions)
                 after, cell = self._step(step, h[rows], c[rows])
-                decided = F.softmax(self.linear(after), 1).clamp(min=1e-8).log()  # clamped as published
+                scores = self.linear(after)
+                wide = torch.promote_types(scores.dtype, torch.float32)  # float16 would round the clamp to 0
+                decided = F.softmax(scores, 1, dtype=wide).clamp(min=1e-8).log()  # clamped as published
+                if t == 0:
+                    weights = log_probabilities = torch.zeros_like(decided)
                 hold = running[rows][:, None]
                 weights = weights.index_copy(0, rows, torch.where(hold, weights[rows], choose(decided)))
                 log_probabilities = log_probabilities.index_copy(0, rows, decided)
