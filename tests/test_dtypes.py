@@ -1,4 +1,4 @@
-"""The systems under torch.autocast, by the rules of a CPU and by those of a GPU."""
+"""Dtypes that meet in the systems: under torch.autocast, by the rules of a CPU and of a GPU, and of soft decisions."""
 
 from contextlib import nullcontext
 
@@ -107,6 +107,27 @@ def test_output_and_gradients(name, mode):
     if draw is not None:
         check(lambda: {"soft_decisions": draw(inputs)})
         assert any(parameter.grad.any() for parameter in net.policy.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "feature sharing"])
+def test_soft_decisions_leave_the_output_its_dtype(name):
+    net, inputs, _, draw = SYSTEMS[name]()
+    with torch.no_grad():
+        weights = draw(inputs)
+        expected = net(inputs, soft_decisions=weights)
+        for dtype, most in ((torch.float64, 1e-5), (torch.bfloat16, 1e-2)):
+            output = net(inputs, soft_decisions=weights.to(dtype))
+            assert [y.dtype for y in output] == [torch.float32] * len(output)
+            assert relative_error(output, expected) < most
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name.startswith("AdaMML")])
+def test_adamml_adds_logits_up_in_float32_under_autocast(name):
+    net, inputs, decisions, _ = SYSTEMS[name]()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = [net(inputs), net(inputs, decisions), net(inputs, torch.zeros_like(decisions))]
+        outputs += [net(inputs, soft_decisions=decisions.to(d)) for d in (torch.bfloat16, torch.float32, torch.float64)]
+    assert {output.dtype for output in outputs} == {torch.float32}
 
 
 @pytest.mark.parametrize("mode", arnet_cases.MODES)

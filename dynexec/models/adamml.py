@@ -130,7 +130,8 @@ class AdaMML(RoutedNetwork):
 
     ``net(inputs)`` follows the policy, ``net(inputs, decisions)`` replays bool ``[N, S, M]``, with columns in the order
     of ``modalities``. The logits are the weighted sum over the selected modalities, summed over segments and divided by
-    S, however many are selected: a video of which nothing is selected has logits of exactly zero.
+    S, however many are selected: a video of which nothing is selected has logits of exactly zero. They are in the
+    dtype of the parameters, also under autocast.
 
     ``inputs`` is a dict: ``[N, S, F, C, H, W]`` for each visual modality, with 3 channels for "rgb", 10 for "flow" and
     15 for "rgbdiff", and ``[N, S, 1, 1, H, W]`` for "sound". Sizes may differ between modalities, S between calls.
@@ -232,9 +233,9 @@ class AdaMML(RoutedNetwork):
     def _replay(self, inputs, decisions):
         samples, segments = decisions.shape[:2]
         route = Route.from_decisions(decisions.flatten(0, 1))
-        like = inputs[self.modalities[0]]
-        weights = self.main_net.weights(like)
-        total, idle = like.new_zeros(samples * segments, self.num_classes), nn.ModuleList()
+        weights = self.main_net.weights(inputs[self.modalities[0]])
+        # In their dtype, which is that of the parameters: autocast computes logits in a narrower one.
+        total, idle = weights.new_zeros(samples * segments, self.num_classes), nn.ModuleList()
         for column, (name, net) in enumerate(zip(self.modalities, self.main_net.nets)):
             rows, clips = route.group(column), inputs[name].flatten(0, 1)
             if len(rows) == 0:
@@ -243,7 +244,7 @@ class AdaMML(RoutedNetwork):
             if len(rows) < len(clips):
                 clips = ops.gather_rows(clips, rows)
             logits = weights[column] * net(clips)
-            total = total.index_add(0, rows, logits.to(total.dtype))  # autocast computes them in another one
+            total = total.index_add(0, rows, logits.to(total.dtype))
         if idle:
             total = with_zero_gradients(total, idle if len(idle) < len(self.modalities) else self.main_net)
         return total.unflatten(0, (samples, segments)).mean(1)
@@ -251,7 +252,8 @@ class AdaMML(RoutedNetwork):
     def _weigh(self, inputs, soft_decisions):
         samples, segments = soft_decisions.shape[:2]
         logits = [net(inputs[name].flatten(0, 1)) for name, net in zip(self.modalities, self.main_net.nets)]
-        weights = soft_decisions.flatten(0, 1) * self.main_net.weights(logits[0])
+        weights = self.main_net.weights(inputs[self.modalities[0]])
+        weights = soft_decisions.flatten(0, 1).to(weights.dtype) * weights
         total = (torch.stack(logits, 1) * weights[..., None]).sum(1)
         return total.unflatten(0, (samples, segments)).mean(1)
 

@@ -14,8 +14,8 @@ class RoutedNetwork(nn.Module):
     by itself, it does so by ``policy.decide(inputs)``.
 
     ``soft_decisions`` are float weights in place of choices: everything is computed and weighted, as published code
-    does in training and in evaluation. Gradients reach the weights, so that a policy can be trained through them; it is
-    also the reference that decisions are tested against.
+    does in training and in evaluation. Weights of another dtype are converted to that of what they weight. Gradients
+    reach them, so that a policy can be trained through them. Decisions are tested against the output of such weights.
     """
 
     counts_own_flops = True
