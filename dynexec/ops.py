@@ -163,6 +163,23 @@ def _is_batched(x):
     return False
 
 
+def kind_of(value):
+    """Return a tensor's dtype, or the type name of any other value: for errors."""
+    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def check_floating(value, name, shape):
+    """Raise TypeError unless ``value`` is a floating-point tensor; ``shape``, a text, is for the message."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor {shape}, got {kind_of(value)}")
+
+
+def check_bool(value, name, shape):
+    """Raise TypeError unless ``value`` is a bool tensor; ``shape``, a text, is for the message."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor {shape}, got {kind_of(value)}")
+
+
 def check_dense(x, name):
     """Raise TypeError if a tensor is sparse, nested or otherwise not strided."""
     if x.is_nested or x.layout != torch.strided:

@@ -378,7 +378,7 @@ ANY = torch.ones(3, 3, 2, dtype=torch.bool)
         (dict(decisions=ANY[..., :1]), ValueError, r"got \[3, 3, 1\]"),
         (dict(decisions=ANY[0]), ValueError, r"got \[3, 2\]"),
         (dict(decisions=ANY.to("meta")), ValueError, "on cpu like the inputs, got .* on meta"),
-        (dict(soft_decisions=ANY), TypeError, r"soft_decisions must be a float tensor \[3, 3, 2\], got torch.bool"),
+        (dict(soft_decisions=ANY), TypeError, r"soft_decisions must be a floating-point tensor .*, got torch.bool"),
         (dict(soft_decisions=ANY.float()[:, :1]), ValueError, r"soft_decisions must have shape \[3, 3, 2\]"),
         (dict(decisions=ANY, soft_decisions=ANY.float()), ValueError, "both given"),
     ],

@@ -107,13 +107,10 @@ class ModalityFlops:
         -------
         float64 tensor ``[N]`` or scalar
         """
-        if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.bool:
-            kind = decisions.dtype if isinstance(decisions, torch.Tensor) else type(decisions).__name__
-            raise TypeError(f"decisions must be bool [N, {self.segments}, {len(self.main)}], got {kind}")
+        shape = f"[N, {self.segments}, {len(self.main)}]"
+        ops.check_bool(decisions, "decisions", shape)
         if decisions.shape[-2:] != (self.segments, len(self.main)):
-            raise ValueError(
-                f"decisions must be bool [N, {self.segments}, {len(self.main)}], got shape {tuple(decisions.shape)}"
-            )
+            raise ValueError(f"decisions must be bool {shape}, got shape {tuple(decisions.shape)}")
         main = torch.tensor(self.main, dtype=torch.float64, device=decisions.device)
         return self.policy + (decisions * main).sum((-2, -1))
 
@@ -283,10 +280,8 @@ class AdaMML(RoutedNetwork):
     def _check_decisions(self, name, decisions, inputs):
         first = inputs[self.modalities[0]]
         shape = *first.shape[:2], len(self.modalities)
-        kind = decisions.dtype if isinstance(decisions, torch.Tensor) else None
-        if kind is None or (kind != torch.bool if name == "decisions" else not kind.is_floating_point):
-            expected = "bool" if name == "decisions" else "float"
-            raise TypeError(f"{name} must be a {expected} tensor {list(shape)}, got {kind or type(decisions).__name__}")
+        check = ops.check_bool if name == "decisions" else ops.check_floating
+        check(decisions, name, list(shape))
         if tuple(decisions.shape) != shape or decisions.device != first.device:
             raise ValueError(
                 f"{name} must have shape {list(shape)} (samples, segments, {', '.join(self.modalities)}) on "

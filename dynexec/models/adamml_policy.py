@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.mobilenet import NUM_FEATURES, STAGES, InvertedResidual, conv_bn_relu6, initialize
+from dynexec.ops import kind_of
 from dynexec.policy import draw
 from dynexec.policy.bernoulli import check_logits
 
@@ -227,8 +228,8 @@ def check_clips(inputs, modalities, num_frames, dtype):
     for name in modalities:
         value = inputs[name]
         if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise TypeError(f"inputs[{name!r}] must be a {dtype} tensor like the network's parameters, got {kind}")
+            got = kind_of(value)
+            raise TypeError(f"inputs[{name!r}] must be a {dtype} tensor like the network's parameters, got {got}")
         frames = 1 if name == "sound" else num_frames
         shape = tuple(value.shape)
         if len(shape) != 6 or shape[2:4] != (frames, CHANNELS[name]) or value.numel() == 0:

@@ -12,6 +12,7 @@ from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorte
 from dynexec.models.deeplab import BasicBlock, Bottleneck, DilatedResNet, Head
 from dynexec.nn import RoutedNetwork
 from dynexec.nn.tasks import SharingPlan, check_task_decisions, count_shared_rows
+from dynexec.ops import check_floating
 
 #: Depth to block and number of blocks per segment.
 DEPTHS = {
@@ -151,7 +152,8 @@ class AdaShare(RoutedNetwork):
             if decisions is not None:
                 raise ValueError("decisions and soft_decisions must not be given both")
             used = soft_decisions
-            self._check_soft(soft_decisions, len(images))
+            check_floating(used, "soft_decisions", "[T, L] or [N, T, L]")
+            self._check_shape(used, "soft_decisions", len(images))
             features = [self.backbone.run_soft(images, soft_decisions[..., t, :]) for t in range(self.num_tasks)]
         else:
             used = self.policy.decide(images) if decisions is None else decisions
@@ -182,9 +184,7 @@ class AdaShare(RoutedNetwork):
 
     def check_inputs(self, inputs):
         """Raise TypeError or ValueError unless ``inputs`` is a float tensor ``[N, C, H, W]`` of at least one image."""
-        if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
-            kind = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-            raise TypeError(f"images must be a floating-point tensor [N, {self.in_channels}, H, W], got {kind}")
+        check_floating(inputs, "images", f"[N, {self.in_channels}, H, W]")
         if inputs.dim() != 4 or inputs.shape[1] != self.in_channels or 0 in inputs.shape:
             raise ValueError(
                 f"images must have shape [N, {self.in_channels}, H, W] with N at least 1, got {tuple(inputs.shape)}"
@@ -233,12 +233,6 @@ class AdaShare(RoutedNetwork):
         dropped = [key for key in state if key.startswith(("policynet.parallel_blocks.", "policynet.parallel_ds."))]
         state = rename({key: value for key, value in state.items() if key not in dropped}, _own_name)
         return Checkpoint({"network": (self, state)}, (), dropped, info)
-
-    def _check_soft(self, weights, samples):
-        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
-            kind = weights.dtype if isinstance(weights, torch.Tensor) else type(weights).__name__
-            raise TypeError(f"soft_decisions must be a floating-point tensor [T, L] or [N, T, L], got {kind}")
-        self._check_shape(weights, "soft_decisions", samples)
 
     def _check_shape(self, decisions, name, samples):
         size = self.num_tasks, self.num_blocks

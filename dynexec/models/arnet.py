@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.arnet_flops import count_arnet
-from dynexec.models.arnet_policy import ARNetPolicy, check_decisions, check_frames, kind_of, resize, rule, ruling_frames
+from dynexec.models.arnet_policy import ARNetPolicy, check_decisions, check_frames, resize, rule, ruling_frames
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.efficientnet import EfficientNet
 from dynexec.models.mobilenet import NUM_FEATURES, MobileNetV2
 from dynexec.models.resnet import ResNet
 from dynexec.nn import RoutedNetwork
 from dynexec.nn.residual import with_zero_gradients
+from dynexec.ops import check_floating
 
 
 class ARNet(RoutedNetwork):
@@ -121,8 +122,7 @@ class ARNet(RoutedNetwork):
     def _weigh(self, frames, weights):
         """Run the masked network; see ``soft_decisions``."""
         policy, shape = self.policy, (*frames.shape[:2], self.policy.num_actions)
-        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
-            raise TypeError(f"soft_decisions must be a floating-point tensor {shape}, got {kind_of(weights)}")
+        check_floating(weights, "soft_decisions", shape)
         if weights.shape != shape:
             raise ValueError(f"soft_decisions must have shape {shape}, got {tuple(weights.shape)}")
         start = ruling_frames(policy.spans_of(weights).cpu())

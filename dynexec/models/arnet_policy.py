@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.ops import check_floating, kind_of
 from dynexec.policy import draw, gumbel_softmax
 from dynexec.policy.bernoulli import check_logits
 
@@ -211,8 +212,7 @@ def pack(needed):
 def check_frames(frames, shape):
     """Raise unless ``frames`` are floating-point and of ``shape``, in which letters stand for any positive number."""
     text = _text(shape)
-    if not isinstance(frames, torch.Tensor) or not frames.is_floating_point():
-        raise TypeError(f"frames must be a floating-point tensor {text}, got {kind_of(frames)}")
+    check_floating(frames, "frames", text)
     if not _fits(frames.shape, shape):
         raise ValueError(f"frames must have shape {text}, none of it 0, got {tuple(frames.shape)}")
 
@@ -237,11 +237,6 @@ def _text(shape):
 def _fits(shape, expected):
     pairs = zip(shape, expected)
     return len(shape) == len(expected) and all(a > 0 if isinstance(b, str) else a == b for a, b in pairs)
-
-
-def kind_of(value):
-    """Return a tensor's dtype, or the type name of any other value: for errors."""
-    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _one_hot(actions, like):

@@ -11,6 +11,7 @@ from dynexec.measure import count_call, evaluation_mode
 from dynexec.models.sharing_heads import Heads, can_join, count_classes
 from dynexec.models.sharing_tree import SharingTree
 from dynexec.nn import RoutedNetwork
+from dynexec.ops import check_bool
 from dynexec.route import Route
 
 
@@ -308,9 +309,7 @@ def _columns(stage, depth, count):
 
 def _check_wanted(decisions, tasks, samples=None, device=None):
     """Raise TypeError or ValueError unless ``decisions`` are bool ``[T]`` or ``[N, T]`` on the device."""
-    if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.bool:
-        got = decisions.dtype if isinstance(decisions, torch.Tensor) else type(decisions).__name__
-        raise TypeError(f"decisions must be a bool tensor [{tasks}] or [N, {tasks}], got {got}")
+    check_bool(decisions, "decisions", f"[{tasks}] or [N, {tasks}]")
     shape = tuple(decisions.shape)
     if len(shape) not in (1, 2) or shape[-1] != tasks or len(shape) == 2 and samples not in (None, shape[0]):
         expected = "N" if samples is None else samples

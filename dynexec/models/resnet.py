@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.ops import check_floating
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; the first has the stride."""
@@ -105,9 +107,7 @@ class ResNet(nn.Module):
 
 def check_images(images, channels, step):
     """Raise unless ``images`` are floating-point ``[N, channels, H, W]`` with H and W multiples of ``step``."""
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise TypeError(f"images must be a floating-point tensor [N, {channels}, H, W], got {kind}")
+    check_floating(images, "images", f"[N, {channels}, H, W]")
     if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % step or images.shape[3] % step:
         why = f" with H and W multiples of {step}, as segments halve them" if step > 1 else ""
         raise ValueError(f"images must be [N, {channels}, H, W]{why}, got {tuple(images.shape)}")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dynexec.ops import check_dense
+from dynexec.ops import check_dense, check_floating
 from dynexec.route import Route
 
 MODES = ("exact", "capacity", "soft")
@@ -145,9 +145,7 @@ class decide:
 
 
 def _check_weights(weights):
-    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
-        kind = weights.dtype if isinstance(weights, torch.Tensor) else type(weights).__name__
-        raise TypeError(f'decisions must be a floating-point tensor [N, L] or [L] in mode "soft", got {kind}')
+    check_floating(weights, "decisions", '[N, L] or [L] in mode "soft"')
     if weights.dim() not in (1, 2):
         raise ValueError(f"decisions must have shape [N, L] or [L], got {tuple(weights.shape)}")
     return weights

@@ -4,6 +4,8 @@ from math import isnan
 
 import torch
 
+from dynexec.ops import check_floating
+
 
 def threshold(probabilities):
     """Decide deterministically: keep a block if its probability is at least 0.5.
@@ -108,7 +110,7 @@ def log_probability(probabilities, decisions, *, exploration=1.0):
 
 def check_probabilities(probabilities):
     """Raise unless ``probabilities`` is a floating-point tensor, in [0, 1] where that can be read without waiting."""
-    _check_type(probabilities, "probabilities", "[N, L] or [L]")
+    check_floating(probabilities, "probabilities", "[N, L] or [L]")
     if not _readable(probabilities):
         return
     low, high = (bound.item() for bound in probabilities.detach().aminmax())  # NaN if there is one
@@ -143,18 +145,12 @@ def check_softmax(logits):
 
 def check_numbers(values, name, shape):
     """:func:`check_logits` for any ``values``; ``name`` and ``shape``, a text, describe them in messages."""
-    _check_type(values, name, shape)
+    check_floating(values, name, shape)
     if _readable(values) and bool(values.isnan().any()):
         raise ValueError(f"{name} {tuple(values.shape)} hold NaN: expected numbers {_DIVERGED}")
 
 
 _DIVERGED = "(has the policy network diverged, or were its images NaN?)"
-
-
-def _check_type(values, name, shape):
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a floating-point tensor {shape}, got {kind}")
 
 
 def _readable(values):

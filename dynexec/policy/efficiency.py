@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from dynexec.ops import check_floating
+
 
 def expected_cost(weights, costs):
     """Compute the average cost of the choices: a scalar, in the unit of ``costs``.
@@ -66,8 +68,6 @@ def efficiency_loss(logits, labels, weights, costs, *, accuracy=0.95, efficiency
 
 
 def _check_weights(weights):
-    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
-        kind = weights.dtype if isinstance(weights, torch.Tensor) else type(weights).__name__
-        raise TypeError(f"weights must be a floating-point tensor [N, T, choices], got {kind}")
+    check_floating(weights, "weights", "[N, T, choices]")
     if weights.dim() != 3 or weights.numel() == 0:
         raise ValueError(f"weights must be [N, T, choices] and not empty, got shape {tuple(weights.shape)}")

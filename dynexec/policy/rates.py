@@ -2,6 +2,8 @@
 
 import torch
 
+from dynexec.ops import check_bool
+
 
 def keep_rates(decisions):
     """Compute the shares of samples that keep a block, as named scalars for TensorBoard or any other log.
@@ -23,9 +25,7 @@ def keep_rates(decisions):
     TypeError, ValueError
         If ``decisions`` is not bool with one or two dimensions, or is empty.
     """
-    if not isinstance(decisions, torch.Tensor) or decisions.dtype != torch.bool:
-        kind = decisions.dtype if isinstance(decisions, torch.Tensor) else type(decisions).__name__
-        raise TypeError(f"decisions must be a bool tensor [N, L] or [L], got {kind}")
+    check_bool(decisions, "decisions", "[N, L] or [L]")
     if decisions.dim() not in (1, 2) or decisions.numel() == 0:
         raise ValueError(f"decisions must be [N, L] or [L] and not empty, got shape {tuple(decisions.shape)}")
     rates = torch.atleast_2d(decisions).double().mean(0).tolist()
