@@ -145,11 +145,29 @@ def test_reinforce_loss_by_hand():
         policy.entropy_term(torch.tensor(0.5))
     with pytest.raises(TypeError, match="probabilities must be a floating-point tensor .* got list"):
         policy.reinforce_loss([[0.5]], decisions, torch.zeros(2))
-    zeros = torch.zeros(2)
-    with pytest.raises(TypeError, match=r"trained must be a bool tensor \[L\], got torch.float32"):
-        policy.reinforce_loss(probabilities, decisions, zeros, trained=torch.ones(2))
-    with pytest.raises(ValueError, match=r"trained must have shape \(2,\), got \(3,\)"):
-        policy.entropy_term(probabilities, trained=torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda trained: policy.force_untrained(torch.ones(2, 3).bool(), trained),
+        lambda trained: policy.reinforce_loss(
+            torch.rand(2, 3), torch.ones(2, 3).bool(), torch.zeros(2), trained=trained
+        ),
+        lambda trained: policy.entropy_term(torch.rand(2, 3), trained=trained),
+        lambda trained: policy.sparsity_loss(torch.zeros(2, 3, 2), trained=trained),
+        lambda trained: policy.open_untrained(torch.zeros(2, 3), trained),
+    ],
+)
+def test_trained_must_be_one_bool_per_block(use):
+    trained = policy.curriculum_mask(3, 1)
+    use(trained)
+    for wrong, kind in ((trained.float(), "torch.float32"), ([False, True, True], "list")):
+        with pytest.raises(TypeError, match=rf"trained must be a bool tensor \[3\], got {kind}"):
+            use(wrong)
+    for wrong in (trained[None], trained[:1], torch.tensor(True)):
+        with pytest.raises(ValueError, match=r"trained must have shape \(3,\), got"):
+            use(wrong)
 
 
 def test_untrained_blocks_get_no_gradient():

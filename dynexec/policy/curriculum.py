@@ -4,6 +4,7 @@ from math import isfinite
 
 import torch
 
+from dynexec.ops import check_bool
 from dynexec.policy.bernoulli import check_drawn
 
 
@@ -51,11 +52,15 @@ def force_untrained(decisions, trained):
     Raises
     ------
     TypeError, ValueError
-        If ``decisions`` or ``trained`` is not bool, or their numbers of blocks differ.
+        If ``decisions`` is not bool ``[N, L]``, or ``trained`` not bool ``[L]``.
     """
-    if not isinstance(trained, torch.Tensor) or trained.dtype != torch.bool or trained.dim() != 1:
-        kind = trained.dtype if isinstance(trained, torch.Tensor) else type(trained).__name__
-        shape = f" {tuple(trained.shape)}" if isinstance(trained, torch.Tensor) else ""
-        raise ValueError(f"trained must be bool [L], from curriculum_mask; got {kind}{shape}")
-    check_drawn(decisions, (None, len(trained)))
+    check_drawn(decisions, (None, None))
+    check_trained(trained, decisions.shape[1])
     return decisions | ~trained.to(decisions.device)
+
+
+def check_trained(trained, num_blocks):
+    """Raise TypeError unless ``trained`` is a bool tensor, ValueError unless it has one entry per block."""
+    check_bool(trained, "trained", f"[{num_blocks}]")
+    if trained.shape != (num_blocks,):
+        raise ValueError(f"trained must have shape {(num_blocks,)}, got {tuple(trained.shape)}")

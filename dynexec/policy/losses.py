@@ -1,9 +1,9 @@
 """Losses that train a Bernoulli policy by REINFORCE with a self-critical baseline (BlockDrop, section 3)."""
 
-import torch
 import torch.nn.functional as F
 
 from dynexec.policy.bernoulli import check_numbers, check_probabilities, clamp_open, explore, log_probability
+from dynexec.policy.curriculum import check_trained
 
 
 def reinforce_loss(probabilities, decisions, advantage, *, exploration=1.0, trained=None):
@@ -119,9 +119,5 @@ def _of_trained(terms, trained):
     """Return ``terms`` ``[N, L]``, multiplied by 0 for blocks that are not ``trained``."""
     if trained is None:
         return terms
-    if not isinstance(trained, torch.Tensor) or trained.dtype != torch.bool:
-        kind = trained.dtype if isinstance(trained, torch.Tensor) else type(trained).__name__
-        raise TypeError(f"trained must be a bool tensor [L], got {kind}")
-    if trained.shape != terms.shape[1:]:
-        raise ValueError(f"trained must have shape {tuple(terms.shape[1:])}, got {tuple(trained.shape)}")
+    check_trained(trained, terms.shape[1])
     return terms * trained.to(terms.device)

@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from dynexec.policy.bernoulli import check_logits
+from dynexec.policy.curriculum import check_trained
 
 
 def sparsity_loss(logits, *, trained=None, weighted=False):
@@ -34,7 +35,7 @@ def sparsity_loss(logits, *, trained=None, weighted=False):
     if weighted:
         loss = loss * 2 * _rising(loss)
     if trained is not None:
-        _check_trained(trained, loss)
+        check_trained(trained, loss.shape[-1])
         loss = loss[..., trained.to(loss.device)]
         if loss.shape[-1] == 0:
             raise ValueError("trained must hold at least one layer that counts, got none")
@@ -91,7 +92,7 @@ def open_untrained(weights, trained):
     TypeError, ValueError
         If ``trained`` is not bool ``[L]``.
     """
-    _check_trained(trained, weights)
+    check_trained(trained, weights.shape[-1])
     return weights.masked_fill(~trained.to(weights.device), 1.0)
 
 
@@ -99,13 +100,6 @@ def _check(logits):
     check_logits(logits)
     if logits.dim() not in (3, 4) or logits.shape[-1] != 2 or 0 in logits.shape:
         raise ValueError(f"logits must have shape [T, L, 2] or [N, T, L, 2], got {tuple(logits.shape)}")
-
-
-def _check_trained(trained, layers):
-    if not isinstance(trained, torch.Tensor):
-        raise TypeError(f"trained must be a bool tensor {tuple(layers.shape[-1:])}, got {type(trained).__name__}")
-    if trained.dtype != torch.bool or trained.shape != layers.shape[-1:]:
-        raise ValueError(f"trained must be bool {tuple(layers.shape[-1:])}, got {trained.dtype} {tuple(trained.shape)}")
 
 
 def _rising(layers):
