@@ -174,6 +174,14 @@ def check_floating(value, name, shape):
         raise TypeError(f"{name} must be a floating-point tensor {shape}, got {kind_of(value)}")
 
 
+def check_dtype(x, name, dtype):
+    """Raise TypeError unless ``x`` has ``dtype``, that of the parameters, or autocast converts it to what it needs."""
+    device = x.device.type
+    converted = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != dtype and not (converted and x.is_floating_point()):
+        raise TypeError(f"{name} must be {dtype}, as the parameters are, got {x.dtype}")
+
+
 def check_bool(value, name, shape):
     """Raise TypeError unless ``value`` is a bool tensor; ``shape``, a text, is for the message."""
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:

@@ -353,9 +353,9 @@ def changed(name, change):
         (
             changed("rgb", lambda x: x.double()),
             TypeError,
-            r"inputs\['rgb'\] must be a torch.float32 .* got torch.float64",
+            r"inputs\['rgb'\] must be torch.float32, as the parameters are, got torch.float64",
         ),
-        (changed("rgb", lambda x: x.tolist()), TypeError, "like the network's parameters, got list"),
+        (changed("rgb", lambda x: x.tolist()), TypeError, "must be a torch.float32 tensor, got list"),
     ],
 )
 def test_inputs_that_do_not_fit(net, change, kind, message):

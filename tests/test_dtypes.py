@@ -121,6 +121,26 @@ def test_soft_decisions_leave_the_output_its_dtype(name):
             assert relative_error(output, expected) < most
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_inputs_of_another_dtype(name):
+    """Autocast converts them; without it they are refused, by torch in BlockDrop and SpotTune."""
+    net, inputs, decisions, _ = SYSTEMS[name]()
+    narrow = {key: x.bfloat16() for key, x in inputs.items()} if isinstance(inputs, dict) else inputs.bfloat16()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            output = net(narrow, decisions)
+        assert relative_error(output, net(inputs, decisions)) < 0.1
+        with pytest.raises((TypeError, RuntimeError), match="torch.bfloat16|BFloat16"):
+            net(narrow, decisions)
+
+
+def test_meta_inputs_of_another_dtype():
+    """There is no autocast on this device to ask for."""
+    net, images = adashare()[:2]
+    with pytest.raises(TypeError, match="images must be torch.float32, as the parameters are, got torch.float64"):
+        net.count_flops(images.double().to("meta"))
+
+
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name.startswith("AdaMML")])
 def test_adamml_adds_logits_up_in_float32_under_autocast(name):
     net, inputs, decisions, _ = SYSTEMS[name]()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec.models.mobilenet import NUM_FEATURES, STAGES, InvertedResidual, conv_bn_relu6, initialize
-from dynexec.ops import kind_of
+from dynexec.ops import check_dtype
 from dynexec.policy import draw
 from dynexec.policy.bernoulli import check_logits
 
@@ -227,9 +227,9 @@ def check_clips(inputs, modalities, num_frames, dtype):
     first = None
     for name in modalities:
         value = inputs[name]
-        if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-            got = kind_of(value)
-            raise TypeError(f"inputs[{name!r}] must be a {dtype} tensor like the network's parameters, got {got}")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"inputs[{name!r}] must be a {dtype} tensor, got {type(value).__name__}")
+        check_dtype(value, f"inputs[{name!r}]", dtype)
         frames = 1 if name == "sound" else num_frames
         shape = tuple(value.shape)
         if len(shape) != 6 or shape[2:4] != (frames, CHANNELS[name]) or value.numel() == 0:

@@ -12,7 +12,7 @@ from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorte
 from dynexec.models.deeplab import BasicBlock, Bottleneck, DilatedResNet, Head
 from dynexec.nn import RoutedNetwork
 from dynexec.nn.tasks import SharingPlan, check_task_decisions, count_shared_rows
-from dynexec.ops import check_floating
+from dynexec.ops import check_dtype, check_floating
 
 #: Depth to block and number of blocks per segment.
 DEPTHS = {
@@ -189,9 +189,7 @@ class AdaShare(RoutedNetwork):
             raise ValueError(
                 f"images must have shape [N, {self.in_channels}, H, W] with N at least 1, got {tuple(inputs.shape)}"
             )
-        dtype = next((parameter.dtype for parameter in self.parameters()), inputs.dtype)
-        if inputs.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type):
-            raise TypeError(f"images must be {dtype}, as the parameters are, got {inputs.dtype}")
+        check_dtype(inputs, "images", next((p.dtype for p in self.parameters()), inputs.dtype))
 
     def count_flops(self, inputs):
         """Count the :class:`AdaShareFlops` of one image like ``inputs``, of which only shape and dtype matter."""

@@ -14,7 +14,7 @@ from dynexec.models.mobilenet import NUM_FEATURES, MobileNetV2
 from dynexec.models.resnet import ResNet
 from dynexec.nn import RoutedNetwork
 from dynexec.nn.residual import with_zero_gradients
-from dynexec.ops import check_floating
+from dynexec.ops import check_dtype, check_floating
 
 
 class ARNet(RoutedNetwork):
@@ -171,9 +171,7 @@ class ARNet(RoutedNetwork):
     def check_inputs(self, inputs):
         """Raise unless ``inputs`` are frames ``[N, T, 3, H, W]`` with N at least 1 and all else as constructed."""
         self._check_shape(inputs)
-        dtype = self.policy.rnn.weight_ih.dtype
-        if inputs.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type):
-            raise TypeError(f"frames must be {dtype}, as the parameters are, got {inputs.dtype}")
+        check_dtype(inputs, "frames", self.policy.rnn.weight_ih.dtype)
 
     def count_flops(self, inputs):
         """Count the FLOPs of one video of ``inputs``, of which only the shape matters: :class:`ARNetFlops`."""

@@ -11,7 +11,7 @@ from dynexec.measure import count_call, evaluation_mode
 from dynexec.models.sharing_heads import Heads, can_join, count_classes
 from dynexec.models.sharing_tree import SharingTree
 from dynexec.nn import RoutedNetwork
-from dynexec.ops import check_bool
+from dynexec.ops import check_bool, check_dtype
 from dynexec.route import Route
 
 
@@ -249,9 +249,7 @@ class FeatureSharing(RoutedNetwork):
         fits = len(shape) == 4 and shape[1] == self.in_channels if self.in_channels else len(shape) >= 2
         if not fits or len(inputs) == 0:
             raise ValueError(f"inputs must be {expected} with at least one sample, got shape {shape}")
-        dtype = next((p.dtype for p in self.parameters()), inputs.dtype)
-        if not inputs.is_floating_point() or inputs.dtype != dtype:
-            raise TypeError(f"inputs must be {dtype}, as the parameters are, got {inputs.dtype}")
+        check_dtype(inputs, "inputs", next((p.dtype for p in self.parameters()), inputs.dtype))
 
     def count_flops(self, inputs):
         """Count the FLOPs of one image as :class:`SharingFlops`; only the shape of ``inputs`` matters.
