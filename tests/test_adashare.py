@@ -314,6 +314,7 @@ def test_published_flops(name, classes, all_blocks, apart, shared, heads):
         assert round(flops.one_pass / giga, 2) == 18.53 and round(flops.head[-1] / giga, 1) == 19.4
     assert flops.dense == len(classes) * flops.one_pass + sum(flops.head) and flops.policy == 0
     assert flops.of(decisions) == flops.backbone(decisions) + sum(flops.head)
+    assert flops.saving(decisions) == pytest.approx(1 - (shared + heads) / (all_blocks + heads), abs=1e-3)
     everything = torch.ones_like(decisions)
     assert flops.backbone(everything, shared=False) == len(classes) * flops.one_pass
     assert flops.backbone(everything) == flops.one_pass  # hard sharing
@@ -331,6 +332,8 @@ def test_flops_are_those_of_what_runs():
         own = flops.of(decisions)
         assert own.dtype == torch.float64 and own.shape == decisions.shape[:-2]
         assert counter.get_total_flops() == (own - flops.policy).expand(3).sum()
+        needed = counter.get_total_flops() / 3 + flops.policy
+        assert flops.saving(decisions) == pytest.approx(1 - needed / flops.dense)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(images, soft_decisions=torch.rand(3, 7))
     assert counter.get_total_flops() == 3 * flops.dense

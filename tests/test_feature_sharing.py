@@ -207,6 +207,8 @@ def test_flops():
     expected = [sum(stages) + head[2], sum(stages) + head[1] + head[3], everything]  # heads 1 and 3 are one product
     assert flops.of(wanted).tolist() == expected and flops.of(wanted).dtype == torch.float64
     assert flops.of(wanted[0]) == expected[0]
+    assert flops.saving(wanted) == pytest.approx(1 - sum(expected) / 3 / flops.dense)
+    assert flops.saving(wanted[0]) == pytest.approx(1 - expected[0] / flops.dense)
     separate = FeatureSharing(
         [[copy.deepcopy(c[0]) for _ in CLASSES] for c in columns], heads, [[[0], [1], [2], [3]]] * 4
     )

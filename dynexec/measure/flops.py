@@ -9,8 +9,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import FlopCounterMode
 
 
+class FlopCount:
+    """Base of what ``count_flops`` returns: has ``dense``, and ``of(decisions)`` with the policy charged."""
+
+    def saving(self, decisions):
+        """Compute the theoretical saving under ``decisions``: a float, which may be negative.
+
+        This is the share of ``dense`` that is not needed on average, with the policy charged.
+        """
+        return 1.0 - self.of(decisions).double().mean().item() / self.dense
+
+
 @dataclass(frozen=True)
-class Flops:
+class Flops(FlopCount):
     """FLOPs of one image. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
@@ -54,13 +65,6 @@ class Flops:
         block = torch.tensor(self.block, dtype=torch.int64, device=decisions.device)
         return self.fixed + self.policy + (decisions * block).sum(-1)
 
-    def saving(self, decisions):
-        """Compute the theoretical saving under ``decisions``: a float, which may be negative.
-
-        This is the share of :attr:`dense` that is not needed on average, with the policy charged.
-        """
-        return 1.0 - self.of(decisions).double().mean().item() / self.dense
-
 
 def count_flops(model, example_input):
     """Count the FLOPs of one image without computing anything: tensors inside only have shapes.
@@ -76,7 +80,7 @@ def count_flops(model, example_input):
     Returns
     -------
     Flops
-        Or the result of the network's own ``count_flops``, which has ``dense``, ``policy`` and ``of`` as well.
+        Or the result of the network's own ``count_flops``, which also has ``dense``, ``policy``, ``of`` and ``saving``.
 
     Raises
     ------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynexec import ops
-from dynexec.measure.flops import count_call
+from dynexec.measure.flops import FlopCount, count_call
 from dynexec.models.adamml_checkpoints import read_checkpoint
 from dynexec.models.adamml_policy import CHANNELS, AdaMMLPolicy, check_clips, pool_frames
 from dynexec.models.mobilenet import MobileNetV2
@@ -66,7 +66,7 @@ class LateFusion(nn.Module):
 
 
 @dataclass(frozen=True)
-class ModalityFlops:
+class ModalityFlops(FlopCount):
     """FLOPs of one video. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
@@ -113,13 +113,6 @@ class ModalityFlops:
             raise ValueError(f"decisions must be bool {shape}, got shape {tuple(decisions.shape)}")
         main = torch.tensor(self.main, dtype=torch.float64, device=decisions.device)
         return self.policy + (decisions * main).sum((-2, -1))
-
-    def saving(self, decisions):
-        """Compute the theoretical saving: the share of :attr:`dense` not needed on average; may be negative.
-
-        The policy is charged.
-        """
-        return 1.0 - self.of(decisions).mean().item() / self.dense
 
 
 class AdaMML(RoutedNetwork):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dynexec.measure import count_call
+from dynexec.measure.flops import FlopCount, count_call
 from dynexec.models.adashare_policy import InstancePolicy, TaskPolicy
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.deeplab import BasicBlock, Bottleneck, DilatedResNet, Head
@@ -23,7 +23,7 @@ DEPTHS = {
 
 
 @dataclass(frozen=True)
-class AdaShareFlops:
+class AdaShareFlops(FlopCount):
     """FLOPs of one image. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes

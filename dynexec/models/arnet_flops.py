@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynexec.measure import count_call
+from dynexec.measure.flops import FlopCount, count_call
 from dynexec.models.arnet_policy import check_decisions, rule
 from dynexec.models.efficientnet import EfficientNet
 
@@ -13,7 +13,7 @@ PUBLISHED_GMAC = {"b0": 0.39, "b1": 0.70, "b2": 1.00, "b3": 1.80}
 
 
 @dataclass(frozen=True)
-class ARNetFlops:
+class ARNetFlops(FlopCount):
     """FLOPs of one video. A multiply-add counts as two; convolutions, linear layers and the LSTM count.
 
     Attributes
@@ -66,10 +66,6 @@ class ARNetFlops:
         per_action = (*self.backbone, self.lite, *(0 for _ in self.skips))
         chosen = torch.tensor(per_action, dtype=torch.float64)[actions].sum(1)
         return chosen + seen.sum(1) * float(self.features + self.choice)
-
-    def saving(self, decisions):
-        """Compute the theoretical saving: the share of :attr:`dense` not needed on average; may be negative."""
-        return 1.0 - self.of(decisions).mean().item() / self.dense
 
     def published(self, decisions):
         """Compute the cost of ``decisions`` by the authors' accounting: 1e9 multiply-adds per frame, a float.

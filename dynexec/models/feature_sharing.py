@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dynexec.measure import count_call, evaluation_mode
+from dynexec.measure.flops import FlopCount, count_call, evaluation_mode
 from dynexec.models.sharing_heads import Heads, can_join, count_classes
 from dynexec.models.sharing_tree import SharingTree
 from dynexec.nn import RoutedNetwork
@@ -16,7 +16,7 @@ from dynexec.route import Route
 
 
 @dataclass(frozen=True, eq=False)
-class SharingFlops:
+class SharingFlops(FlopCount):
     """FLOPs of one image. A multiply-add counts as two; only convolutions and matrix products count.
 
     Attributes
