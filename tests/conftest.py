@@ -33,6 +33,13 @@ def nan_in_uninitialised_memory():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["deterministic", "default"])
+def algorithms(request, nan_in_uninitialised_memory):
+    """Run a test a second time with torch's default kernels, which users get; NaN is then not filled in."""
+    if request.param == "default":
+        torch.use_deterministic_algorithms(False)
+
+
 def modes():
     """What torch computes with from here on, in this thread."""
     return {

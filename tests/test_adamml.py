@@ -155,6 +155,7 @@ def test_mistakes_would_show(net):
             assert error(output, wrong) > 0.05
 
 
+@pytest.mark.usefixtures("algorithms")
 def test_a_sample_does_not_depend_on_others_and_replays_are_identical(net, frozen):
     inputs = inputs_for(net, samples=4)
     decisions = draw(net, inputs)

@@ -144,6 +144,7 @@ def test_every_part_runs_under_some_example_decisions_and_none_without_rows():
     assert [calls[f"heads.{task}"] for task in range(3)] == [[2], [2], [2]]
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("depth", [18, 101])
 @pytest.mark.parametrize("per_image", [False, True])
 def test_gradients_are_those_of_the_masked_network(depth, per_image):

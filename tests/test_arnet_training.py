@@ -25,6 +25,7 @@ from dynexec.models.arnet import PUBLISHED, build_arnet
 from dynexec.policy.efficiency import efficiency_loss
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_those_of_the_frame_by_frame_network(mode):
     net, frames = small_net(mode, dtype=torch.float64), clips(3).double()

@@ -140,6 +140,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     assert close(together, [torch.cat(rows) for rows in zip(*alone)])
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("joint", [True, False])
 def test_gradients(training, joint):

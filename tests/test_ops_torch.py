@@ -15,6 +15,7 @@ def gradcheck(function, inputs):
     return first and torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gather_gradient(layout):
     x = torch.randn(5, 2, 3, 2, dtype=torch.float64)
@@ -42,6 +43,7 @@ def test_scatter_gradients(which, add, relu, in_place):
     assert gradcheck(lambda rows: scatter(destination.detach(), rows), (rows,))
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gradients_equal_those_of_torch(dtype):
     destination = torch.randn(7, 4, 3, dtype=dtype, requires_grad=True)

@@ -41,6 +41,7 @@ def own_masked(net, x, weights):
     return net.fc(x.mean((2, 3)))
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients_of_own_blocks_equal_the_masked_network(layout, training):
@@ -273,6 +274,7 @@ def test_a_policy_that_keeps_nothing(batch_norm):
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("make", [lambda: converted("timm")[::2], network])
 def test_backward_gives_the_same_bits_twice(make):
     model, num_blocks = make()
@@ -394,6 +396,7 @@ class Plain(ResidualBlock):
         return self.activation
 
 
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("activation", [None, torch.relu, torch.tanh])
 def test_gradcheck_of_an_identity_block(activation):
     block = Plain(activation).double()
