@@ -212,8 +212,10 @@ def fine_tune(
 ):
     """Second stage: train policy and backbone together, with the policy deciding for all blocks.
 
-    Arguments, result and errors are as in :func:`train_policy`. BatchNorm computes its statistics over all samples of
-    the batch, kept or dropped, and from both the sampled and the thresholded path, as published.
+    Arguments, result and errors are as in :func:`train_policy`. BatchNorm sees both paths, the sampled and the
+    thresholded one. By default, as published, it computes its statistics over all samples of the batch, kept or
+    dropped; in blocks with ``batch_norm="kept"``, see :func:`dynexec.convert`, over the kept ones, and in those with
+    ``"frozen"`` it computes none.
     """
     _check_policy(net)
     settings = dict(
