@@ -203,7 +203,7 @@ def time_inference(nets, singles, decisions, images):
     """CPU microseconds per image of all tasks, and relative errors: equal outputs first."""
     net, hard, everything = nets["AdaShare"], nets["hard sharing"], all_blocks(len(TASKS))
     candidates = {
-        "a pass per task, weighed": partial(net, images, soft_decisions=decisions.float()),
+        "a pass per task, weighted": partial(net, images, soft_decisions=decisions.float()),
         "routed": partial(net, images, decisions),
         "frozen": partial(dynexec.freeze(net, images), images, decisions),
         "hard sharing": partial(hard, images, everything),
@@ -214,8 +214,8 @@ def time_inference(nets, singles, decisions, images):
         errors = {
             name: check_equal(name, candidates[name](), candidates[reference]())
             for name, reference in (
-                ("routed", "a pass per task, weighed"),
-                ("frozen", "a pass per task, weighed"),
+                ("routed", "a pass per task, weighted"),
+                ("frozen", "a pass per task, weighted"),
                 ("hard sharing, frozen", "hard sharing"),
             )
         }
@@ -233,7 +233,7 @@ def time_training(nets, singles, decisions, images, labels):
     masked, routed, hard = (copy.deepcopy(nets[name]) for name in ("AdaShare", "AdaShare", "hard sharing"))
     singles = copy.deepcopy(nn.ModuleList(singles))
     candidates = {
-        "a pass per task, weighed": (masked, lambda: masked(images, soft_decisions=decisions.float())),
+        "a pass per task, weighted": (masked, lambda: masked(images, soft_decisions=decisions.float())),
         "routed": (routed, lambda: routed(images, decisions)),
         "hard sharing": (hard, lambda: hard(images, all_blocks(len(TASKS)))),
         "a network per task": (singles, lambda: run_singles(singles, images)),
@@ -249,7 +249,7 @@ def time_training(nets, singles, decisions, images, labels):
         }
         return [output.detach() for output in outputs], gradients
 
-    error = check_equal("a routed training step", step("routed"), step("a pass per task, weighed"))
+    error = check_equal("a routed training step", step("routed"), step("a pass per task, weighted"))
     for net, _ in candidates.values():
         net.train()
     timings = compare({name: partial(step, name) for name in candidates}, seconds=TIMING_SECONDS)
@@ -285,7 +285,7 @@ def make_table(runs):
             + "".join(f"{count:9.0f}" for count in flops) + f"{spread(costs):>15}   "
             + "  ".join(f"{gain:+.1f}" for gain in gains)
         )  # fmt: skip
-    return "\n".join(lines + time_lines(runs, "a pass per task, weighed"))
+    return "\n".join(lines + time_lines(runs, "a pass per task, weighted"))
 
 
 def main(argv=None):

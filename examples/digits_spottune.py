@@ -3,7 +3,7 @@
 Pre-trains a small residual network on the digits 0 to 6, and adapts it to 7, 8 and 9 (three labelled images of each) or
 to telling faces from other patches (ten of each): the head alone, the whole network, per image by a policy (Guo et al.,
 CVPR 2019), or by chance. Then times dynexec, which runs one of a block's two sets of weights per image, against
-published code, which runs both and weighs them. About 20 seconds per seed on one core.
+published code, which runs both and mixes their outputs. About 20 seconds per seed on one core.
 
     python examples/digits_spottune.py --target digits --seeds 0 1 2 --output out/spottune
 
@@ -217,7 +217,7 @@ def time_inference(spot, full, images):
     everything = torch.ones(len(images), sum(BLOCKS), dtype=torch.bool)
     frozen, frozen_dense = dynexec.freeze(spot, images), dynexec.freeze(dense, images)
     candidates = {
-        "both sets, weighed": lambda: spot(images, soft_decisions=(spot.policy(images) >= 0.5).float()),
+        "both sets, weighted": lambda: spot(images, soft_decisions=(spot.policy(images) >= 0.5).float()),
         "routed": partial(spot, images),
         "frozen": partial(frozen, images),
         "one network": partial(full, images),
@@ -227,10 +227,10 @@ def time_inference(spot, full, images):
     errors = {}
     with torch.no_grad():
         for name in ("routed", "frozen", "one network, frozen"):
-            reference = references.get(name, "both sets, weighed")
+            reference = references.get(name, "both sets, weighted")
             errors[name] = check_equal(name, candidates[name](), candidates[reference]())
         timings = compare(candidates, seconds=TIMING_SECONDS)
-        counters = {name: FlopCounterMode(display=False) for name in ("both sets, weighed", "routed", "one network")}
+        counters = {name: FlopCounterMode(display=False) for name in ("both sets, weighted", "routed", "one network")}
         for name, counter in counters.items():
             with counter:
                 candidates[name]()
@@ -246,9 +246,9 @@ def time_inference(spot, full, images):
 def time_training(spot, full, images, labels):
     """CPU milliseconds of a forward and backward pass for the weights: equal outputs and gradients first."""
     decisions = decide(spot, images)
-    nets = {"both sets, weighed": spot, "routed": copy.deepcopy(spot), "one network": full}
+    nets = {"both sets, weighted": spot, "routed": copy.deepcopy(spot), "one network": full}
     candidates = {
-        "both sets, weighed": lambda: spot(images, soft_decisions=decisions.float()),
+        "both sets, weighted": lambda: spot(images, soft_decisions=decisions.float()),
         "routed": lambda: nets["routed"](images, decisions),
         "one network": partial(full, images),
     }
@@ -260,7 +260,7 @@ def time_training(spot, full, images, labels):
         gradients = [parameter.grad for parameter in trainable(getattr(nets[name], "backbone", nets[name]))]
         return logits.detach(), gradients
 
-    error = check_equal("a routed training step", step("routed"), step("both sets, weighed"))
+    error = check_equal("a routed training step", step("routed"), step("both sets, weighted"))
     timings = compare({name: partial(step, name) for name in candidates}, seconds=TIMING_SECONDS)
     return {
         "milliseconds": {name: 1e3 * timing.cpu_median for name, timing in timings.timings.items()},
@@ -281,7 +281,7 @@ def run_seed(seed, target):
 
 
 def make_table(runs):
-    """Means over seeds and their spread; times relative to both sets, weighed."""
+    """Means over seeds and their spread; times relative to both sets, weighted."""
     lines = [f"{'':34}{'accuracy %':>16}{'fine-tuned %':>16}{'kFLOPs':>9}{'parameters':>12}{'trained':>9}   by seed"]
     for rows in zip(*(run["rows"] for run in runs)):
         accuracies = [100 * row["accuracy"] for row in rows]
@@ -291,7 +291,7 @@ def make_table(runs):
             f"{rows[0]['flops'] / 1e3:9.0f}{rows[0]['parameters']:12}{rows[0]['trained']:9}   "
             + "  ".join(f"{accuracy:.1f}" for accuracy in accuracies)
         )
-    return "\n".join(lines + time_lines(runs, "both sets, weighed", flops=True))
+    return "\n".join(lines + time_lines(runs, "both sets, weighted", flops=True))
 
 
 def main(argv=None):

@@ -93,7 +93,7 @@ def test_spottune_runs_one_set_of_weights_per_image(spottune, spottune_results):
     stem_and_head = 2 * (16 * 9 * 64 + 32 * 3)
     assert flops["one network"] == one == rows["random decisions"]["flops"] and policy > 0
     assert flops["routed"] == one + policy
-    assert flops["both sets, weighed"] == pytest.approx(2 * one - stem_and_head + policy)
+    assert flops["both sets, weighted"] == pytest.approx(2 * one - stem_and_head + policy)
     check_times(outcome, ("routed", "frozen", "one network, frozen"))
 
 
