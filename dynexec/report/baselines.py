@@ -80,7 +80,7 @@ class Baseline:
 
     @classmethod
     def missing(cls):
-        """Why it cannot run here, or None."""
+        """Return why it cannot run here, or None."""
         return why_missing(cls.needs)
 
 

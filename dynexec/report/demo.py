@@ -53,7 +53,7 @@ def main(args):
 
 
 def _run_parts(args, skipped):
-    """What the parts give, one after the other; ``skipped`` gets those that cannot run, and the packages they miss."""
+    """Return the results of the parts, one after the other; ``skipped`` gets those that lack packages, with these."""
     with new_progress() as progress:
         task = progress.add_task("", total=len(args.parts))
         for done, name in enumerate(args.parts):

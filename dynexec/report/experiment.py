@@ -74,22 +74,22 @@ def run_experiment(
     Parameters
     ----------
     model : nn.Module
-        With dynamic blocks, in evaluation mode, float32. A policy network of its own runs in settings of the kind
-        "published", and only there.
+        With dynamic blocks, in evaluation mode, float32. Its own policy network, if any, runs only in settings of the
+        kind "published".
     images : float32 tensor ``[N, C, H, W]``
         On the device of the model.
     settings : sequence of Setting
     name : str
-        What rows call the network.
+        Name of the network in rows.
     baselines : sequence of Baseline classes
     executor : subclass of Dynexec
         What stands for dynexec.
     dtype : torch.dtype
-        What all candidates compute in. Their outputs are compared with the reference's in float32.
+        Dtype in which all candidates compute. Their outputs are compared with the reference's in float32.
     seconds : float
         Time for the timed rounds; at least five are made.
     progress : callable, optional
-        Called with the share done (0 to 1) and what is going on.
+        Called with the share done (0 to 1) and the current step.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def run_experiment(
 
 
 def _prepare(model, images, classes, progress):
-    """Candidates that can run here, and why others cannot."""
+    """Return the candidates that can run here, and why others cannot."""
     candidates, unavailable = [], {}
     classes = [candidate for candidate in classes if candidate.device in (None, images.device.type)]
     for number, candidate in enumerate(classes):
@@ -163,7 +163,7 @@ def _prepare(model, images, classes, progress):
 
 
 def _errors(model, images, narrow, settings, candidates):
-    """Setting -> candidate -> largest difference from the reference over all draws; candidates get ``narrow``."""
+    """Map setting to candidate to largest difference from the reference over all draws; candidates get ``narrow``."""
     reference = REFERENCE(model, images, threads=torch.get_num_threads())
     full = torch.ones_like(settings[0].draws[0])
     dense_output = reference(images, full)
@@ -188,16 +188,16 @@ def _errors(model, images, narrow, settings, candidates):
 
 
 def allowed_error(errors, dtype):
-    """The largest error that counts as equal.
+    """Return the largest error that counts as equal.
 
-    In 16 bits deep networks amplify rounding: twice what masked eager itself differs from float32 is allowed.
+    In 16 bits deep networks amplify rounding: twice the difference of masked eager itself from float32 is allowed.
     """
     own = errors.get(REFERENCE.name, 0.0) if dtype != torch.float32 else 0.0
     return max(TOLERANCE[dtype], min(2 * own, _LARGEST_TOLERANCE))
 
 
 def _calls(candidates, images, settings, frozen):
-    """What to time, by (candidate, setting or None where the time holds for all)."""
+    """Return what to time, by (candidate, setting or None if the time holds for all)."""
     calls = {}
     for candidate in candidates:
         for setting in settings:
@@ -247,5 +247,5 @@ def describe_error(error):
 
 
 def num_blocks(model):
-    """L of a model, with or without a policy."""
+    """Return L of a model, with or without a policy."""
     return count_blocks(getattr(model, "backbone", model))

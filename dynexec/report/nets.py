@@ -53,7 +53,7 @@ class Net:
     trained: bool = False
 
     def missing(self):
-        """Why it cannot be built here, or None."""
+        """Return why it cannot be built here, or None."""
         return why_missing(self.needs)
 
 

@@ -60,7 +60,7 @@ def main(args):
 
 
 def profile_net(net, args):
-    """The profile of a network of blocks, or why there is none."""
+    """Return the profile of a network of blocks, or why there is none."""
     if (reason := net.missing()) is not None:
         return reason
     model, images = build(net), make_images(args.batch or 8, net.size)

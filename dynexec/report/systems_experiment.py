@@ -21,10 +21,10 @@ LIBRARIES = (DenseEager, DenseCompiled, OnnxRuntime, OpenVino)
 def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch.float32, seconds=30.0, progress=None):
     """Compare dynexec with baselines at the published rates: equal outputs first, then times.
 
-    Candidates: ``masked eager``, everything computed and weighted, with the policy; ``naive gather``, the routed
-    network as it is, in eager mode; ``dynexec``, the same frozen; ``dense frozen`` and those of ``libraries``:
-    everything, by dynexec or by a library; ``..., fixed policy``: where the policy is the same for all inputs, a
-    library with a static network for it. Where a policy network runs, its decisions are replaced by drawn ones.
+    Candidates: ``masked eager``: everything computed and weighted, with the policy. ``naive gather``: the unchanged
+    routed network in eager mode. ``dynexec``: the same, frozen. ``dense frozen`` and those of ``libraries``:
+    everything, by dynexec or by a library. ``..., fixed policy``: if the policy is the same for all inputs, a library
+    with a static network for it. Where a policy network runs, its decisions are replaced by drawn ones.
 
     Runs on the device of ``network``, which is float32; the candidates compute in ``dtype``, and their outputs are
     compared with its own.
@@ -32,7 +32,7 @@ def run_system(network, system, batch, *, name, libraries=LIBRARIES, dtype=torch
     Returns
     -------
     list with one dict
-        A row as of :func:`dynexec.report.experiment.run_experiment`.
+        A row as returned by :func:`dynexec.report.experiment.run_experiment`.
     """
     progress = progress or (lambda share, text: None)
     device = next(network.parameters()).device
@@ -101,7 +101,7 @@ def _call_all(call, draws):
 
 
 def _prepare(network, system, inputs, draws, libraries, progress):
-    """Candidates as functions of decisions, and why others cannot run here."""
+    """Return candidates as functions of decisions, and why others cannot run here."""
     eager = deepcopy(network).to(memory_format=torch.channels_last)
     progress(0.0, "preparing dynexec")
     frozen = freeze(network, inputs)
@@ -129,7 +129,7 @@ def _prepare(network, system, inputs, draws, libraries, progress):
 
 
 def _by_library(library, network, system, inputs, draws):
-    """What a library makes of a network, as functions of decisions: everything, and the one policy that it has."""
+    """Return a network by a library as functions of decisions: everything, and its one policy, if it has one."""
     if library is DenseCompiled:
         torch.compiler.reset()  # the code of earlier networks counts against a limit
     if system.whole is None:
@@ -144,7 +144,7 @@ def _by_library(library, network, system, inputs, draws):
 
 
 def _open(library, module, *inputs):
-    """A module as the library runs it: a function of tensors."""
+    """Return a module as the library runs it: a function of tensors."""
     if library in (OnnxRuntime, OpenVino):
         content = export_module(module, *inputs)
         return (open_in_onnx_runtime if library is OnnxRuntime else open_in_openvino)(content, torch.get_num_threads())
@@ -155,16 +155,16 @@ def _open(library, module, *inputs):
 
 
 def _masked(network, system, inputs, policy, decisions):
-    """Everything, weighted; after the policy, if it is asked for."""
+    """Compute everything, weighted; after the policy, if asked for."""
     if policy:
         network.policy.decide(inputs)
     return system.run_masked(network, inputs, decisions)
 
 
 def follow(network, policy, system, inputs, decisions):
-    """Call ``network(inputs)`` with its policy, if it has one, which decides as it is told.
+    """Call ``network(inputs)`` with its policy made to return ``decisions``.
 
-    Without a policy, ``network(inputs, decisions)``.
+    Without a policy, call ``network(inputs, decisions)``.
     """
     if policy is None:
         return network(inputs, decisions)
@@ -176,7 +176,7 @@ def follow(network, policy, system, inputs, decisions):
 
 
 class _Part(nn.Module):
-    """A part as a library runs it, prepared for the shape that it is first called with."""
+    """A part as a library runs it, prepared for the shape of its first call."""
 
     def __init__(self, library, part):
         super().__init__()

@@ -99,7 +99,7 @@ def decided_by(args):
 
 @contextmanager
 def progress_bar():
-    """A bar on standard error: a function of the share done and of what is going on."""
+    """Show a bar on standard error: yields a function of the share done and the current step."""
     with new_progress(transient=True) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, text: progress.update(task, completed=share, description=text)
