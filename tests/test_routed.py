@@ -65,11 +65,20 @@ def test_frozen_parts_give_the_same(samples, executor):
         for decisions in (torch.zeros(samples).long(), torch.ones(samples).long(), torch.arange(samples) % 2):
             with torch.no_grad():
                 assert relative_error(frozen(x, decisions), net(x, decisions)) <= 1e-5
-    runs = {"fused": "1 segments of .*", "compact": "by layer .executor is 'compact'."}
+    runs = {"fused": "1 segment of .*", "compact": "by layer .executor is 'compact'."}
     runs[None] = rf"{runs['fused']}|by layer .*(measured\)|no native code.*)"  # whichever is faster here
     lines = [line.partition(": ") for line in frozen.explain().splitlines()]
     assert [name for name, _, _ in lines] == net.part_names()
     assert all(re.fullmatch(runs[executor], how) for _, _, how in lines), lines
+
+
+def test_parts_are_called_with_one_tensor():
+    class ByName(Choice):
+        def forward(self, inputs, decisions=None):
+            return self.nets[1](input=self.nets[0](inputs))
+
+    with pytest.raises(ValueError, match="must call its part 'nets.1' with one tensor, by position"):
+        dynexec.freeze(ByName(), toys.images(2))
 
 
 def test_autocast_changes_nothing():

@@ -150,7 +150,7 @@ def freeze_routed(model, inputs, dtype, executor, backend, cache):
     with dispatch.for_frozen(device):
         examples = {}
         hooks = [
-            network.get_submodule(name).register_forward_pre_hook(_record(examples, name))
+            network.get_submodule(name).register_forward_pre_hook(_record(examples, name), with_kwargs=True)
             for name in network.part_names()
         ]
         for decisions in network.example_decisions(inputs):
@@ -180,7 +180,9 @@ def _run_exactly(model, inputs, decisions):
 
 
 def _record(examples, name):
-    def hook(part, arguments):
+    def hook(part, arguments, options):
+        if options or len(arguments) != 1 or not isinstance(arguments[0], torch.Tensor):
+            raise ValueError(f"a network's forward must call its part {name!r} with one tensor, by position")
         (x,) = arguments
         examples.setdefault(name, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
 
