@@ -415,12 +415,9 @@ def test_vgg16_runs_and_freezes():
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (dict(width=0), "width must be at least 1, and whole, got 0"),
         (dict(width=(8,) * 14), "width must hold 15 numbers and basis at most 15, got 14 and 0"),
         (dict(width=(8.0,) * 15), "width must be at least 1, and whole, got 8.0"),
         (dict(basis=(4,) * 16), "width must hold 15 numbers and basis at most 15, got 15 and 16"),
-        (dict(basis=(0,)), "basis must be at least 1, and whole, got 0"),
-        (dict(num_classes=(2, 0)), "num_classes must be at least 1, and whole, got 0"),
         (dict(num_classes=()), "num_classes must hold one number per task, got none"),
         (dict(image_size=31), "image_size must be at least 32, and whole, got 31"),
         (dict(tree=[[[0, 1]]]), "tree must have 15 layers, got 1"),

@@ -202,10 +202,9 @@ def test_what_is_no_image(images):
         small()(images)
 
 
-@pytest.mark.parametrize("wrong", [{"num_classes": 0}, {"blocks": (1, 2), "widths": (8,)}, {"blocks": (1, 0, 1)}])
-def test_sizes_that_are_none(wrong):
-    with pytest.raises(ValueError, match="blocks and widths need one positive entry"):
-        models.spottune_resnet26(**wrong)
+def test_sizes_that_do_not_match():
+    with pytest.raises(ValueError, match=r"blocks and widths need one entry per segment, got \(1, 2\) and \(8,\)"):
+        models.spottune_resnet26(blocks=(1, 2), widths=(8,))
 
 
 def test_policy_must_fit():

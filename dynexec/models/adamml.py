@@ -10,6 +10,7 @@ from dynexec import ops
 from dynexec.measure.flops import FlopCount, count_call
 from dynexec.models.adamml_checkpoints import read_checkpoint
 from dynexec.models.adamml_policy import CHANNELS, AdaMMLPolicy, check_clips, pool_frames
+from dynexec.models.arguments import check_counts
 from dynexec.models.mobilenet import MobileNetV2
 from dynexec.models.resnet import ResNet
 from dynexec.nn import RoutedNetwork
@@ -165,10 +166,7 @@ class AdaMML(RoutedNetwork):
         self.modalities = _check_modalities(modalities)
         if num_frames not in FRAMES:
             raise ValueError(f"num_frames must be one of {FRAMES}, so that pooling leaves one, got {num_frames!r}")
-        if not all(isinstance(count, int) and count > 0 for count in (num_classes, num_segments)):
-            raise ValueError(
-                f"num_classes and num_segments must be positive ints, got {num_classes!r} and {num_segments!r}"
-            )
+        check_counts(num_classes=num_classes, num_segments=num_segments, policy_size=policy_size)
         if flow_policy not in ("rgbdiff", "flow"):
             raise ValueError(f"flow_policy must be 'rgbdiff' or 'flow', got {flow_policy!r}")
         self.num_classes, self.num_segments, self.num_frames = num_classes, num_segments, num_frames

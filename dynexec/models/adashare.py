@@ -8,6 +8,7 @@ from torch import nn
 
 from dynexec.measure.flops import FlopCount, count_call
 from dynexec.models.adashare_policy import InstancePolicy, TaskPolicy
+from dynexec.models.arguments import check_counts
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.deeplab import BasicBlock, Bottleneck, DilatedResNet, Head
 from dynexec.nn import RoutedNetwork
@@ -285,12 +286,13 @@ def adashare_resnet(
     Raises
     ------
     ValueError
-        If ``depth`` or ``num_classes`` is invalid.
+        If ``depth`` is unknown, ``blocks`` and ``widths`` differ in length, or a number is below 1.
     """
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {tuple(DEPTHS)}, got {depth!r}")
-    if isinstance(num_classes, int) or len(num_classes) == 0 or min(num_classes) < 1:
+    if isinstance(num_classes, int) or len(num_classes) == 0:
         raise ValueError(f"num_classes must be a sequence of positive ints, one per task, got {num_classes!r}")
+    check_counts(num_classes=num_classes, head_width=head_width, in_channels=in_channels, policy_widths=policy_widths)
     block, default = DEPTHS[depth]
     backbone = DilatedResNet(block, default if blocks is None else blocks, widths, in_channels=in_channels)
     heads = [Head(backbone.num_features, head_width, classes) for classes in num_classes]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.models.checkpoints import shorten
 from dynexec.models.deeplab import BasicBlock, conv_shortcut
 from dynexec.models.resnet import initialize_convolutions
@@ -56,6 +57,7 @@ class SharingPolicy(nn.Module):
 
     def __init__(self, num_tasks, num_blocks):
         super().__init__()
+        check_counts(num_tasks=num_tasks, num_blocks=num_blocks)
         self.num_tasks, self.num_blocks = num_tasks, num_blocks
 
     def probabilities(self, images=None):

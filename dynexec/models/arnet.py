@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.models.arnet_flops import count_arnet
 from dynexec.models.arnet_policy import ARNetPolicy, check_decisions, check_frames, resize, rule, ruling_frames
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
@@ -45,6 +46,7 @@ class ARNet(RoutedNetwork):
 
     def __init__(self, backbones, policy, num_classes, num_frames, resolutions, dropout):
         super().__init__()
+        check_counts(num_classes=num_classes, num_frames=num_frames, resolutions=tuple(resolutions))
         self.base_model_list = nn.ModuleList(backbones)
         self.new_fc_list = nn.ModuleList(nn.Linear(model.num_features, num_classes) for model in backbones)
         self.policy = policy
@@ -292,15 +294,10 @@ def build_arnet(
         If ``resolutions``, ``skips``, ``policy_mode`` or a number is invalid.
     """
     resolutions, skips = tuple(resolutions), tuple(skips)
-    if len(resolutions) != len(backbones) + 1 or not all(_is_count(size) for size in resolutions):
+    if len(resolutions) != len(backbones) + 1:
         raise ValueError(
-            f"resolutions must be one per backbone and the policy's, {len(backbones) + 1} positive sizes, "
-            f"got {resolutions}"
+            f"resolutions must be one per backbone and the policy's, {len(backbones) + 1} sizes, got {resolutions}"
         )
-    if not all(_is_count(skip) for skip in skips):
-        raise ValueError(f"skips must be numbers of frames, at least 1, got {skips}")
-    if not (_is_count(num_frames) and _is_count(num_classes)):
-        raise ValueError(f"num_frames and num_classes must be positive ints, got {num_frames!r} and {num_classes!r}")
     if policy_mode not in ("exact", "cheap"):
         raise ValueError(f"policy_mode must be 'exact' or 'cheap', got {policy_mode!r}")
     policy = ARNetPolicy(
@@ -315,10 +312,6 @@ def build_arnet(
         cheap=policy_mode == "cheap",
     )
     return ARNet([_backbone(which) for which in backbones], policy, num_classes, num_frames, resolutions, dropout)
-
-
-def _is_count(value):
-    return isinstance(value, int) and value > 0
 
 
 def _backbone(which):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.ops import check_floating, kind_of
 from dynexec.policy import draw, gumbel_softmax
 from dynexec.policy.bernoulli import check_logits
@@ -66,6 +67,7 @@ class ARNetPolicy(nn.Module):
         self, lite_backbone, num_features, *, num_backbones, num_classes, resolution, skips, hidden, dropout, cheap
     ):
         super().__init__()
+        check_counts(num_classes=num_classes, skips=tuple(skips), hidden=hidden)
         self.lite_backbone = lite_backbone
         self.rnn = nn.LSTMCell(num_features, hidden)
         self.num_predictions = num_backbones + 1

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.resnet import check_images, initialize_convolutions
 from dynexec.nn import DynamicNetwork, ResidualBlock, assign_columns
@@ -299,12 +300,14 @@ def blockdrop_resnet(
     Raises
     ------
     ValueError
-        If ``blocks`` and ``widths`` differ in length, or a number of blocks is below 1.
+        If ``blocks`` and ``widths`` differ in length, or a number is below 1.
     """
+    policy_widths = tuple(widths) if policy_widths is None else tuple(policy_widths)
+    check_counts(blocks=blocks, widths=widths, in_channels=in_channels, num_classes=num_classes)
+    check_counts(policy_widths=policy_widths)
     backbone = SegmentedResNet(
         block, blocks, widths, large_images=large_images, in_channels=in_channels, num_classes=num_classes
     )
-    policy_widths = tuple(widths) if policy_widths is None else tuple(policy_widths)
     features = SegmentedResNet(
         BasicBlock, [1] * len(policy_widths), policy_widths, large_images=large_images, in_channels=in_channels
     )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.ops import check_floating
 
 
@@ -71,6 +72,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"depth must be one of {tuple(DEPTHS)}, got {depth!r}")
+        check_counts(in_channels=in_channels, num_classes=1 if num_classes is None else num_classes)
         block, blocks = DEPTHS[depth]
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.models.blockdrop import pool_shortcut
 from dynexec.models.checkpoints import Checkpoint, check_mapping, rename, shorten, without_prefix
 from dynexec.models.inert import state_of
@@ -292,11 +293,9 @@ def spottune_resnet26(*, num_classes=10, blocks=(4, 4, 4), widths=WIDTHS, stem_w
     ValueError
         If ``blocks`` and ``widths`` differ in length, or a number is below 1.
     """
-    if len(blocks) != len(widths) or min((*blocks, *widths, num_classes)) < 1:
-        raise ValueError(
-            "blocks and widths need one positive entry per segment, and num_classes must be positive; got "
-            f"{tuple(blocks)}, {tuple(widths)} and {num_classes}"
-        )
+    if len(blocks) != len(widths):
+        raise ValueError(f"blocks and widths need one entry per segment, got {tuple(blocks)} and {tuple(widths)}")
+    check_counts(blocks=blocks, widths=widths, num_classes=num_classes, stem_width=stem_width, in_channels=in_channels)
     like = {"stem_width": stem_width, "in_channels": in_channels}
     backbone = SpotTuneResNet(blocks, widths, num_classes, **like)
     policy = SpotTuneResNet([1] * len(widths), widths, 2 * sum(blocks), choices=False, **like)

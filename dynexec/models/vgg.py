@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from dynexec.models.arguments import check_counts
 from dynexec.models.feature_sharing import FeatureSharing
 from dynexec.models.sharing_tree import SharingTree
 
@@ -17,7 +18,7 @@ _POOLED = (1, 3, 6, 9, 12)
 
 def thin_widths(width):
     """Return the outputs per layer of the thin VGG-16: at most ``width``, but ``2 * width`` in the last two layers."""
-    _check_count("width", width)
+    check_counts(width=width)
     return tuple(min(width, full) for full in VGG16_WIDTHS[:_CONVOLUTIONS]) + (2 * width, 2 * width)
 
 
@@ -91,10 +92,8 @@ def feature_sharing_vgg16(num_classes=(2,) * 40, *, tree=None, width=32, basis=N
             f"width must hold {layers} numbers and basis at most {layers}, got {len(widths)} and {len(basis)}"
         )
     num_classes = tuple(num_classes)
-    for name, numbers in (("width", widths), ("basis", basis), ("num_classes", num_classes)):
-        for number in numbers:
-            _check_count(name, number)
-    _check_count("image_size", image_size, 32)
+    check_counts(width=widths, basis=basis, num_classes=num_classes, in_channels=in_channels)
+    check_counts(image_size=image_size, least=32)
     if not num_classes:
         raise ValueError("num_classes must hold one number per task, got none")
     tree = SharingTree.shared(layers, len(num_classes)) if tree is None else tree
@@ -115,8 +114,3 @@ def feature_sharing_vgg16(num_classes=(2,) * 40, *, tree=None, width=32, basis=N
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)) for classes in num_classes
     ]
     return FeatureSharing(stages, heads, tree)
-
-
-def _check_count(name, number, least=1):
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise ValueError(f"{name} must be at least {least}, and whole, got {number!r}")
