@@ -202,12 +202,14 @@ def test_what_an_interrupted_run_started_is_ended(number, error, gpu, tmp_path, 
     monkeypatch.setattr(gpu, "STEPS", [(first, 0.5), (second, 0.5)])
     monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry"])
     signal.signal(signal.SIGTERM, unexpected)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its jobs behind ``&`` ignore it
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
         with pytest.raises(error):
             gpu.main()
     finally:
+        signal.signal(signal.SIGINT, before)
         os.close(theirs)
         thread.join()
     assert select.select([ours], [], [], 5.0)[0] and os.read(ours, 6) == b""
