@@ -22,6 +22,7 @@ from dynexec.nn.swap import (
     swapped_class,
     unswap,
 )
+from dynexec.ops import counted
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,16 @@ class Conversion:
             lines += [f"{len(self.skipped)} not converted:", *_reason_lines(self.skipped)]
         return "\n".join(lines)
 
-    def _blocks(self):
-        return "1 block" if self.num_blocks == 1 else f"{self.num_blocks} blocks"
-
     def _stochastic_depth_lines(self):
-        lines = [f"{self._blocks()} converted: they train on the samples that stochastic depth keeps"]
+        lines = [
+            f"{counted(self.num_blocks, 'block')} converted: they train on the samples that stochastic depth keeps"
+        ]
         for _, name, kind, drop_paths in self.converted:
             lines.append(f"  {name or 'the model itself'} ({kind}): {', '.join(drop_paths)}")
         return lines
 
     def _decision_lines(self):
-        lines = [f"{self._blocks()} converted: decisions are bool [N, {self.num_blocks}]"]
+        lines = [f"{counted(self.num_blocks, 'block')} converted: decisions are bool [N, {self.num_blocks}]"]
         if self.fine_tune is not None:
             lines.append(f"each has two sets of weights; frozen of the first: {self.fine_tune}")
         for column, name, kind, shortcut in self.converted:

@@ -168,6 +168,11 @@ def kind_of(value):
     return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def counted(number, noun):
+    """Return a number of things in words: "1 block", "2 blocks"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def check_floating(value, name, shape):
     """Raise TypeError unless ``value`` is a floating-point tensor; ``shape``, a text, is for the message."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -102,15 +102,26 @@ def test_a_shortage_of_memory_passes(names, captured):
     short = next(function for function in given if function.__name__.islower())
     found = graphs.Graphs(given[0], given[1:])
     x, key = torch.zeros(2, 3), ("way", (2, 3), True)
+    short.short = True
     for _ in range(2):
-        short.short = True
         assert found(x, None, "way") == last.__name__
         assert found.failed == {key: "OutOfMemoryError: none left"} and not found.replaced and not captured
     del short.short
+    assert found(x, None, "way") == last.__name__ and not captured  # after the second time it waits for a call
     for _ in range(2):
         assert found(x, None, "way") == short.__name__
     assert not found.failed and captured == [short.__name__]
     assert list(found.replaced) == [key] * names[0].isupper()
+
+
+def test_a_shortage_of_memory_that_lasts_is_met_ever_less_often(captured, monkeypatch):
+    (function,) = functions("a")
+    function.short = True
+    found, calls, tries, make = graphs.Graphs(function), [], [], graphs.Graphs._make
+    monkeypatch.setattr(graphs.Graphs, "_make", lambda *arguments: tries.append(len(calls)) or make(*arguments))
+    for _ in range(20):
+        calls.append(found(torch.zeros(2), None, "way"))
+    assert calls == ["a"] * 20 and tries == [0, 1, 3, 7, 15]
 
 
 def test_where_memory_is_short_the_graph_not_used_for_longest_gives_way(captured):
@@ -124,7 +135,8 @@ def test_where_memory_is_short_the_graph_not_used_for_longest_gives_way(captured
         found(torch.zeros(9), None, "way")
         assert [shape for _, (shape,), _ in found.graphs] == [2, 3, 4, 5, 6, 7, 8]
     del function.short
-    found(torch.zeros(9), None, "way")
+    for _ in range(3):
+        found(torch.zeros(9), None, "way")
     assert [shape for _, (shape,), _ in found.graphs] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 

@@ -147,6 +147,8 @@ def test_adamml_adds_logits_up_in_float32_under_autocast(name):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         outputs = [net(inputs), net(inputs, decisions), net(inputs, torch.zeros_like(decisions))]
         outputs += [net(inputs, soft_decisions=decisions.to(d)) for d in (torch.bfloat16, torch.float32, torch.float64)]
+        narrow = {name: value.bfloat16() for name, value in inputs.items()}
+        outputs += [net(narrow), net(narrow, decisions), net(narrow, soft_decisions=decisions.float())]
     assert {output.dtype for output in outputs} == {torch.float32}
 
 

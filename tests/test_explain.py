@@ -1,5 +1,6 @@
 """What ``explain`` says of layers and policies that run otherwise than one would wish, and why."""
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -28,6 +29,14 @@ class Unknown(nn.Module):
         x = self.stem(x)
         y = torch.tanh(self.wide(self.blocks(self.act(x))))
         return x + torch.maximum(x, y)  # that addition it knows
+
+
+@needs_engine
+def test_sizes_of_numpy_are_known():
+    size = np.int64(2)
+    model = nn.Sequential(nn.MaxPool2d((size, size), size), toys.BasicBlock(3, 3))
+    dynexec.convert(model)
+    assert "by PyTorch" not in dynexec.freeze(model, torch.randn(2, 3, 16, 16), executor="resident").explain()
 
 
 @needs_engine

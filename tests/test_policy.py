@@ -150,7 +150,6 @@ def test_reinforce_loss_by_hand():
 @pytest.mark.parametrize(
     "use",
     [
-        lambda trained: policy.force_untrained(torch.ones(2, 3).bool(), trained),
         lambda trained: policy.reinforce_loss(
             torch.rand(2, 3), torch.ones(2, 3).bool(), torch.zeros(2), trained=trained
         ),

@@ -323,6 +323,7 @@ def test_decisions_that_require_grad():
 
 
 def test_curriculum_arguments():
+    kept, trained = torch.ones(2, 3, dtype=torch.bool), policy.curriculum_mask(3, 0)
     for arguments in ((3, math.nan), (3, -1)):
         with pytest.raises(ValueError, match="epoch and blocks_per_epoch must be finite and at least 0"):
             policy.curriculum_mask(*arguments)
@@ -331,6 +332,13 @@ def test_curriculum_arguments():
             policy.curriculum_mask(3, 2, blocks_per_epoch=rate)
     with pytest.raises(ValueError, match="num_blocks must be at least 1, got 0"):
         policy.curriculum_mask(0, 1)
+    with pytest.raises(ValueError, match=r"decisions must be bool \(N, 3\), got torch.bool \(2, 2\)"):
+        policy.force_untrained(kept[:, :2], trained)
+    with pytest.raises(ValueError, match=r"trained must be bool \[L\], got shape \(1, 3\)"):
+        policy.force_untrained(kept, trained[None])
+    for wrong in (trained.float(), [False, True, True]):
+        with pytest.raises(TypeError, match=r"trained must be a bool tensor \[L\], got"):
+            policy.force_untrained(kept, wrong)
 
 
 def test_keep_rates():

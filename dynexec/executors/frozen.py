@@ -12,9 +12,8 @@ from dynexec.executors.launch_program import most_dropped
 from dynexec.executors.profile import check_rounds, profile
 from dynexec.executors.proof import relative_error, tolerance
 from dynexec.executors.segment import only_segment
-from dynexec.executors.stage import counted
 from dynexec.nn.context import check_decisions
-from dynexec.ops import check_dense
+from dynexec.ops import check_dense, counted
 from dynexec.policy import threshold
 from dynexec.route import Route
 

@@ -23,9 +23,9 @@ class Graphs:
     on. The function must not wait for the device. If it does, or if its capture fails for another reason, it is
     replaced by the first of the equivalent functions ``instead`` that can be captured, and ``replaced`` says why. If
     none can be, the last one runs without a graph, and ``failed`` says why; where memory was short, the next call tries
-    again. Calls from several streams and threads are ordered on the device, since a graph has its memory only once.
-    ``layout`` is the memory format of the graph's ``x``; if networks read images as channels_last, copying them there
-    also converts them.
+    again, and then ever later ones. Calls from several streams and threads are ordered on the device, since a graph has
+    its memory only once. ``layout`` is the memory format of the graph's ``x``; if networks read images as
+    channels_last, copying them there also converts them.
     """
 
     def __init__(self, function, instead=(), layout=torch.preserve_format):
@@ -34,6 +34,7 @@ class Graphs:
         self.lock = RLock()
         self.graphs, self.replaced, self.failed = {}, {}, {}
         self._hopeless = set()  # keys of those that failed for another reason than a shortage of memory
+        self._short = {}  # of those that lacked memory: how often so far, and calls until it is tried again
 
     def __call__(self, x, decisions, variant):
         key = variant, tuple(x.shape), decisions is None
@@ -53,6 +54,10 @@ class Graphs:
     def _find(self, key, x, decisions):
         """Return the graph of a key, a new one if there is none, or None if it cannot be captured."""
         if key in self._hopeless:
+            return None
+        times, calls = self._short.get(key, (0, 0))
+        if calls:
+            self._short[key] = times, calls - 1
             return None
         graph = self.graphs.pop(key, None)
         if graph is None:
@@ -76,10 +81,13 @@ class Graphs:
                 reasons.append(f"{type(error).__name__}: {error}")
                 if isinstance(error, torch.OutOfMemoryError):
                     self.failed[key] = reasons[-1]
+                    times, _ = self._short.get(key, (0, 0))
+                    self._short[key] = times + 1, 2**times - 1
                     return None
             else:
                 if reasons:
                     self.replaced[key] = reasons[0]
+                self._short.pop(key, None)
                 return graph
         self.failed[key] = reasons[0]
         self._hopeless.add(key)

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -204,10 +205,11 @@ def _constant(module, node):
 
 
 def pair(value):
-    """Return a number for both dimensions as two; None for what is neither one number nor several."""
-    if isinstance(value, int):
-        return value, value
-    return tuple(value) if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value) else None
+    """Return a whole number for both dimensions as two; None for what is neither one such number nor several."""
+    if isinstance(value, Integral):  # numpy's, too
+        return int(value), int(value)
+    several = isinstance(value, (tuple, list)) and all(isinstance(v, Integral) for v in value)
+    return tuple(map(int, value)) if several else None
 
 
 def _zero_padding(modules, node):

@@ -12,8 +12,8 @@ from dynexec.executors.graphs import Graphs
 from dynexec.executors.profile import check_rounds
 from dynexec.executors.proof import is_rounding, relative_error, tolerance
 from dynexec.executors.routed_profile import profile_routed
-from dynexec.executors.stage import counted
 from dynexec.nn.batch_norm import uses_batch_statistics
+from dynexec.ops import counted
 
 
 class FrozenRouted(nn.Module):

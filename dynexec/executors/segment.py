@@ -6,8 +6,9 @@ from dynexec.executors.emit import Flat, emit_nodes
 from dynexec.executors.instructions import Value
 from dynexec.executors.packing import PackedConv, PackedLinear
 from dynexec.executors.recent import IMAGE_SIZES, Recent
-from dynexec.executors.stage import ROUTE, Stage, counted
+from dynexec.executors.stage import ROUTE, Stage
 from dynexec.nn.structure import hooked
+from dynexec.ops import counted
 
 
 class Segment:

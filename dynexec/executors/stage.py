@@ -6,6 +6,7 @@ from dynexec.executors import compact, grouped, masked
 from dynexec.executors.choose import StageCosts
 from dynexec.executors.costs import measure_block
 from dynexec.executors.proof import relative_error, tolerance
+from dynexec.ops import counted
 from dynexec.route import Route
 
 #: The input of a packed network that says what runs; no name that a module or an argument of a user's would have.
@@ -113,11 +114,6 @@ class Stage:
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
         used = ", ".join(f"{name} {count}" for name, count in self.used.items() if count)
         return [*lines, f"  calls so far: {used or 'none'}"]
-
-
-def counted(number, noun):
-    """Return a number of things in words: "1 block", "2 blocks"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def spread_decisions(num_samples, num_blocks, keep):

@@ -162,7 +162,7 @@ def _count(model, image):
             repeated += other
             per_block[block.placement.column] += other - own
             return
-        x = (*arguments, *named.values())[0]  # a block with a shortcut of its own takes nothing else
+        x = next(value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor))
         for layer in block.shortcut_layers():  # once more, to tell the shortcut from the residual branch
             x = layer(x)
         shortcut = counter.get_total_flops() - total

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dynexec.files import replacing
 from dynexec.measure.ranges import Span
+from dynexec.ops import counted
 
 #: What time is lost to, in the order of :attr:`Profile.losses`.
 LOSSES = (
@@ -184,11 +185,11 @@ class Profile:
 
     def summary(self):
         """Summarise what was measured in two lines."""
-        kept = f"{self.num_blocks} blocks, {100 * self.kept:.0f} % kept"
+        kept = f"{counted(self.num_blocks, 'block')}, {100 * self.kept:.0f} % kept"
         if self.executor == "routed":
-            kept = f"{self.num_blocks} parts, {100 * self.kept:.0f} % of their rows run"
+            kept = f"{counted(self.num_blocks, 'part')}, {100 * self.kept:.0f} % of their rows run"
         return (
-            f"{self.samples} samples, {kept}: {self.executor}, {self.threads} threads, "
+            f"{counted(self.samples, 'sample')}, {kept}: {self.executor}, {counted(self.threads, 'thread')}, "
             f"{self.peak / 1e9:.1f} GFLOP/s and {self.bandwidth / 1e9:.1f} GB/s at most",
             f"{self.flops / 1e6:.1f} of {self.dense_flops / 1e6:.1f} MFLOP, dense {1e3 * self.dense:.3f} ms",
         )

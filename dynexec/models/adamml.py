@@ -60,7 +60,7 @@ class LateFusion(nn.Module):
         self.lf_weights = nn.Parameter(initial) if learnable else None
 
     def weights(self, like):
-        """Return the weights ``[M]``, with the dtype and device of the tensor ``like``."""
+        """Return the weights ``[M]``; if they are not learnable, with the dtype and device of the tensor ``like``."""
         if self.lf_weights is None:
             return like.new_full((len(self.nets),), 1 / len(self.nets))
         return torch.cat([self.lf_weights, 1 - self.lf_weights.sum(0, keepdim=True)])
@@ -221,7 +221,7 @@ class AdaMML(RoutedNetwork):
     def _replay(self, inputs, decisions):
         samples, segments = decisions.shape[:2]
         route = Route.from_decisions(decisions.flatten(0, 1))
-        weights = self.main_net.weights(inputs[self.modalities[0]])
+        weights = self.main_net.weights(self.policy.lstm.weight_ih)
         # In their dtype, which is that of the parameters: autocast computes logits in a narrower one.
         total, idle = weights.new_zeros(samples * segments, self.num_classes), nn.ModuleList()
         for column, (name, net) in enumerate(zip(self.modalities, self.main_net.nets)):
@@ -240,7 +240,7 @@ class AdaMML(RoutedNetwork):
     def _weigh(self, inputs, soft_decisions):
         samples, segments = soft_decisions.shape[:2]
         logits = [net(inputs[name].flatten(0, 1)) for name, net in zip(self.modalities, self.main_net.nets)]
-        weights = self.main_net.weights(inputs[self.modalities[0]])
+        weights = self.main_net.weights(self.policy.lstm.weight_ih)
         weights = soft_decisions.flatten(0, 1).to(weights.dtype) * weights
         total = (torch.stack(logits, 1) * weights[..., None]).sum(1)
         return total.unflatten(0, (samples, segments)).mean(1)

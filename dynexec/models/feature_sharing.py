@@ -11,7 +11,7 @@ from dynexec.measure.flops import FlopCount, count_call, evaluation_mode
 from dynexec.models.sharing_heads import Heads, can_join, count_classes
 from dynexec.models.sharing_tree import SharingTree
 from dynexec.nn import RoutedNetwork
-from dynexec.ops import check_bool, check_dtype
+from dynexec.ops import check_bool, check_dtype, check_floating
 from dynexec.route import Route
 
 
@@ -242,10 +242,9 @@ class FeatureSharing(RoutedNetwork):
 
     def check_inputs(self, inputs):
         """Raise TypeError or ValueError unless ``inputs`` is a float tensor ``[N, C, ...]`` with N at least 1."""
-        if not isinstance(inputs, torch.Tensor):
-            raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
-        shape = tuple(inputs.shape)
         expected = f"[N, {self.in_channels}, H, W]" if self.in_channels else "[N, ...]"
+        check_floating(inputs, "inputs", expected)
+        shape = tuple(inputs.shape)
         fits = len(shape) == 4 and shape[1] == self.in_channels if self.in_channels else len(shape) >= 2
         if not fits or len(inputs) == 0:
             raise ValueError(f"inputs must be {expected} with at least one sample, got shape {shape}")

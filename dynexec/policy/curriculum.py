@@ -54,8 +54,10 @@ def force_untrained(decisions, trained):
     TypeError, ValueError
         If ``decisions`` is not bool ``[N, L]``, or ``trained`` not bool ``[L]``.
     """
-    check_drawn(decisions, (None, None))
-    check_trained(trained, decisions.shape[1])
+    check_bool(trained, "trained", "[L]")
+    if trained.dim() != 1:
+        raise ValueError(f"trained must be bool [L], got shape {tuple(trained.shape)}")
+    check_drawn(decisions, (None, len(trained)))
     return decisions | ~trained.to(decisions.device)
 
 

@@ -45,7 +45,9 @@ def main(args):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         profile = (profile_system if args.net in SYSTEMS else profile_net)(net, args)
-    except (MemoryError, RuntimeError) as error:  # too large a batch, for instance
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
         print(f"dynexec profile: {args.net}: {describe_error(error)}", file=sys.stderr)
         return 1
     if isinstance(profile, str):
@@ -57,6 +59,12 @@ def main(args):
     if args.json is not None:
         profile.write_json(args.json)
     return 0
+
+
+def _is_shortage(error):
+    """Whether memory did not suffice; torch says so on a CPU by a RuntimeError."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in ("allocate memory", "Storage size"))
 
 
 def profile_net(net, args):
