@@ -239,7 +239,7 @@ def test_bad_calls():
         (images[0], ValueError, r"got shape \(3, 16, 16\)"),
         (images.int(), TypeError, "inputs must be a floating-point tensor .*, got torch.int32"),
         (images.double(), TypeError, "got torch.float64"),
-        (None, TypeError, "inputs must be a tensor, got NoneType"),
+        (None, TypeError, "inputs must be a floating-point tensor .*, got NoneType"),
     ]:
         with pytest.raises(error, match=text):
             net(inputs)
