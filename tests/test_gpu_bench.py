@@ -40,7 +40,7 @@ def test_dry_run(gpu, tmp_path, monkeypatch):
     command = ["bash", SCRIPT, tmp_path, "--dry"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert 200 < int(re.match(r"tests, (\d+) s at most", result.stdout)[1]) <= 270  # a share of what is left of the minutes
+    assert 200 < int(re.match(r"tests, (\d+) s at most", result.stdout)[1]) <= 270  # of what is left
     end = json.loads(result.stdout.splitlines()[-1])
     assert end["steps"] == dict.fromkeys(STEPS, 0)
     assert "| frozen | 0.5 |" in (tmp_path / "training.txt").read_text()
