@@ -145,6 +145,8 @@ def test_streams_are_not_shared_while_there_are_others(monkeypatch):
     number = count()
 
     class Stream:
+        __slots__ = ("cuda_stream",)  # no weak references
+
         def __init__(self, device):
             self.cuda_stream = next(number) % 32
 
@@ -152,10 +154,10 @@ def test_streams_are_not_shared_while_there_are_others(monkeypatch):
     device = torch.device("cpu")
     kept = [graphs.take_stream(device) for _ in range(20)]
     for _ in range(100):
-        assert graphs.take_stream(device).cuda_stream not in {stream.cuda_stream for stream in kept}
+        assert graphs.take_stream(device).stream.cuda_stream not in {taken.stream.cuda_stream for taken in kept}
     kept += [graphs.take_stream(device) for _ in range(12)]
-    assert len({stream.cuda_stream for stream in kept}) == 32
-    assert graphs.take_stream(device).cuda_stream in range(32)  # one of them is shared
+    assert len({taken.stream.cuda_stream for taken in kept}) == 32
+    assert graphs.take_stream(device).stream.cuda_stream in range(32)  # one of them is shared
 
 
 def test_what_a_graph_gives_is_in_memory_of_its_own():

@@ -22,7 +22,8 @@ class Conditional:
     """
 
     def __init__(self, device):
-        self.device, self.stream = device, take_stream(device)
+        self.device, self._taken = device, take_stream(device)
+        self.stream = self._taken.stream
         self._memory = None
         native.cuda().prepare_conditional()
 

@@ -11,7 +11,7 @@ _MOST = 8  # graphs of a network; the one not used for longest gives way to a ne
 # Captures wait for the whole device, and cuDNN's setting is the process's: one at a time.
 _capturing = RLock()
 _STREAMS = 32  # that torch has, and gives in turn
-_taken = WeakValueDictionary()  # those of them that something was captured on, by handle
+_taken = WeakValueDictionary()  # what holds those that something was captured on, by the streams' handles
 _this_thread = local()
 
 
@@ -96,7 +96,8 @@ class Graphs:
 
 class _Graph:
     def __init__(self, function, x, decisions, layout):
-        self.stream = stream = take_stream(x.device)
+        self.taken = take_stream(x.device)
+        stream = self.taken.stream
         # Tensors of inference mode could not be written to by a later call outside of it.
         with torch.inference_mode(False), torch.no_grad(), choosing_algorithms():
             self.inputs = [x.clone(memory_format=layout), decisions if decisions is None else decisions.clone()]
@@ -121,7 +122,7 @@ class _Graph:
             with suppress(AttributeError, RuntimeError):  # or the allocator goes on as if this was being captured
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             # So does the generator of random numbers, on which every graph relies, until a capture goes well.
-            how = {"stream": take_stream(stream.device), "capture_error_mode": "thread_local"}
+            how = {"stream": take_stream(stream.device).stream, "capture_error_mode": "thread_local"}
             with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), **how):
                 torch.zeros(1, device=stream.device)
             raise
@@ -157,8 +158,19 @@ def makes_graph():
     return getattr(_this_thread, "makes", False)
 
 
+class TakenStream:
+    """Holds a ``torch.cuda.Stream``, and can be referenced weakly, as one of torch 2.11 cannot.
+
+    That one does not clear the references when it is freed, and Python crashes when it meets them (PyTorch's pull
+    request 183403).
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+
 def take_stream(device):
-    """Return a stream to capture on that nothing alive was captured on, as long as there is one.
+    """Return a TakenStream to capture on, whose stream no other one that is alive holds, as long as there is one.
 
     When a graph is freed, torch frees what cuBLAS keeps for the graph's stream, which others of that stream rely on.
     """
@@ -167,8 +179,8 @@ def take_stream(device):
             stream = torch.cuda.Stream(device)
             if stream.cuda_stream not in _taken:
                 break
-        _taken[stream.cuda_stream] = stream
-        return stream
+        _taken[stream.cuda_stream] = taken = TakenStream(stream)
+        return taken
 
 
 @contextmanager
