@@ -72,12 +72,23 @@ def _conv(
     all_columns: tl.constexpr = K % BN == 0
     steps: tl.constexpr = KH * KW * ((C + BK - 1) // BK)
     tiles = tl.cdiv(pixels, BM) * tiles_n
-    # Few tiles leave multiprocessors idle: then several programs share the sum of each. It depends on the number of
-    # kept samples how many, and so does the order of the additions.
-    split = tl.minimum(tl.maximum(multiprocessors // tl.maximum(tiles, 1), 1), most)
-    for unit in tl.range(tl.program_id(0), tiles * split, tl.num_programs(0)):
-        tile = unit // split
-        part = unit - tile * split
+    # Where few tiles are left after the last full round, multiprocessors would be idle: several programs share the sum
+    # of each. How many depends on the number of kept samples, and so does the order of the additions.
+    full = 0
+    rest = tiles
+    if SHARED:
+        rest = tiles % tl.num_programs(0)
+        full = tiles - rest
+    split = tl.minimum(tl.maximum(multiprocessors // tl.maximum(rest, 1), 1), most)  # 1 if not SHARED
+    for unit in tl.range(tl.program_id(0), full + rest * split, tl.num_programs(0)):
+        tile = (unit - full) // split
+        part = unit - full - tile * split
+        parts = split
+        if SHARED:
+            whole = unit < full
+            tile = tl.where(whole, unit, full + tile)
+            part = tl.where(whole, 0, part)
+            parts = tl.where(whole, 1, split)
         tile_m = tile // tiles_n
         first_column = (tile - tile_m * tiles_n) * BN
         columns = first_column + tl.arange(0, BN)
@@ -101,13 +112,13 @@ def _conv(
             weights,
             first_column,
             columns < K,
-            steps * part // split,
-            steps * (part + 1) // split,
+            steps * part // parts,
+            steps * (part + 1) // parts,
             W, C, KH, KW, DH, DW, BK, all_columns, PRECISION, TMA,
         )  # fmt: skip
         if SHARED:
-            if split > 1:
-                acc, last = _add_parts(acc, partial_ptr, arrived_ptr, tile, part, split, BM, BN)
+            if parts > 1:
+                acc, last = _add_parts(acc, partial_ptr, arrived_ptr, tile - full, part, parts, BM, BN)
                 valid = valid & last  # a branch around what follows is more than Triton 3.6 compiles for few channels
         finish_tile(acc, bias_ptr, residual_ptr, out_ptr, place, valid, columns, K, RESIDUAL, ACTIVATION, all_columns)
 
@@ -161,8 +172,8 @@ def conv(
     index, offset : int32 tensors ``[N]`` and ``[2]``, optional
         Which rows: ``index[offset[0] : offset[1]]``; all if not given.
     workspace : Workspace, optional
-        Lets several programs add parts of one sum if there are few tiles; without it results do not depend on the rest
-        of the batch.
+        Lets several programs add parts of one sum if few tiles are left for the last round; without it results do not
+        depend on the rest of the batch.
     tile : Tile, optional
         Default: that of :func:`choose_tile`.
     precision : {"tf32", "ieee"}

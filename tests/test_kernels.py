@@ -123,6 +123,30 @@ def test_conv(geometry, dtype, keep, shared_sums):
             assert not workspace.arrived.any()
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="needs to know how many multiprocessors there are")
+@pytest.mark.parametrize("samples", [8, 7, 1])
+def test_only_sums_of_the_last_round_are_shared(samples, shared_sums):
+    """Of four programs: the other tiles have the bits that they have without sharing."""
+    x, weight, bias, geometry, shape = convolution(GEOMETRIES[0], torch.float32, n=8)
+    tile = replace(TILE, programs=1)
+    numbers = {"index": torch.arange(8, dtype=torch.int32), "offset": torch.tensor([0, samples], dtype=torch.int32)}
+    alone, shared = (
+        conv(x, weight, bias, images(*shape, dtype=x.dtype), workspace=workspace, tile=tile, **geometry, **numbers)[
+            :samples
+        ]
+        for workspace in (None, Workspace(DEVICE))
+    )
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    k, height, width = shape[1:]
+    tiles = -(-samples * height * width // TILE.bm) * (k // TILE.bn)
+    alone, shared = (y.permute(0, 2, 3, 1).reshape(-1, k) for y in (alone, shared))
+    for first in range(0, len(alone), TILE.bm):
+        for column in range(0, k, TILE.bn):
+            number = first // TILE.bm * (k // TILE.bn) + column // TILE.bn
+            cells = slice(first, first + TILE.bm), slice(column, column + TILE.bn)
+            assert torch.equal(alone[cells], shared[cells]) == (number < tiles // 4 * 4)
+
+
 @pytest.mark.parametrize("keep, dtype", KEEPS_AND_DTYPES[1:])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_conv_adds_in_place(dtype, keep, activation, shared_sums):

@@ -28,6 +28,7 @@ MUTATIONS = {
     "the first of the rows": ("device.py", "index_ptr + start + row", "index_ptr + row", "conv"),
     "the last part of a sum": ("conv.py", "where(last, split, 0)", "where(last, split - 1, 0)", "conv"),
     "the reset of arrivals": ("conv.py", "tl.store(arrived_ptr + tile, 0, mask=last)", "pass", "conv"),
+    "the tiles of the last round": ("conv.py", "unit, full + tile)", "unit, tile)", "only_sums"),
     "who writes a sum": ("conv.py", "valid = valid & last", "valid = valid & (part == 0)", "conv"),
     "the residual": ("tiles.py", "    if RESIDUAL:", "    if False:", "conv_adds"),
     "the carry of a plan": ("plan.py", "start += tl.sum(chosen, 0)", "start += 0", "plan"),

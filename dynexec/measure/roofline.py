@@ -120,10 +120,11 @@ def _arithmetic(gpu, layer, samples):
 def _tiled(gpu, layer, samples, rows, columns, together):
     places = gpu.multiprocessors * together
     tiles = ceil(samples * layer.pixels / rows) * ceil(layer.channels / columns)
-    split = min(max(gpu.multiprocessors // tiles, 1), max(layer.reduction // _TERMS, 1), _MAX_SPLIT)
+    full, left = divmod(tiles, places)
+    split = min(max(gpu.multiprocessors // max(left, 1), 1), max(layer.reduction // _TERMS, 1), _MAX_SPLIT)
     share = next(share for outputs, share in gpu.efficiency if rows * columns >= outputs)
-    rounds = ceil(tiles * split / places)
-    seconds = rounds * 2 * rows * columns * layer.reduction / split / (share * gpu.flops / places)
-    if split > 1:  # parts of sums are written and read
-        seconds += 2 * 4 * split * tiles * rows * columns / gpu.cache_bandwidth
+    rounds = full + (left > 0) / split
+    seconds = rounds * 2 * rows * columns * layer.reduction / (share * gpu.flops / places)
+    if left > 0 and split > 1:  # parts of sums are written and read
+        seconds += 2 * 4 * split * left * rows * columns / gpu.cache_bandwidth
     return seconds
