@@ -7,6 +7,7 @@ import torch
 import toys
 
 import dynexec
+from dynexec.executors import launch_program
 from dynexec.executors.forecast import launches, program_seconds
 from dynexec.executors.launches import LaunchPrograms
 from dynexec.executors.partition import pack_stages
@@ -50,6 +51,21 @@ def test_launches_of_a_block(program, executor, kept, first):
     found = counts(program, executor, kept)
     assert found[: len(first)] == first
     assert len(found) == len(first) + 4
+
+
+def test_dense_leaves_long_convolutions_to_the_library(monkeypatch):
+    """And then copies the dropped samples back."""
+    model = toys.finish(torch.nn.Sequential(toys.Bottleneck(16, 16)))
+    dynexec.convert(model)
+    with torch.no_grad():
+        network, _ = pack_stages(model, torch.randn(1, 16, 32, 32), None, 1)
+        _, (segment,) = make_segments(network, partial(LaunchPrograms, 1))
+    (program,) = segment.programs.values()
+    before = [(BATCH, *LIBRARY)] * 2 + [(9, False, False)]
+    assert counts(program, "dense", 9) == [*before, (9, *OURS)]
+    monkeypatch.setattr(launch_program, "_DEEP", 1)
+    monkeypatch.setattr(launch_program, "_LONG", 1)
+    assert counts(program, "dense", 9) == [*before, (BATCH, *LIBRARY), (BATCH - 9, False, False)]
 
 
 def test_seconds_grow_with_what_is_kept(program):

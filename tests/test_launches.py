@@ -109,6 +109,30 @@ def test_output_is_the_models(name, dtype, executor):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["odd", "timm", "two"])
+def test_dense_copies_back_what_the_library_should_have_left(name, dtype, monkeypatch):
+    from dynexec.kernels import pointwise
+
+    monkeypatch.setattr(launch_program, "_DEEP", 1)
+    monkeypatch.setattr(launch_program, "_LONG", 1)
+    copied, combine = [], pointwise.combine
+
+    def take_down(x, out, **more):
+        if "index" in more and "add" not in more and "multiply" not in more:
+            copied.append(int(more["offset"][1] - more["offset"][0]))
+        return combine(x, out, **more)
+
+    monkeypatch.setattr(pointwise, "combine", take_down)
+    model, num_blocks, x, frozen = frozen_pair(name, dtype, executor="dense")
+    for keep in (0.0, 0.5, 1.0):
+        decisions = torch.rand(len(x), num_blocks, device=DEVICE) < keep
+        copied.clear()
+        error = relative_error(frozen.run(x, decisions), expected(model, x, decisions))
+        assert error <= (2e-5 if dtype == torch.float32 and DEVICE.type == "cpu" else 1e-2)
+        assert copied and set(copied) <= set((~decisions).sum(0).tolist())
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a node chooses, and nobody sees which")
 def test_switched_is_dense_where_enough_is_kept(monkeypatch):
     model, num_blocks, x, frozen = frozen_pair("two", executor="switched")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from math import log, sqrt
 
-from dynexec.executors.launch_program import in_one_pass
+from dynexec.executors.launch_program import in_one_pass, is_long
 from dynexec.executors.resident import cluster_size, read_network
 from dynexec.measure.roofline import Layer, layer_seconds
 
@@ -76,13 +76,17 @@ def _gated(numbers, count, executor, program, samples, dtype):
     if executor == "conditional":
         found = [replace(_layer(number, program.pairs, False, *what), dependent=False) for number in numbers]
         return [(_NODE, 1), *((layer, count) for layer in found if count)]
-    # ``dense``: the library's of all samples, but for what writes to where the shortcut lies.
+    # ``dense``: the library's of all samples, but for most of what writes to where the shortcut lies.
     before = {id(value) for step in program.instructions[: numbers[0]] for value in step.values}
     found = []
     for number in numbers:
         step = program.instructions[number]
-        library = step.op == "conv" and id(step.output) not in before
+        in_place = id(step.output) in before
+        library = step.op == "conv" and (not in_place or is_long(step, samples))
         found.append((_layer(number, (), library, *what), samples if library else count))
+        if library and in_place:
+            moved = 2 * dtype.itemsize * step.output.channels * step.output.pixels
+            found.append((Layer(step.output.pixels, step.output.channels, 0, moved, 0, _OURS), samples - count))
     return found
 
 

@@ -7,11 +7,13 @@ class Frame:
     """The values of one call.
 
     ``dense``: convolutions in gates are the library's, on all samples, except those that write over existing values.
-    ``static``: there are no gates; every sample keeps every block.
+    ``static``: there are no gates; every sample keeps every block. ``others``: index and offset of the rows that do not
+    pass the gate that the current instruction is behind.
     """
 
     def __init__(self, x, workspace, dense=False, static=False):
         self.x, self.workspace, self.dense, self.static, self.values = x, workspace, dense, static, {}
+        self.others = None
 
     def get(self, value):
         """Return the tensor of a value, or None if there is none yet."""

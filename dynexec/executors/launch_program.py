@@ -18,6 +18,9 @@ from dynexec.executors.twins import find_twins
 from dynexec.measure.ranges import part_range
 from dynexec.reference import ACTIVATIONS
 
+# Where ``dense`` leaves the last convolution of a block to the library as well, and then copies the dropped rows back:
+# 1x1, with sums of so many terms and so many products. In ours, the H200's tensor cores wait for memory longer.
+_DEEP, _LONG = 128, 4e9
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
 _LARGEST_MIDDLE = 128
 
@@ -77,7 +80,8 @@ class LaunchProgram:
             ``resident``: the whole network in one launch, if :class:`Resident` supports it. ``conditional``: a graph
             leaves out blocks that no sample keeps, which pays only for very few samples. ``dense``: the library's
             convolutions on all samples, except for the last one of a block, which computes in place the samples that
-            keep it: about as fast as a dense network, whatever the decisions. ``switched``: a graph holds ``dense``,
+            keep it, or is followed by a copy of the dropped ones: about as fast as a dense network, whatever the
+            decisions. ``switched``: a graph holds ``dense``,
             ``fused`` and, for when nothing is dropped, the static network, and chooses among them on the device.
         switch_at : float
             ``switched`` is ``dense`` if at least this share of (sample, block) pairs is kept.
@@ -121,8 +125,9 @@ class LaunchProgram:
                         for each in gated if step.choice else ():
                             self._run(each, self.instructions[each], frame, {})
                     else:
-                        index, offset = route.index[step.column], route.offset[step.column, step.choice :]
-                        self._run_gated(gated, frame, index, offset, conditional)
+                        index, offset = route.index[step.column], route.offset[step.column]
+                        frame.others = {"index": index, "offset": offset[1 - step.choice :]}
+                        self._run_gated(gated, frame, index, offset[step.choice :], conditional)
             else:
                 with part_range(*step.part, None, len(x)):
                     self._run(number, step, frame, {})
@@ -201,6 +206,10 @@ class LaunchProgram:
         if step.op == "conv" and by_library and is_plain(step):
             frame.values[id(step.output)] = self._run_by_library(step, x, other)
             return
+        if rows and frame.dense and is_long(step, len(x)):
+            frame.values[id(step.output)] = y = self._run_by_library(step, x, other)
+            pointwise.combine(into, y, **frame.others)
+            return
         out = frame.output(step.output)
         geometry = {"stride": tuple(step.stride), "padding": tuple(step.padding)}
         more = {"dilation": tuple(step.dilation), "activation": step.activation}
@@ -265,6 +274,12 @@ def in_one_pass(step):
     it.
     """
     return step.activation == "relu" or tuple(step.kernel) != (1, 1) or step.output.pixels == 1
+
+
+def is_long(step, samples):
+    """Whether the library, for all samples, and a copy of the dropped ones take less time than a kernel of dynexec."""
+    long = samples * step.output.pixels * step.output.channels * step.input.channels >= _LONG
+    return long and step.is_pointwise and step.input.channels >= _DEEP
 
 
 def is_plain(step):
