@@ -57,7 +57,7 @@ CONVOLUTIONS = [
 ]
 # Those of which all samples have work, each with its own weights, as above.
 GROUPED = [
-    (9, 5184, 256, 256, (64, 256, 64, 8, 4, 1)),
+    (9, 5184, 256, 256, (64, 256, 64, 8, 4, 1, True)),
     (9, 20736, 128, 128, (64, 128, 64, 4, 3, 3)),
     (9, 82944, 64, 64, (128, 64, 64, 8, 3, 3)),
 ]
