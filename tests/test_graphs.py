@@ -119,11 +119,11 @@ def test_another_function_is_captured_where_the_first_cannot_be():
         return compute(x, decisions)
 
     frozen.graphs.function = waits
-    for n in (5, 3, 5):
+    for n in (5, 4, 5):  # of 1, 3 and 6 there is a graph since freeze
         decisions = torch.rand(n, num_blocks, device="cuda") < 0.5
         close(frozen(x[:n], decisions), expected(model, x[:n], decisions))
     assert not frozen.graphs.failed
-    assert [shape[0] for _, shape, _ in frozen.graphs.replaced] == [5, 3]
+    assert [shape[0] for _, shape, _ in frozen.graphs.replaced] == [5, 4]
     assert "another CUDA graph for" in frozen.explain()
 
 
