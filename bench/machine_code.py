@@ -92,6 +92,7 @@ def add_rest(found, architecture):
         None,
     )
     found["copy, all samples"] = partial(combine, x, x), None
+    found["copy"] = partial(combine, x, x, **some_rows(64)), None
     found["more channels, odd ones, all samples"] = partial(combine, tensor(64, 15, 9, 9), tensor(64, 31, 9, 9)), None
     for name, n, c, k in (("all samples", 64, 256, 256), ("odd channels, all samples", 64, 15, 31)):
         tile = choose_tile(n * 196, k, 9, c, HALF, architecture)

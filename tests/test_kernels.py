@@ -124,9 +124,12 @@ def test_conv(geometry, dtype, keep, shared_sums):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="needs to know how many multiprocessors there are")
-@pytest.mark.parametrize("samples", [8, 7, 1])
-def test_only_sums_of_the_last_round_are_shared(samples, shared_sums):
-    """Of four programs: the other tiles have the bits that they have without sharing."""
+@pytest.mark.parametrize("samples", [8, 7, 5])  # two tiles, none and two are left for the last round
+def test_only_sums_of_the_last_round_are_shared(samples, shared_sums, monkeypatch):
+    """Of four programs: the other tiles have the bits that they have without sharing, and need no workspace."""
+    monkeypatch.setattr(conv_module, "multiprocessors", lambda device: 4)
+    workspace, used = Workspace(DEVICE), 4 * TILE.bm * TILE.bn
+    workspace.partial, workspace.arrived = torch.full((2 * used,), torch.nan), torch.zeros(8, dtype=torch.int32)
     x, weight, bias, geometry, shape = convolution(GEOMETRIES[0], torch.float32, n=8)
     tile = replace(TILE, programs=1)
     numbers = {"index": torch.arange(8, dtype=torch.int32), "offset": torch.tensor([0, samples], dtype=torch.int32)}
@@ -134,7 +137,7 @@ def test_only_sums_of_the_last_round_are_shared(samples, shared_sums):
         conv(x, weight, bias, images(*shape, dtype=x.dtype), workspace=workspace, tile=tile, **geometry, **numbers)[
             :samples
         ]
-        for workspace in (None, Workspace(DEVICE))
+        for workspace in (None, workspace)
     )
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
     k, height, width = shape[1:]
@@ -145,6 +148,8 @@ def test_only_sums_of_the_last_round_are_shared(samples, shared_sums):
             number = first // TILE.bm * (k // TILE.bn) + column // TILE.bn
             cells = slice(first, first + TILE.bm), slice(column, column + TILE.bn)
             assert torch.equal(alone[cells], shared[cells]) == (number < tiles // 4 * 4)
+    assert not workspace.arrived.any() and workspace.partial[used:].isnan().all()
+    assert workspace.partial[:used].isnan().all() == (tiles % 4 == 0)
 
 
 @pytest.mark.parametrize("keep, dtype", KEEPS_AND_DTYPES[1:])

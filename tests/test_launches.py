@@ -83,9 +83,9 @@ def two():
 MODELS = {"odd": odd, "timm": toys.timm_style, "two": two}
 
 
-def frozen_pair(name, dtype=torch.float32, size=9, executor="fused", **options):
+def frozen_pair(name, dtype=torch.float32, size=9, executor="fused", fine_tune=None, **options):
     model = MODELS[name]().to(DEVICE, dtype)
-    num_blocks = dynexec.convert(model).num_blocks
+    num_blocks = dynexec.convert(model, fine_tune=fine_tune).num_blocks
     x = torch.randn(4, 3, size, size).to(DEVICE, dtype)
     return model, num_blocks, x, dynexec.freeze(model, x, executor=executor, **options)
 
@@ -110,8 +110,9 @@ def test_output_is_the_models(name, dtype, executor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["odd", "timm", "two"])
-def test_dense_copies_back_what_the_library_should_have_left(name, dtype, monkeypatch):
+@pytest.mark.parametrize("name, fine_tune", [("odd", None), ("timm", None), ("two", None), ("timm", "nothing")])
+def test_dense_copies_back_what_the_library_should_have_left(name, fine_tune, dtype, monkeypatch):
+    """Behind a gate for samples that drop the block too: with two sets of weights there is one of each."""
     from dynexec.kernels import pointwise
 
     monkeypatch.setattr(launch_program, "_DEEP", 1)
@@ -124,13 +125,14 @@ def test_dense_copies_back_what_the_library_should_have_left(name, dtype, monkey
         return combine(x, out, **more)
 
     monkeypatch.setattr(pointwise, "combine", take_down)
-    model, num_blocks, x, frozen = frozen_pair(name, dtype, executor="dense")
+    model, num_blocks, x, frozen = frozen_pair(name, dtype, executor="dense", fine_tune=fine_tune)
     for keep in (0.0, 0.5, 1.0):
         decisions = torch.rand(len(x), num_blocks, device=DEVICE) < keep
         copied.clear()
         error = relative_error(frozen.run(x, decisions), expected(model, x, decisions))
         assert error <= (2e-5 if dtype == torch.float32 and DEVICE.type == "cpu" else 1e-2)
-        assert copied and set(copied) <= set((~decisions).sum(0).tolist())
+        kept = decisions.sum(0).tolist()
+        assert copied and set(copied) <= {len(x) - count for count in kept} | ({*kept} if fine_tune else set())
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a node chooses, and nobody sees which")

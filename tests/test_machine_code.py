@@ -29,6 +29,8 @@ MUTATIONS = {
     "the last part of a sum": ("conv.py", "where(last, split, 0)", "where(last, split - 1, 0)", "conv"),
     "the reset of arrivals": ("conv.py", "tl.store(arrived_ptr + tile, 0, mask=last)", "pass", "conv"),
     "the tiles of the last round": ("conv.py", "unit, full + tile)", "unit, tile)", "only_sums"),
+    "which tiles are shared": ("conv.py", "multiprocessors // tl.maximum(rest, 1)", "1", "only_sums"),
+    "the places of parts": ("conv.py", "arrived_ptr, tile - full, part", "arrived_ptr, tile, part", "only_sums"),
     "who writes a sum": ("conv.py", "valid = valid & last", "valid = valid & (part == 0)", "conv"),
     "the residual": ("tiles.py", "    if RESIDUAL:", "    if False:", "conv_adds"),
     "the carry of a plan": ("plan.py", "start += tl.sum(chosen, 0)", "start += 0", "plan"),

@@ -132,5 +132,5 @@ def _layer(number, pairs, library, program, samples, dtype, grouped=False):
         if between:
             tile = choose_pair_tile(samples * pixels, between[0].channels, step.input.channels, dtype, _ARCHITECTURE)
         tile = None if library else (tile.bm, min(tile.bn, channels), tile.programs)
-    size, launched = dtype.itemsize, number - 1 not in pairs
-    return Layer(pixels, channels, reduction, size * traffic, size * weights, tile, launched)
+    size, launched, shares = dtype.itemsize, number - 1 not in pairs, not grouped and not between
+    return Layer(pixels, channels, reduction, size * traffic, size * weights, tile, launched, shares=shares)

@@ -50,7 +50,8 @@ def freeze(
       cache. ``fused``: all threads share one layer after the other. Dropped blocks are skipped; no rows are moved.
     * On a GPU, Triton kernels (``fused``) that read and write the kept samples in place. Only the device knows how many
       these are, so the host never waits, and the whole forward, policy and planning included, is one CUDA graph per
-      input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution; ``switched`` is ``dense``
+      input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution, or including it, if it is
+      long, and copies the dropped samples back; ``switched`` is ``dense``
       or ``fused``, chosen on the device by how many samples keep the blocks, or a static network where all do;
       ``conditional`` is ``fused`` with a node around every block, tried for very few samples; ``resident`` is one
       kernel that takes a sample through a whole network, for images of up to 32 pixels, in 16 bits.

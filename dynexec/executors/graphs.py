@@ -159,10 +159,10 @@ def makes_graph():
 
 
 class TakenStream:
-    """Holds a ``torch.cuda.Stream``, and can be referenced weakly, as one of torch 2.11 cannot.
+    """Holds a ``torch.cuda.Stream``, and is referenced weakly in its place.
 
-    That one does not clear the references when it is freed, and Python crashes when it meets them (PyTorch's pull
-    request 183403).
+    torch 2.11 does not clear the weak references to a stream that is freed, and Python crashes when it meets them
+    (PyTorch's pull request 183403).
     """
 
     def __init__(self, stream):

@@ -1,6 +1,6 @@
 """A program for a GPU: a part of a network as launches of the kernels in :mod:`dynexec.kernels`.
 
-Inside a gate every kernel reads and writes in place the samples that keep the block. Only the device knows how many
+Inside a gate dynexec's kernels read and write in place the samples that keep the block. Only the device knows how many
 these are, so nothing waits for them, and the launches are the same for all decisions. What all samples run (stems,
 shortcuts and classifiers) is left to the library, except for convolutions for which it needs several passes.
 """
@@ -19,7 +19,7 @@ from dynexec.measure.ranges import part_range
 from dynexec.reference import ACTIVATIONS
 
 # Where ``dense`` leaves the last convolution of a block to the library as well, and then copies the dropped rows back:
-# 1x1, with sums of so many terms and so many products. In ours, the H200's tensor cores wait for memory longer.
+# 1x1, with sums of so many terms and so many products. There our kernel takes up to a third longer on an H200.
 _DEEP, _LONG = 128, 4e9
 # Of the channels between two convolutions that run as one kernel. With more, only a few multiprocessors would get work.
 _LARGEST_MIDDLE = 128
@@ -79,10 +79,10 @@ class LaunchProgram:
         executor : {"fused", "resident", "conditional", "dense", "switched"}
             ``resident``: the whole network in one launch, if :class:`Resident` supports it. ``conditional``: a graph
             leaves out blocks that no sample keeps, which pays only for very few samples. ``dense``: the library's
-            convolutions on all samples, except for the last one of a block, which computes in place the samples that
-            keep it, or is followed by a copy of the dropped ones: about as fast as a dense network, whatever the
-            decisions. ``switched``: a graph holds ``dense``,
-            ``fused`` and, for when nothing is dropped, the static network, and chooses among them on the device.
+            convolutions on all samples; but the last one of a block is dynexec's, in place on the samples that keep it,
+            or, if it is long, a copy of the others follows it. With most samples kept it takes about as long as a dense
+            network. ``switched``: a graph holds ``dense``, ``fused`` and, for when nothing is dropped, the static
+            network, and chooses among them on the device.
         switch_at : float
             ``switched`` is ``dense`` if at least this share of (sample, block) pairs is kept.
 
@@ -277,7 +277,7 @@ def in_one_pass(step):
 
 
 def is_long(step, samples):
-    """Whether the library, for all samples, and a copy of the dropped ones take less time than a kernel of dynexec."""
+    """Whether the library and a copy of the dropped samples take less time than our kernel, if these are few."""
     long = samples * step.output.pixels * step.output.channels * step.input.channels >= _LONG
     return long and step.is_pointwise and step.input.channels >= _DEEP
 

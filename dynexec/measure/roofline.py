@@ -87,6 +87,8 @@ class Layer:
         Whether it is a kernel of its own rather than the second part of the previous one.
     dependent : bool
         Whether it is launched with programmatic dependent launch, if it is one of dynexec's kernels.
+    shares : bool
+        Whether several programs share the sums of the last tiles, where these leave multiprocessors idle.
     """
 
     pixels: int
@@ -97,6 +99,7 @@ class Layer:
     tile: tuple[int, int, int] | None = None
     launched: bool = True
     dependent: bool = True
+    shares: bool = True
 
 
 def layer_seconds(gpu: Gpu, layer: Layer, samples: int) -> float:
@@ -121,7 +124,8 @@ def _tiled(gpu, layer, samples, rows, columns, together):
     places = gpu.multiprocessors * together
     tiles = ceil(samples * layer.pixels / rows) * ceil(layer.channels / columns)
     full, left = divmod(tiles, places)
-    split = min(max(gpu.multiprocessors // max(left, 1), 1), max(layer.reduction // _TERMS, 1), _MAX_SPLIT)
+    most = min(max(layer.reduction // _TERMS, 1), _MAX_SPLIT) if layer.shares else 1
+    split = min(max(gpu.multiprocessors // max(left, 1), 1), most)
     share = next(share for outputs, share in gpu.efficiency if rows * columns >= outputs)
     rounds = full + (left > 0) / split
     seconds = rounds * 2 * rows * columns * layer.reduction / (share * gpu.flops / places)
