@@ -216,6 +216,33 @@ def test_a_foreign_cost_cache_is_ignored_with_one_line(tmp_path, caplog, content
     with caplog.at_level(logging.WARNING):
         assert right(dynexec.freeze(model, toys.images(2), cost_cache=path), model, num_blocks)
     assert len(caplog.records) == 1 and reason in caplog.text and str(path) in caplog.text
+    if "version is" in reason or "entries" in reason:
+        assert json.loads(path.read_text())["version"] == 1
+    else:  # it may be anybody's, under a name given by mistake
+        assert path.read_text() == content and "stays as it is" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_stays_as_it_is(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError("not yours")
+
+    model, num_blocks = converted()
+    path = tmp_path / "costs.json"
+    path.write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert right(dynexec.freeze(model, toys.images(2), cost_cache=path), model, num_blocks)
+    assert path.read_text() == "{}"
+
+
+@pytest.mark.parametrize("content", ["{broken", "[1]", ""])
+def test_the_users_own_cost_cache_is_written_anew(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "dynexec" / "costs.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    model, num_blocks = converted()
+    assert right(dynexec.freeze(model, toys.images(2)), model, num_blocks)
     assert json.loads(path.read_text())["version"] == 1
 
 

@@ -39,9 +39,9 @@ class MissingTime(ValueError):
 class CostCache:
     """Measured costs, kept in one JSON file per user; a missing file is an empty cache.
 
-    A damaged or foreign file counts as empty, with a warning on the log ``dynexec.executors.costs``; an invalid entry
-    is measured again. Entries hold for one processor, thread count, version of dynexec and torch, and layout of this
-    file: all of these are in the key.
+    A damaged or foreign file counts as empty, with a warning on the log ``dynexec.executors.costs``; given as ``path``,
+    it stays as it is, since it may be anything. An invalid entry is measured again. Entries hold for one processor,
+    thread count, version of dynexec and torch, and layout of this file: all of these are in the key.
 
     Parameters
     ----------
@@ -57,14 +57,17 @@ class CostCache:
             raise TypeError(f"cost_cache must be a path or None, got {path!r}")
         self._asked_for = path is not None
         self.path = Path(path) if path is not None else _default_path()
-        self.entries, problem = self._read()
+        self.entries, problem, foreign = self._read()
         if problem is not None:
-            _log.warning("cost cache %s is ignored: %.200s", self.path, problem)
+            what = "ignored, and stays as it is" if foreign and self._asked_for else "ignored"
+            _log.warning("cost cache %s is %s: %.200s", self.path, what, problem)
         self._changed, self._measure = False, measure
 
     def key(self, *signature):
         """Return the key of what ``signature`` says was measured, on this machine and with these versions."""
-        machine = (_VERSION, _library_version(), torch.__version__, processor_name(), torch.get_num_threads())
+        # Virtual machines may hide the model, which alone does not say how wide vectors are.
+        processor = f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
+        machine = (_VERSION, _library_version(), torch.__version__, processor, torch.get_num_threads())
         return " | ".join(map(str, (*machine, *signature)))
 
     def get(self, key, valid, make):
@@ -93,8 +96,11 @@ class CostCache:
         try:
             if self.path.exists() and not self.path.is_file():
                 raise OSError("it is no file")
+            entries, _, foreign = self._read()
+            if foreign and self._asked_for:
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"version": _VERSION, "entries": self._read()[0] | self.entries})
+            text = json.dumps({"version": _VERSION, "entries": entries | self.entries})
             with replacing(self.path) as file:
                 file.write(text)
         except (OSError, ValueError) as error:  # of a name with a NUL
@@ -102,23 +108,25 @@ class CostCache:
                 _log.warning("cost cache %s cannot be written: %s: %s", self.path, type(error).__name__, error)
 
     def _read(self):
-        """Return the entries in the file, and why there are none, or None."""
+        """Return the entries in the file, why there are none or None, and whether it may be something else's file."""
         if self.path is None:
-            return {}, None
+            return {}, None, False
+        text = None
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):  # reading a pipe may wait for ever
-                return {}, "it is no file"
-            stored = json.loads(self.path.read_text())
+                return {}, "it is no file", False
+            text = self.path.read_bytes()
+            stored = json.loads(text)
         except FileNotFoundError:
-            return {}, None
+            return {}, None, False
         except (OSError, ValueError, RecursionError) as error:
-            return {}, f"{type(error).__name__}: {error}"
+            return {}, f"{type(error).__name__}: {error}", text != b"" and os.path.isfile(self.path)
         if not isinstance(stored, dict) or stored.keys() != {"version", "entries"}:
-            return {}, "it is the file of something else"
+            return {}, "it is the file of something else", True
         if type(stored["version"]) is not int or stored["version"] != _VERSION:
-            return {}, f"its version is {stored['version']!r:.40}, not {_VERSION}"
+            return {}, f"its version is {stored['version']!r:.40}, not {_VERSION}", False
         entries = stored["entries"]
-        return (entries, None) if isinstance(entries, dict) else ({}, "its entries are not named")
+        return (entries, None, False) if isinstance(entries, dict) else ({}, "its entries are not named", False)
 
 
 def _default_path():
