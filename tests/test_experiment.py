@@ -1,5 +1,7 @@
 """The arithmetic of the bench is right, and its decisions and networks are the same every time."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,15 @@ def test_times_are_per_forward_and_policies_run_where_charged(model, images, mon
         total, *causes = row["losses"].values()
         assert total == pytest.approx(50 - 25 * row["flops_needed"] / row["flops_dense"]) == pytest.approx(sum(causes))
         assert row["losses"]["planning"] == pytest.approx(0.5)
+
+
+def test_planning_in_a_graph_is_not_timed():
+    """Alone it would take the host's time to launch it."""
+    setting = experiment.draw_decisions(0.5, 4, 1)
+    candidate = SimpleNamespace(name="dense eager", policy=None, dense=True, follows_decisions=False)
+    for graphs, names in ((None, {"dense eager", "planning"}), (object(), {"dense eager"})):
+        calls = experiment._calls([candidate], None, [setting], SimpleNamespace(graphs=graphs))
+        assert {name for name, _ in calls} == names
 
 
 def test_keep_rates_that_are_nearly_the_same_are_timed_apart(model, images, monkeypatch):

@@ -205,8 +205,9 @@ def _calls(candidates, images, settings, frozen):
             per_setting = candidate.follows_decisions or policy is not None
             key = candidate.name, setting if per_setting else None
             calls.setdefault(key, partial(_forward, candidate, policy, images, setting.draws))
-    for setting in settings:
-        calls[("planning", setting)] = partial(_plan, frozen, setting.draws)
+    if frozen.graphs is None:  # in a graph nothing shows what planning alone takes
+        for setting in settings:
+            calls[("planning", setting)] = partial(_plan, frozen, setting.draws)
     return calls
 
 
@@ -228,7 +229,7 @@ def _row(common, setting, errors, tolerance, comparison, flops, dense):
         # The time of this very setting goes before one that holds for all.
         if timed is setting or (timed is None and (name, setting) not in comparison.timings):
             timings[name] = timing
-    planning = timings.pop("planning")
+    planning = timings.pop("planning", None)
     idle = 0 if setting.kind == PUBLISHED else flops.policy
     known = common | {
         "keep": setting.keep,

@@ -37,9 +37,9 @@ LEGEND = (
     "dynexec, per batch. theoretical: FLOPs of the dense network / FLOPs needed. realised: time of the strongest "
     "dense baseline / time of dynexec. efficiency: realised / theoretical; own efficiency: the same against dynexec "
     "at keep 1. saved share: of the FLOPs removed, how much of the time left. own dense: time of the strongest "
-    "dense baseline / time of dynexec at keep 1. planning: decisions to Route, as a share of the forward. noise: "
-    "how far two timings of the same were apart, of a baseline, or of dynexec with everything kept. max error: against "
-    "masked eager, relative to its largest output."
+    "dense baseline / time of dynexec at keep 1. planning: decisions to Route, as a share of the forward, outside of "
+    "CUDA graphs. noise: how far two timings of the same were apart, of a baseline, or of dynexec with everything "
+    "kept. max error: against masked eager, relative to its largest output."
 )
 
 
