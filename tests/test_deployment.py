@@ -287,6 +287,13 @@ def test_folders_with_the_names_of_files_are_left_alone(tmp_path):
         dynexec.save(blockdrop(), tmp_path / "net", torch.randn(2, 3, 16, 16))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs to lack a device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_device_that_is_not_there(saved, device):
+    with pytest.raises(ValueError, match=f"^device must be one that torch can use here, got '{device}': "):
+        dynexec.load(saved[0], device=device)
+
+
 def test_an_example_of_another_dtype(tmp_path):
     net, x = blockdrop(), torch.randn(2, 3, 16, 16)
     dynexec.save(net, tmp_path / "net", x.double())

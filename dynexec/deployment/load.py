@@ -41,7 +41,8 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
         If ``model`` or ``policy`` is not an nn.Module.
     ValueError
         If a file is missing, damaged or invalid, naming the file and the problem; if ``model`` does not match the saved
-        weights, listing all differences; or if it does not run on the example, on the CPU.
+        weights, listing all differences; if it does not run on the example, on the CPU; or if torch cannot use
+        ``device``.
     RuntimeError
         If the network cannot be frozen here, or its results are not those of the saved network.
     ImportError
@@ -64,7 +65,10 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
     if (problem := example.misfit(net)) is not None:
         raise ValueError(f"{folder / EXAMPLE} is not of the network of {WEIGHTS}: {problem}")
     saved = manifest.options | {"dtype": DTYPES.get(manifest.options["dtype"])}
-    inputs = example.tile(manifest.batch_size, device)
+    try:
+        inputs = example.tile(manifest.batch_size, device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # of torch, built without it or finding none
+        raise ValueError(f"device must be one that torch can use here, got {str(device)!r}: {error}") from error
     try:
         frozen = freeze(net.to(device), inputs, **(saved | options))
     except RuntimeError as error:
