@@ -1,5 +1,6 @@
 """Writes the tables of docs/performance.md, from the rows in bench/results/, and of docs/models.md."""
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 from dynexec.report.catalogue import HEADINGS, model_rows
@@ -17,6 +18,7 @@ def write(name, part, content):
 
 
 if __name__ == "__main__":
+    ArgumentParser(description=__doc__).parse_args()
     rows = read_rows(ROOT / "bench" / "results")
     write("performance.md", "break-even", markdown_table(*break_even_table(rows)))
     write("performance.md", "bench", markdown(rows))

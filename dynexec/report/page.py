@@ -211,7 +211,7 @@ def _speed_up_figures(rows, folder):
     hollow = "Hollow: decisions like those of the trained policy, its network included."
     plots = several | {f"networks of parts, {where}": members for where, members in single.items()}
     return tuple(
-        (str(plot_speed_up(members, folder / f"speed_up_{number}.png", title=title)), hollow)
+        (str(plot_speed_up(members, folder / f"speed_up_{number}.png", title=title)), f"{title}. {hollow}")
         for number, (title, members) in enumerate(plots.items())
     )
 
