@@ -54,6 +54,10 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
     if policy is not None and model is None:
         raise ValueError("policy must be None where no model is given")
     folder, device = Path(folder), torch.device(device)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # of torch, built without it or finding none
+        raise ValueError(f"device must be one that torch can use here, got {str(device)!r}: {error}") from error
     path = folder / MANIFEST
     manifest = Manifest.read(path)
     state = read_tensors(folder / WEIGHTS, manifest.files[WEIGHTS])
@@ -65,10 +69,7 @@ def load(folder, model=None, *, policy=None, device="cpu", **options):
     if (problem := example.misfit(net)) is not None:
         raise ValueError(f"{folder / EXAMPLE} is not of the network of {WEIGHTS}: {problem}")
     saved = manifest.options | {"dtype": DTYPES.get(manifest.options["dtype"])}
-    try:
-        inputs = example.tile(manifest.batch_size, device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # of torch, built without it or finding none
-        raise ValueError(f"device must be one that torch can use here, got {str(device)!r}: {error}") from error
+    inputs = example.tile(manifest.batch_size, device)
     try:
         frozen = freeze(net.to(device), inputs, **(saved | options))
     except RuntimeError as error:

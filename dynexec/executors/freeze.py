@@ -51,10 +51,10 @@ def freeze(
     * On a GPU, Triton kernels (``fused``) that read and write the kept samples in place. Only the device knows how many
       these are, so the host never waits, and the whole forward, policy and planning included, is one CUDA graph per
       input shape. ``dense`` computes all samples by cuDNN up to a block's last convolution, or including it, if it is
-      long, and copies the dropped samples back; ``switched`` is ``dense``
-      or ``fused``, chosen on the device by how many samples keep the blocks, or a static network where all do;
-      ``conditional`` is ``fused`` with a node around every block, tried for very few samples; ``resident`` is one
-      kernel that takes a sample through a whole network, for images of up to 32 pixels, in 16 bits.
+      long, and copies the dropped samples back; ``switched`` is ``dense`` or ``fused``, chosen on the device by how
+      many samples keep the blocks, or a static network where all do; ``conditional`` is ``fused`` with a node around
+      every block, tried for very few samples; ``resident`` is one kernel that takes a sample through a whole network,
+      for images of up to 32 pixels, in 16 bits.
     * Layers: the library's convolutions, on a CPU oneDNN's fused ones. Consecutive blocks of one shape form a stage,
       and a cost model chooses per stage and call among ``masked`` (compute all, put dropped ones back), ``compact``
       (gather, compute, scatter) and ``grouped`` (samples with equal decisions share a static sub-network).
