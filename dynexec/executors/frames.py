@@ -7,8 +7,8 @@ class Frame:
     """The values of one call.
 
     ``dense``: convolutions in gates are the library's, on all samples, except short ones that write over existing
-    values. ``static``: there are no gates; every sample keeps every block. ``others``: index and offset of the rows
-    that do not pass the gate that the current instruction is behind.
+    values. ``static``: there are no gates; every sample keeps every block. ``others``, if ``dense``: index and offset
+    of the rows that do not pass the gate that the current instruction is behind.
     """
 
     def __init__(self, x, workspace, dense=False, static=False):

@@ -126,7 +126,8 @@ class LaunchProgram:
                             self._run(each, self.instructions[each], frame, {})
                     else:
                         index, offset = route.index[step.column], route.offset[step.column]
-                        frame.others = {"index": index, "offset": offset[1 - step.choice :]}
+                        if frame.dense:
+                            frame.others = {"index": index, "offset": offset[1 - step.choice :]}
                         self._run_gated(gated, frame, index, offset[step.choice :], conditional)
             else:
                 with part_range(*step.part, None, len(x)):
